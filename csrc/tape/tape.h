@@ -1,0 +1,70 @@
+// The autograd graph below some outputs, down to some inputs, read once into plain data.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/edge.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "fused/program.h"
+#include "tape/operators.h"
+
+namespace wengert::tape {
+
+using NodePtr = std::decay_t<decltype(std::declval<torch::autograd::Edge>().function)>;
+
+// Thrown when the call has to take PyTorch's own path as a whole; what() is the reason, for stats and explain.
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A value of the forward computation: output `output` of tape node `node` (that is, a gradient edge of PyTorch).
+struct Value {
+  std::int32_t node = -1;
+  std::int32_t output = 0;
+  bool operator==(const Value&) const = default;
+};
+
+struct Meta {
+  Shape shape;
+  at::ScalarType dtype = at::kFloat;
+};
+
+struct Reader;  // one row of the reader table: node name, how to read it, how to describe it
+
+struct Node {
+  const Reader* reader = nullptr;      // never null; nodes without a row of their own share the opaque row
+  NodePtr fn;
+  std::vector<std::int64_t> ints;      // what the reader took from the node; meaning private to its row
+  std::vector<double> reals;
+  std::vector<std::int32_t> slots;     // saved tensors, -1 where absent or not needed
+  std::shared_ptr<const fused::Program> program;  // nodes of wengert::fused only
+  std::vector<Value> inputs;           // one per next edge; node = -1 where no requested input is reached through it
+  std::vector<Meta> outputs;           // one per output of the forward op
+};
+
+struct Tape {
+  std::vector<Node> nodes;             // a node stands before all nodes it leads to; leaves are nodes with no inputs
+  std::vector<at::Tensor> slots;       // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
+  std::vector<Value> outputs;          // of the requested outputs; node = -1 where an output does not require grad
+  std::vector<Value> inputs;           // of the requested inputs; node = -1 where no output reaches it
+  std::vector<std::int64_t> signature; // equal signatures = same plan: everything above except tensor data and node identity
+};
+
+// Reads the graph.  Unpacks each saved tensor once (which performs PyTorch's own version and freed-buffer checks).
+// Throws Unsupported for what the engine must not walk; PyTorch's own errors pass through.
+Tape capture(at::TensorList outputs, at::TensorList inputs);
+
+// Frees the buffers of every walked node, as the engine does with retain_graph=False.
+void release(Tape& tape);
+
+// The operator from output `output` to next edge `input` of a node; factor expressions are built in `pool`.
+Pullback describe(const Tape& tape, const Node& node, int output, int input, fused::ExprPool& pool);
+
+const char* name(const Node& node);  // PyTorch's name of the node, e.g. "MulBackward0"
+
+}  // namespace wengert::tape
