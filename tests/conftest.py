@@ -1,0 +1,30 @@
+"""Shared set-up: one place decides threads, device, seeds and the hypothesis profile for the whole suite."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The support package and the benchmark's problems are importable whatever import mode pytest runs in.
+_HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent / "benchmarks")]
+
+torch.set_num_threads(int(os.environ.get("WENGERT_TEST_THREADS", "2")))
+
+_QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60, suppress_health_check=_QUIET)
+settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=_QUIET)
+settings.load_profile(os.environ.get("WENGERT_HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def ambient_state():
+    """Every test starts from the same seed and must leave torch's ambient state as it found it."""
+    torch.manual_seed(0)
+    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    yield
+    after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert after == before, f"a test changed torch's ambient state from {before} to {after}"
