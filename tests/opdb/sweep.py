@@ -1,0 +1,234 @@
+"""Sweeps torch's operator database: our Jacobian (and Hessian) of every operator against torch.autograd.functional.
+
+Run as a program it handles a slice of the database and prints one JSON line per operator as it goes, so that a crash
+or a hang in one operator hides no other: the driver reads what was printed and starts again behind the culprit.
+
+    python tests/opdb/sweep.py --index 0 --count 4 [--full] [--only NAME] [--verbose]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from support.compare import Outcome, Tolerance, assert_same, same_error  # noqa: E402
+from torch.autograd import functional as torch_functional  # noqa: E402
+
+SAMPLES, ELEMENTS, LOOKED_AT, OUTPUTS = 6, 64, 120, 256
+HESSIAN_ELEMENTS = 12
+TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)
+
+# Results are unspecified memory or drawn anew on every call: there is nothing to compare.
+UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_"}
+
+
+@dataclasses.dataclass
+class OpReport:
+    """What the sweep found for one operator."""
+
+    op: str
+    samples: int = 0
+    agreed: int = 0
+    refused: int = 0  # torch raised, and so did we, alike
+    native: int = 0
+    fallback: int = 0
+    seconds: float = 0.0
+    skipped: str = ""
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+
+def database() -> list[Any]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return [op for op in op_db if torch.float64 in op.dtypes]
+
+
+def op_name(op: Any) -> str:
+    return op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for v in tree.values():
+            yield from tensors_of(v)
+    elif isinstance(tree, (tuple, list)):
+        for v in tree:
+            yield from tensors_of(v)
+
+
+def rebuild(tree: Any, replacement: dict[int, torch.Tensor]) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return replacement.get(id(tree), tree)
+    if isinstance(tree, dict):
+        return {k: rebuild(v, replacement) for k, v in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [rebuild(v, replacement) for v in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
+
+
+def usable(t: torch.Tensor) -> bool:
+    return t.requires_grad and t.is_floating_point() and t.layout is torch.strided
+
+
+def as_function(op: Any, sample: Any) -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
+    """The operator as a function of its differentiable floating inputs alone."""
+    whole = (sample.input, sample.args, sample.kwargs)
+    inputs = list({id(t): t for t in tensors_of(whole) if usable(t)}.values())
+
+    def f(*xs: torch.Tensor) -> Any:
+        torch.manual_seed(0)
+        x, args, kwargs = rebuild(whole, {id(t): v for t, v in zip(inputs, xs)})
+        out = op(x, *args, **kwargs)
+        if sample.output_process_fn_grad is not None:
+            out = sample.output_process_fn_grad(out)
+        kept = tuple(t for t in tensors_of(out) if t.requires_grad and t.is_floating_point() and t.layout is torch.strided)
+        if not kept:
+            raise NoOutput
+        return kept
+
+    return f, tuple(t.detach() for t in inputs)
+
+
+class NoOutput(Exception):
+    """No differentiable floating output: not a case for a Jacobian."""
+
+
+def chosen_samples(op: Any, full: bool) -> list[Any]:
+    torch.manual_seed(0)
+    samples = op.sample_inputs("cpu", torch.float64, requires_grad=True)
+    if full:
+        return list(samples)
+
+    def size(sample: Any) -> int:
+        return sum(t.numel() for t in tensors_of((sample.input, sample.args, sample.kwargs)) if usable(t))
+
+    sized = [(size(s), s) for s in itertools.islice(samples, LOOKED_AT)]
+    small = [s for n, s in sized if 0 < n <= ELEMENTS]
+    if small:
+        step = max(1, len(small) // SAMPLES)
+        return small[::step][:SAMPLES]
+    # An operator without a small sample is looked at once, on its smallest.
+    rest = sorted((n, k) for k, (n, _) in enumerate(sized) if n > 0)
+    return [sized[k][1] for _, k in rest[:1]]
+
+
+def scalar_of(f: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    def g(*xs: torch.Tensor) -> torch.Tensor:
+        terms = []
+        for y in f(*xs):
+            k = torch.arange(y.numel(), dtype=torch.float64).reshape(y.shape)
+            terms.append((y.double() * torch.cos(1.7 * k + 0.3)).sum())
+        return sum(terms[1:], start=terms[0])
+
+    return g
+
+
+def compare(report: OpReport, label: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
+    expected = Outcome.of(theirs)
+    if isinstance(expected.error, NoOutput):
+        return
+    report.samples += 1
+    got = Outcome.of(ours)
+    if expected.error is not None:
+        if got.error is not None and same_error(got.error, expected.error):
+            report.refused += 1
+        elif got.error is None:
+            report.failures.append(f"{label}: returned where torch {expected.describe()}")
+        else:
+            report.failures.append(f"{label}: {got.describe()} where torch {expected.describe()}")
+        return
+    if got.error is not None:
+        tail = traceback.extract_tb(got.error.__traceback__)[-1]
+        report.failures.append(f"{label}: {got.describe()} (at {pathlib.Path(tail.filename).name}:{tail.lineno})")
+        return
+    try:
+        assert_same(got.value, expected.value, label, TOLERANCE)
+        report.agreed += 1
+    except AssertionError as error:
+        report.failures.append(" ".join(str(error).split())[:400])
+
+
+def sweep_op(op: Any, full: bool) -> OpReport:
+    import wengert
+
+    report = OpReport(op_name(op))
+    begin = time.perf_counter()
+    if op.name in UNDEFINED:
+        report.skipped = "result is unspecified memory"
+        return report
+    if not op.supports_autograd:
+        report.skipped = "torch has no derivative"
+        return report
+    before = native_counts(wengert)
+    for k, sample in enumerate(chosen_samples(op, full)):
+        f, inputs = as_function(op, sample)
+        if not inputs:
+            continue
+        first = Outcome.of(lambda: f(*(x.clone().requires_grad_() for x in inputs)))
+        if first.error is not None or (not full and sum(y.numel() for y in first.value) > OUTPUTS):
+            continue
+        compare(report, f"sample {k}", lambda: wengert.jacobian(f, inputs), lambda: torch_functional.jacobian(f, inputs))
+        elements = sum(x.numel() for x in inputs)
+        if op.supports_gradgrad and elements <= (ELEMENTS if full else HESSIAN_ELEMENTS) and (full or k < 2):
+            g = scalar_of(f)
+            compare(report, f"sample {k} hessian", lambda: wengert.hessian(g, inputs), lambda: torch_functional.hessian(g, inputs))
+    after = native_counts(wengert)
+    report.native, report.fallback = after[0] - before[0], after[1] - before[1]
+    report.reasons = dict(collections.Counter(after[2]) - collections.Counter(before[2]))
+    if not report.samples:
+        report.skipped = "no sample with differentiable floating inputs and outputs of this size"
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+def native_counts(wengert: Any) -> tuple[int, int, dict[str, int]]:
+    stats = wengert.stats()
+    return stats["native"], stats["fallback"], dict(stats.get("reasons", {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--index", type=int, default=0, help="which slice")
+    parser.add_argument("--count", type=int, default=1, help="of how many")
+    parser.add_argument("--start", type=int, default=0, help="skip so many operators of the slice")
+    parser.add_argument("--full", action="store_true", help="every sample of every size")
+    parser.add_argument("--only", help="operators whose name contains this")
+    parser.add_argument("--verbose", action="store_true", help="print failures readably")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    ops = [op for op in database() if not args.only or args.only in op_name(op)][args.index :: args.count]
+    for op in ops[args.start :]:
+        print(json.dumps({"begin": op_name(op)}), flush=True)
+        outcome = Outcome.of(lambda op=op: sweep_op(op, args.full))
+        report = outcome.value or OpReport(op_name(op), failures=[f"the sweep itself {outcome.describe()}"])
+        print(json.dumps(dataclasses.asdict(report)), flush=True)
+        if args.verbose:
+            for line in report.failures:
+                print(f"  {report.op}: {line}")
+
+
+if __name__ == "__main__":
+    main()
