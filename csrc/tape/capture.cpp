@@ -1,0 +1,391 @@
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <string>
+
+#include "tape/reader.h"
+
+namespace wengert::tape {
+
+namespace {
+
+namespace autograd = torch::autograd;
+
+void check_dtype(at::ScalarType dtype) {
+  if (at::isComplexType(dtype)) throw Unsupported("complex numbers");
+  if (at::isQIntType(dtype)) throw Unsupported("quantised numbers");
+}
+
+// Only plain strided tensors in CPU memory can be read by the engine's kernels.
+void check_tensor(const at::Tensor& tensor) {
+  static const c10::DispatchKeySet kForeign({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched,
+                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Conjugate,
+                                             c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+  if (tensor.key_set().has_any(kForeign)) throw Unsupported("a wrapped, lazily negated or subclass tensor");
+  if (tensor.layout() != at::kStrided || tensor.is_nested()) throw Unsupported("a layout other than strided");
+  if (!tensor.device().is_cpu()) throw Unsupported("a device other than the CPU");
+  if (tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) throw Unsupported("symbolic sizes");
+  check_dtype(tensor.scalar_type());
+}
+
+void check_ambient() {
+  if (autograd::AnomalyMode::is_enabled()) throw Unsupported("anomaly mode");
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    throw Unsupported("a torch.func level is active");
+  }
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Unsupported("a dispatch mode is active");
+}
+
+// Hooks have to see every gradient that PyTorch would show them.
+void check_hooks(autograd::Node& fn, bool runs) {
+  if (!fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty()) throw Unsupported("a tensor with hooks or retain_grad");
+  if (runs && (!fn.pre_hooks().empty() || !fn.post_hooks().empty())) throw Unsupported("a graph node with hooks");
+}
+
+Meta read_meta(const autograd::InputMetadata& metadata) {
+  Meta meta;
+  if (metadata.was_default_constructed()) {  // an output the op left undefined: nothing refers to it
+    meta.dtype = at::ScalarType::Undefined;
+    return meta;
+  }
+  if (metadata.is_tensor_subclass()) throw Unsupported("a tensor subclass");
+  if (metadata.is_nested_tensor()) throw Unsupported("a nested tensor");
+  if (metadata.layout() != at::kStrided) throw Unsupported("a layout other than strided");
+  if (!metadata.device().is_cpu()) throw Unsupported("a device other than the CPU");
+  meta.dtype = c10::typeMetaToScalarType(metadata.dtype());
+  check_dtype(meta.dtype);
+  if (metadata.grad_dtype().has_value() && *metadata.grad_dtype() != meta.dtype) throw Unsupported("a gradient dtype of its own");
+  const c10::SymIntArrayRef shape = metadata.shape_as_dim_vector();
+  meta.shape.reserve(shape.size());
+  for (const c10::SymInt& extent : shape) meta.shape.push_back(Take::concrete(extent));
+  return meta;
+}
+
+// Graph nodes found so far; open addressing, as the walk looks every edge up.
+class NodeIndex {
+ public:
+  NodeIndex() : cells_(256, Cell{nullptr, -1}) {}
+
+  std::int32_t& operator[](const autograd::Node* fn) {
+    if (2 * ++filled_ > cells_.size()) grow();
+    Cell& cell = locate(fn);
+    if (cell.fn == fn) {
+      --filled_;
+    } else {
+      cell.fn = fn;
+    }
+    return cell.index;
+  }
+
+ private:
+  struct Cell {
+    const autograd::Node* fn;
+    std::int32_t index;
+  };
+  Cell& locate(const autograd::Node* fn) {
+    const std::size_t mask = cells_.size() - 1;
+    std::size_t at = (reinterpret_cast<std::uintptr_t>(fn) >> 4) * 0x9E3779B97F4A7C15ull >> 20 & mask;
+    while (cells_[at].fn != nullptr && cells_[at].fn != fn) at = (at + 1) & mask;
+    return cells_[at];
+  }
+  void grow() {
+    std::vector<Cell> old(2 * cells_.size(), Cell{nullptr, -1});
+    old.swap(cells_);
+    for (const Cell& cell : old) {
+      if (cell.fn != nullptr) locate(cell.fn) = cell;
+    }
+  }
+  std::vector<Cell> cells_;
+  std::size_t filled_ = 0;
+};
+
+struct Visit {
+  autograd::Node* fn;
+  std::int32_t first_request = -1;  // head of the chain of requested inputs that are outputs of this node
+  std::int32_t tape_index = -1;
+  bool seen = false;
+  bool below = false;    // a requested input is reached through one of its edges
+  bool reached = false;  // a wanted edge or a requested output leads here
+};
+
+class Walk {
+ public:
+  Walk(const std::vector<autograd::Edge>& outputs, const std::vector<autograd::Edge>& inputs)
+      : outputs_(outputs), inputs_(inputs), next_request_(inputs.size(), -1), input_reached_(inputs.size(), false) {
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      if (!inputs[i].function) continue;
+      Visit& visit = visits_[find(inputs[i].function.get())];
+      next_request_[i] = visit.first_request;
+      visit.first_request = static_cast<std::int32_t>(i);
+    }
+    search();
+    mark();
+  }
+
+  // The visits that belong on the tape, each before all it leads to.
+  const std::vector<std::int32_t>& order() const { return order_; }
+  const Visit& visit(std::int32_t index) const { return visits_[index]; }
+  bool input_reached(std::size_t i) const { return input_reached_[i]; }
+
+  Value value(const autograd::Edge& edge) {
+    if (!edge.function || !wanted(edge)) return {};
+    return {visits_[find(edge.function.get())].tape_index, static_cast<std::int32_t>(edge.input_nr)};
+  }
+
+ private:
+  std::int32_t find(autograd::Node* fn) {
+    std::int32_t& index = index_[fn];
+    if (index < 0) {
+      index = static_cast<std::int32_t>(visits_.size());
+      visits_.push_back(Visit{fn});
+    }
+    return index;
+  }
+
+  // Does a derivative through this edge arrive at a requested input?
+  bool wanted(const autograd::Edge& edge) {
+    const Visit& visit = visits_[find(edge.function.get())];
+    if (visit.below) return true;
+    for (std::int32_t i = visit.first_request; i >= 0; i = next_request_[i]) {
+      if (inputs_[i].input_nr == edge.input_nr) return true;
+    }
+    return false;
+  }
+
+  void search() {
+    struct Frame {
+      std::int32_t visit;
+      std::uint32_t edge;
+    };
+    std::vector<Frame> stack;
+    const auto enter = [&](autograd::Node* fn) {
+      const std::int32_t index = find(fn);
+      if (visits_[index].seen) return;
+      visits_[index].seen = true;
+      stack.push_back({index, 0});
+    };
+    for (const autograd::Edge& output : outputs_) {
+      if (output.function) enter(output.function.get());
+      while (!stack.empty()) {
+        Frame& frame = stack.back();
+        autograd::Node* fn = visits_[frame.visit].fn;
+        const autograd::edge_list& edges = fn->next_edges();
+        if (frame.edge < edges.size()) {
+          const autograd::Edge& edge = edges[frame.edge++];
+          if (edge.function) enter(edge.function.get());
+          continue;
+        }
+        const std::int32_t done = frame.visit;
+        stack.pop_back();
+        bool below = false;
+        for (const autograd::Edge& edge : edges) below = below || (edge.function && wanted(edge));
+        visits_[done].below = below;
+        order_.push_back(done);
+      }
+    }
+    std::reverse(order_.begin(), order_.end());
+  }
+
+  void reach(const autograd::Edge& edge) {
+    if (!edge.function || !wanted(edge)) return;
+    Visit& visit = visits_[find(edge.function.get())];
+    visit.reached = true;
+    for (std::int32_t i = visit.first_request; i >= 0; i = next_request_[i]) {
+      if (inputs_[i].input_nr == edge.input_nr) input_reached_[i] = true;
+    }
+  }
+
+  void mark() {
+    for (const autograd::Edge& output : outputs_) reach(output);
+    std::size_t kept = 0;
+    for (const std::int32_t index : order_) {
+      if (!visits_[index].reached) continue;
+      visits_[index].tape_index = static_cast<std::int32_t>(kept);
+      order_[kept++] = index;
+      for (const autograd::Edge& edge : visits_[index].fn->next_edges()) reach(edge);
+    }
+    order_.resize(kept);
+  }
+
+  const std::vector<autograd::Edge>& outputs_;
+  const std::vector<autograd::Edge>& inputs_;
+  NodeIndex index_;
+  std::vector<Visit> visits_;
+  std::vector<std::int32_t> order_;
+  std::vector<std::int32_t> next_request_;
+  std::vector<bool> input_reached_;
+};
+
+// type_info objects of PyTorch's nodes are unique, so a small direct-mapped cache spares hashing their names.
+const Reader* find_reader(const autograd::Node& fn) {
+  struct Cell {
+    const std::type_info* type = nullptr;
+    const Reader* reader = nullptr;
+  };
+  static thread_local std::array<Cell, 512> cache;
+  const std::type_info& type = typeid(fn);
+  Cell& cell = cache[(reinterpret_cast<std::uintptr_t>(&type) >> 4) % cache.size()];
+  if (cell.type != &type) {
+    const Reader* reader = table().find(type);
+    if (reader == nullptr) reader = type == typeid(autograd::AccumulateGrad) ? &accumulate_reader() : &opaque_reader();
+    cell = {&type, reader};
+  }
+  return cell.reader;
+}
+
+autograd::Edge input_edge(const at::Tensor& input) {
+  if (const NodePtr& fn = input.grad_fn()) return {fn, input.output_nr()};
+  return {autograd::impl::try_get_grad_accumulator(input), 0};
+}
+
+void sign(std::vector<std::int64_t>& signature, const Value& value) {
+  signature.push_back(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
+}
+
+template <class T>
+void sign(std::vector<std::int64_t>& signature, const std::vector<T>& list) {
+  signature.push_back(std::ssize(list));
+  for (const T& item : list) {
+    if constexpr (std::is_same_v<T, double>) {
+      signature.push_back(std::bit_cast<std::int64_t>(item));
+    } else if constexpr (std::is_same_v<T, Value>) {
+      sign(signature, item);
+    } else {
+      signature.push_back(item);
+    }
+  }
+}
+
+void sign(std::vector<std::int64_t>& signature, const Node& node) {
+  signature.push_back(reinterpret_cast<std::intptr_t>(node.reader));
+  if (node.reader == &opaque_reader()) {
+    signature.push_back(static_cast<std::int64_t>(std::hash<std::string>()(node.fn->name())));
+  }
+  sign(signature, node.ints);
+  sign(signature, node.reals);
+  sign(signature, node.slots);
+  sign(signature, node.inputs);
+  signature.push_back(std::ssize(node.outputs));
+  for (const Meta& meta : node.outputs) {
+    signature.push_back(static_cast<std::int64_t>(meta.dtype));
+    sign(signature, meta.shape);
+  }
+}
+
+void sign(std::vector<std::int64_t>& signature, const at::Tensor& slot) {
+  signature.push_back(static_cast<std::int64_t>(slot.scalar_type()) << 1 | slot.requires_grad());
+  signature.push_back(slot.dim());
+  signature.insert(signature.end(), slot.sizes().begin(), slot.sizes().end());
+  signature.insert(signature.end(), slot.strides().begin(), slot.strides().end());
+}
+
+}  // namespace
+
+std::int32_t SlotTable::add(at::Tensor tensor) {
+  check_tensor(tensor);
+  const void* data = tensor.const_data_ptr();
+  const auto [first, last] = by_data_.equal_range(data);
+  for (auto known = first; known != last; ++known) {
+    const at::Tensor& other = slots_[known->second];
+    if (other.is_same(tensor)) return known->second;
+    if (other.scalar_type() != tensor.scalar_type() || other.sizes() != tensor.sizes() || other.strides() != tensor.strides() ||
+        !other.storage().is_alias_of(tensor.storage()) || other.requires_grad() != tensor.requires_grad()) {
+      continue;
+    }
+    if (!tensor.requires_grad()) return known->second;
+    const NodePtr& fn = tensor.grad_fn();
+    if (fn && fn == other.grad_fn() && tensor.output_nr() == other.output_nr()) return known->second;
+  }
+  const auto slot = static_cast<std::int32_t>(slots_.size());
+  slots_.push_back(std::move(tensor));
+  by_data_.emplace(data, slot);
+  return slot;
+}
+
+at::Tensor Take::unpack(const SavedVariable& saved, bool is_result) const {
+  if (saved.has_hooks()) throw Unsupported("saved tensors with hooks");
+  return is_result ? saved.unpack(node_.fn) : saved.unpack();
+}
+
+void Take::slot(const SavedVariable& saved, bool wanted) { wanted ? derived(unpack(saved)) : no_slot(); }
+
+void Take::result(const SavedVariable& saved, bool wanted) { wanted ? derived(unpack(saved, true)) : no_slot(); }
+
+void Take::derived(at::Tensor tensor) {
+  const std::int32_t slot = tensor.defined() ? slots_.add(std::move(tensor)) : -1;
+  node_.slots.push_back(slot);
+}
+
+void Take::real(const at::Scalar& value) {
+  if (value.isComplex()) throw Unsupported("complex numbers");
+  if (value.isSymbolic()) throw Unsupported("symbolic sizes");
+  node_.reals.push_back(value.toDouble());
+}
+
+std::int64_t Take::concrete(const c10::SymInt& value) {
+  if (value.is_heap_allocated()) throw Unsupported("symbolic sizes");
+  return value.as_int_unchecked();
+}
+
+Tape capture(at::TensorList outputs, at::TensorList inputs) {
+  check_ambient();
+  std::vector<autograd::Edge> output_edges, input_edges;
+  output_edges.reserve(outputs.size());
+  input_edges.reserve(inputs.size());
+  for (const at::Tensor& output : outputs) {
+    check_tensor(output);
+    output_edges.push_back(output.requires_grad() ? autograd::impl::gradient_edge(output) : autograd::Edge());
+  }
+  for (const at::Tensor& input : inputs) {
+    check_tensor(input);
+    input_edges.push_back(input.requires_grad() ? input_edge(input) : autograd::Edge());
+  }
+  Walk walk(output_edges, input_edges);
+
+  Tape tape;
+  tape.nodes.resize(walk.order().size());
+  tape.signature.reserve(32 * tape.nodes.size() + 64);
+  SlotTable slots(tape.slots);
+  for (std::size_t k = 0; k < tape.nodes.size(); ++k) {
+    const Visit& visit = walk.visit(walk.order()[k]);
+    Node& node = tape.nodes[k];
+    node.fn = NodePtr::reclaim_copy(visit.fn);
+    node.reader = find_reader(*visit.fn);
+    check_hooks(*visit.fn, visit.below);
+    node.outputs.reserve(visit.fn->num_inputs());
+    for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) node.outputs.push_back(read_meta(visit.fn->input_metadata(o)));
+    node.inputs.reserve(visit.fn->num_outputs());
+    for (const autograd::Edge& edge : visit.fn->next_edges()) node.inputs.push_back(walk.value(edge));
+    if (visit.below) {
+      Take take(node, slots);
+      node.reader->read(take, *visit.fn);
+    }
+    sign(tape.signature, node);
+  }
+  for (const autograd::Edge& edge : output_edges) tape.outputs.push_back(walk.value(edge));
+  for (std::size_t i = 0; i < input_edges.size(); ++i) {
+    tape.inputs.push_back(walk.input_reached(i) ? walk.value(input_edges[i]) : Value());
+  }
+  sign(tape.signature, tape.outputs);
+  sign(tape.signature, tape.inputs);
+  for (const at::Tensor& slot : tape.slots) sign(tape.signature, slot);
+  return tape;
+}
+
+void release(Tape& tape) {
+  for (Node& node : tape.nodes) {
+    const bool ran = std::any_of(node.inputs.begin(), node.inputs.end(), [](const Value& value) { return value.node >= 0; });
+    if (!ran) continue;
+    node.fn->will_release_variables();
+    node.fn->release_variables();
+  }
+}
+
+}  // namespace wengert::tape

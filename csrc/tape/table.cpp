@@ -1,0 +1,50 @@
+#include <deque>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "tape/build.h"
+#include "tape/reader.h"
+
+namespace wengert::tape {
+
+const Table& table() {
+  static const Table rows = [] {
+    Table table;
+    add_elementwise(table);
+    add_views(table);
+    add_matmul(table);
+    return table;
+  }();
+  return rows;
+}
+
+const Reader& opaque_reader() {
+  static const Reader row{"opaque"};
+  return row;
+}
+
+const Reader& accumulate_reader() {
+  static const Reader row{"torch::autograd::AccumulateGrad"};
+  return row;
+}
+
+Pullback describe(const Tape& tape, const Node& node, int output, int input, fused::ExprPool& pool) {
+  const Site site{tape, node, output, input, pool};
+  if (product(site.x()) == 0 || product(site.y()) == 0) return zero();
+  return node.reader->describe ? node.reader->describe(site) : opaque();
+}
+
+const char* name(const Node& node) {
+  if (node.reader != &opaque_reader()) return node.reader->name;
+  // Few distinct names exist; they live as long as the process, as a row's name does.
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::size_t> known;
+  static std::deque<std::string> names;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, fresh] = known.try_emplace(node.fn->name(), names.size());
+  if (fresh) names.push_back(entry->first);
+  return names[entry->second].c_str();
+}
+
+}  // namespace wengert::tape
