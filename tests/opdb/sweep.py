@@ -9,7 +9,6 @@ or a hang in one operator hides no other: the driver reads what was printed and 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import itertools
 import json
@@ -23,12 +22,15 @@ from typing import Any
 
 import torch
 
+import wengert
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from support.compare import Outcome, Tolerance, assert_same, same_error  # noqa: E402
+from support.native import Calls  # noqa: E402
 from torch.autograd import functional as torch_functional  # noqa: E402
 
-SAMPLES, ELEMENTS, LOOKED_AT, OUTPUTS = 6, 64, 120, 256
+SAMPLES, ELEMENTS, LOOKED_AT, OUTPUTS = 6, 64, 120, 700
 HESSIAN_ELEMENTS = 12
 TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)
 
@@ -44,7 +46,8 @@ class OpReport:
     samples: int = 0
     agreed: int = 0
     refused: int = 0  # torch raised, and so did we, alike
-    native: int = 0
+    native: int = 0  # calls the engine answered
+    opaque: int = 0  # of these, calls in which it had to call an autograd node
     fallback: int = 0
     seconds: float = 0.0
     skipped: str = ""
@@ -129,9 +132,9 @@ def chosen_samples(op: Any, full: bool) -> list[Any]:
     if small:
         step = max(1, len(small) // SAMPLES)
         return small[::step][:SAMPLES]
-    # An operator without a small sample is looked at once, on its smallest.
+    # An operator without a small sample is looked at on its two smallest.
     rest = sorted((n, k) for k, (n, _) in enumerate(sized) if n > 0)
-    return [sized[k][1] for _, k in rest[:1]]
+    return [sized[k][1] for _, k in rest[:2]]
 
 
 def scalar_of(f: Callable[..., Any]) -> Callable[..., torch.Tensor]:
@@ -150,7 +153,15 @@ def compare(report: OpReport, label: str, ours: Callable[[], Any], theirs: Calla
     if isinstance(expected.error, NoOutput):
         return
     report.samples += 1
+    before = Calls.now()
     got = Outcome.of(ours)
+    if expected.error is None:
+        calls = Calls.now() - before
+        report.native += calls.native
+        report.opaque += bool(calls.native and calls.nodes)
+        report.fallback += calls.fallback.total()
+        for reason, count in calls.fallback.items():
+            report.reasons[reason] = report.reasons.get(reason, 0) + count
     if expected.error is not None:
         if got.error is not None and same_error(got.error, expected.error):
             report.refused += 1
@@ -171,8 +182,6 @@ def compare(report: OpReport, label: str, ours: Callable[[], Any], theirs: Calla
 
 
 def sweep_op(op: Any, full: bool) -> OpReport:
-    import wengert
-
     report = OpReport(op_name(op))
     begin = time.perf_counter()
     if op.name in UNDEFINED:
@@ -181,7 +190,6 @@ def sweep_op(op: Any, full: bool) -> OpReport:
     if not op.supports_autograd:
         report.skipped = "torch has no derivative"
         return report
-    before = native_counts(wengert)
     for k, sample in enumerate(chosen_samples(op, full)):
         f, inputs = as_function(op, sample)
         if not inputs:
@@ -194,18 +202,10 @@ def sweep_op(op: Any, full: bool) -> OpReport:
         if op.supports_gradgrad and elements <= (ELEMENTS if full else HESSIAN_ELEMENTS) and (full or k < 2):
             g = scalar_of(f)
             compare(report, f"sample {k} hessian", lambda: wengert.hessian(g, inputs), lambda: torch_functional.hessian(g, inputs))
-    after = native_counts(wengert)
-    report.native, report.fallback = after[0] - before[0], after[1] - before[1]
-    report.reasons = dict(collections.Counter(after[2]) - collections.Counter(before[2]))
     if not report.samples:
         report.skipped = "no sample with differentiable floating inputs and outputs of this size"
     report.seconds = time.perf_counter() - begin
     return report
-
-
-def native_counts(wengert: Any) -> tuple[int, int, dict[str, int]]:
-    stats = wengert.stats()
-    return stats["native"], stats["fallback"], dict(stats.get("reasons", {}))
 
 
 def main() -> None:

@@ -70,12 +70,13 @@ def summary(reports):
     compared = [r for r in reports if r.samples]
     samples = sum(r.samples for r in compared)
     agreed = sum(r.agreed + r.refused for r in compared)
-    native, fallback = sum(r.native for r in compared), sum(r.fallback for r in compared)
+    native, opaque, fallback = (sum(getattr(r, name) for r in compared) for name in ("native", "opaque", "fallback"))
+    calls = max(1, native + fallback)
     good = sum(r.ok for r in compared)
     text = (
         f"{len(reports)} operators, {len(compared)} compared: {good} agree ({100 * good / max(1, len(compared)):.1f} %), "
         f"{agreed} of {samples} samples ({100 * agreed / max(1, samples):.1f} %), "
-        f"native share {100 * native / max(1, native + fallback):.1f} %"
+        f"native share {100 * native / calls:.1f} % of calls ({100 * (native - opaque) / calls:.1f} % without calling a node)"
     )
     lines = [f"  {r.op}: {line}" for r in compared for line in r.failures[:3]]
     return text, lines
