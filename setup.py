@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SUPPORTED_TORCH = ("2.13", "2.14")  # minors whose autograd node structs the readers know
-TORCH_FREE = ("fused/", "kernels/")  # rooms that include no torch headers
+TORCH_FREE = ("blocks/", "fused/", "kernels/")  # rooms that include no torch headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *AVX2]
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
@@ -82,7 +82,7 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
 
     quote = lambda words: " ".join(shlex.quote(str(word)) for word in words)  # noqa: E731
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
-    base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare", f"-I{CSRC}"]
+    base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare", f"-I{CSRC}", f"-I{CSRC}/common/compat"]
     base += shlex.split(os.environ.get("CXXFLAGS", ""))
     torch_flags = [word for path in include_paths() for word in ("-isystem", path)]
     torch_flags += ["-isystem", sysconfig.get_path("include"), "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]

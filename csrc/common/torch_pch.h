@@ -4,6 +4,5 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/library.h>
 #include <torch/csrc/utils/pybind.h>

@@ -1,0 +1,186 @@
+#include "accumulate/derivatives.h"
+
+#include <c10/util/hash.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include <atomic>
+#include <list>
+#include <mutex>
+#include <unordered_map>
+
+#include "accumulate/execute.h"
+#include "ops/fused.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+constexpr std::size_t kMaxPlans = 512;
+
+std::atomic<std::int64_t> plan_hits{0}, plan_misses{0};
+std::atomic<std::int64_t> launches_before{0};  // kernel launches up to the last reset
+
+struct SignatureHash {
+  std::size_t operator()(const std::vector<std::int64_t>& key) const {
+    std::size_t hash = key.size();
+    for (std::int64_t word : key) hash = (hash ^ static_cast<std::size_t>(word)) * 0x9E3779B97F4A7C15ull;
+    return hash ^ (hash >> 32);
+  }
+};
+
+// Plans by the structure they were made for; the least recently used one goes first.
+class PlanCache {
+ public:
+  using Key = std::vector<std::int64_t>;
+
+  std::shared_ptr<const blocks::Plan> find(const Key& key) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto at = index_.find(key);
+    if (at == index_.end()) return nullptr;
+    entries_.splice(entries_.begin(), entries_, at->second);
+    return at->second->second;
+  }
+  void insert(Key key, std::shared_ptr<const blocks::Plan> plan) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (index_.contains(key)) return;
+    entries_.emplace_front(key, std::move(plan));
+    index_.emplace(std::move(key), entries_.begin());
+    if (entries_.size() <= kMaxPlans) return;
+    index_.erase(entries_.back().first);
+    entries_.pop_back();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::list<std::pair<Key, std::shared_ptr<const blocks::Plan>>> entries_;
+  std::unordered_map<Key, decltype(entries_)::iterator, SignatureHash> index_;
+};
+
+PlanCache& plan_cache() {
+  static PlanCache cache;
+  return cache;
+}
+
+std::shared_ptr<const blocks::Plan> plan_for(const tape::Tape& tape, const Request& request) {
+  std::vector<std::int64_t> key = tape.signature;
+  key.push_back(static_cast<std::int64_t>(request.seed));
+  for (const Cotangent& cotangent : request.cotangents) {
+    key.push_back(cotangent.given);
+    if (!cotangent.given) continue;
+    key.push_back(static_cast<std::int64_t>(cotangent.dtype));
+    key.push_back(static_cast<std::int64_t>(cotangent.shape.size()));
+    key.insert(key.end(), cotangent.shape.begin(), cotangent.shape.end());
+  }
+  std::shared_ptr<const blocks::Plan> plan = plan_cache().find(key);
+  if (plan) {
+    ++plan_hits;
+    return plan;
+  }
+  ++plan_misses;
+  plan = std::make_shared<const blocks::Plan>(make_plan(tape, request));
+  plan_cache().insert(std::move(key), plan);
+  return plan;
+}
+
+std::vector<at::Tensor> run(const tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
+  const std::shared_ptr<const blocks::Plan> plan = plan_for(tape, request);
+  return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
+}
+
+// Saved tensors have to keep their history exactly when the results are to be differentiable.
+tape::Tape capture(at::TensorList outputs, at::TensorList inputs, bool create_graph) {
+  torch::autograd::AutoGradMode mode(create_graph);
+  return tape::capture(outputs, inputs);
+}
+
+TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
+  TensorRows out;
+  for (std::size_t i = 0; i < flat.size(); i += width) {
+    out.emplace_back(std::make_move_iterator(flat.begin() + i), std::make_move_iterator(flat.begin() + i + width));
+  }
+  return out;
+}
+
+TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph) {
+  const tape::Tape tape = capture(outputs, inputs, create_graph);
+  return rows(run(tape, {.seed = seed, .cotangents = {}}, {}, create_graph), inputs.size());
+}
+
+}  // namespace
+
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph) {
+  return jacobians(Seed::jacobian, outputs, inputs, create_graph);
+}
+
+TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check) {
+  return jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, create_graph);
+}
+
+std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
+                                 bool create_graph, bool batched) {
+  tape::Tape tape = capture(outputs, inputs, create_graph);
+  Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}};
+  std::vector<at::Tensor> given;
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const bool has = i < cotangents.size() && cotangents[i].defined();
+    Cotangent cotangent{.given = has, .shape = {}, .dtype = at::kFloat};
+    if (has) {
+      const at::Tensor& tensor = cotangents[i];
+      if (tensor.layout() != at::kStrided || !tensor.device().is_cpu() || tensor.is_complex() || tensor.is_conj() || tensor.is_neg()) {
+        throw tape::Unsupported("grad_outputs that are not plain strided CPU tensors");
+      }
+      cotangent.shape = tensor.sizes().vec();
+      cotangent.dtype = tensor.scalar_type();
+      given.push_back(tensor);
+    }
+    request.cotangents.push_back(std::move(cotangent));
+  }
+  std::vector<at::Tensor> results = run(tape, request, given, create_graph);
+  if (!retain_graph) tape::release(tape);
+  return results;
+}
+
+TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph) {
+  const std::vector<at::Tensor> gradients = gradient({output}, inputs, {}, true, true, false);
+  std::vector<at::Tensor> connected;
+  for (const at::Tensor& g : gradients) {
+    if (g.defined() && g.requires_grad()) connected.push_back(g);
+  }
+  TensorRows second;
+  if (!connected.empty()) second = jacobian(connected, inputs, create_graph);
+  TensorRows out;
+  std::size_t next = 0;
+  for (const at::Tensor& g : gradients) {
+    if (g.defined() && g.requires_grad()) {
+      out.push_back(std::move(second[next++]));
+    } else {
+      out.emplace_back(inputs.size());
+    }
+  }
+  return out;
+}
+
+Report explain(at::TensorList outputs, at::TensorList inputs) {
+  const tape::Tape tape = capture(outputs, inputs, false);
+  Report report;
+  make_plan(tape, {.seed = Seed::jacobian, .cotangents = {}}, &report);
+  return report;
+}
+
+std::map<std::string, std::int64_t> counters() {
+  const StepCounts steps = step_counts();
+  const Totals structure = totals();
+  return {{"plan_hits", plan_hits},           {"plan_misses", plan_misses},
+          {"launches", ops::launch_count() - launches_before},  {"matmuls", steps.matmuls},
+          {"node_calls", steps.node_calls},   {"takes", steps.takes},
+          {"blocks", structure.blocks},       {"densified", structure.densified}};
+}
+
+void reset_counters() {
+  plan_hits = plan_misses = 0;
+  launches_before = ops::launch_count();
+  reset_step_counts();
+  reset_totals();
+}
+
+}  // namespace wengert::accumulate

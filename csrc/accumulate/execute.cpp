@@ -1,0 +1,168 @@
+#include "accumulate/execute.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Functions.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "accumulate/steps.h"
+#include "accumulate/sweep.h"
+#include "ops/fused.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+using blocks::Affine;
+using blocks::Evaluate;
+using blocks::Matmul;
+using blocks::Plan;
+using blocks::PutAdd;
+using blocks::Read;
+using blocks::Slot;
+using blocks::Take;
+
+// From this size on, zeros come from calloc: fresh pages are zero already and are only touched where blocks are written.
+constexpr std::size_t kLazyZeroBytes = 64 * 1024;
+
+at::Tensor zeros(const Slot& slot) {
+  const at::ScalarType dtype = to_aten(slot.dtype);
+  const std::size_t bytes = static_cast<std::size_t>(blocks::numel(slot.shape)) * c10::elementSize(dtype);
+  if (bytes < kLazyZeroBytes) {
+    at::Tensor out = at::detail::empty_cpu(slot.shape, dtype, false, std::nullopt);
+    std::memset(out.mutable_data_ptr(), 0, bytes);
+    return out;
+  }
+  void* data = std::calloc(bytes, 1);
+  TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "wengert: could not allocate ", bytes, " bytes for a dense result of shape ",
+                   c10::IntArrayRef(slot.shape));
+  return at::from_blob(data, slot.shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
+}
+
+// The tensor's elements at the read's coordinates, as a view over the given loops; sees only metadata, so it costs no dispatch.
+at::Tensor window(const at::Tensor& tensor, const Read& read, const blocks::Shape& extents, const std::vector<std::size_t>& loops) {
+  std::int64_t offset = tensor.storage_offset();
+  c10::SmallVector<std::int64_t, 8> sizes, strides;
+  for (std::size_t a = 0; a < read.axes.size(); ++a) offset += read.axes[a].start * tensor.stride(static_cast<std::int64_t>(a));
+  for (std::size_t k : loops) {
+    std::int64_t stride = 0;
+    for (std::size_t a = 0; a < read.axes.size(); ++a) stride += read.axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
+    sizes.push_back(extents[k]);
+    strides.push_back(stride);
+  }
+  return at::as_strided(tensor, sizes, strides, offset);
+}
+
+class Run {
+ public:
+  Run(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) : plan_(plan), tape_(tape), slots_(plan.slots.size()) {
+    std::size_t s = 0;
+    for (const at::Tensor& tensor : tape.slots) slots_[s++] = tensor;
+    for (const at::Tensor& tensor : cotangents) {
+      if (tensor.defined()) slots_[s++] = tensor;
+    }
+  }
+
+  std::vector<at::Tensor> operator()() {
+    for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
+      std::visit([this](const auto& step) { run(step); }, plan_.steps[i]);
+      for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
+    }
+    std::vector<at::Tensor> results;
+    for (std::int32_t s : plan_.results) results.push_back(s < 0 ? at::Tensor() : made(s));
+    return results;
+  }
+
+ private:
+  // The slot's tensor, allocated at its first mention.
+  at::Tensor& made(std::int32_t s) {
+    at::Tensor& tensor = slots_[s];
+    if (tensor.defined()) return tensor;
+    const Slot& slot = plan_.slots[s];
+    tensor = slot.zero_filled ? zeros(slot) : at::detail::empty_cpu(slot.shape, to_aten(slot.dtype), false, std::nullopt);
+    return tensor;
+  }
+
+  void run(const Evaluate& step) {
+    const std::size_t n = step.extents.size();
+    c10::SmallVector<std::int64_t, 128> strides;
+    c10::SmallVector<ops::OperandView, 32> operands;
+    c10::SmallVector<ops::OutputView, 16> outputs;
+    strides.resize(n * (step.operands.size() + step.targets.size()));
+    std::int64_t* at = strides.data();
+    auto locate = [&](const at::Tensor& tensor, const std::vector<Affine>& axes) {
+      std::int64_t offset = 0;
+      std::fill(at, at + n, 0);
+      const c10::IntArrayRef steps = tensor.strides();
+      for (std::size_t a = 0; a < axes.size(); ++a) {
+        offset += axes[a].start * steps[a];
+        for (std::size_t k = 0; k < n; ++k) at[k] += axes[a].step[k] * steps[a];
+      }
+      return offset * static_cast<std::int64_t>(tensor.element_size());
+    };
+    for (const Read& read : step.operands) {
+      const at::Tensor& tensor = made(read.slot);
+      const std::int64_t offset = locate(tensor, read.axes);
+      operands.push_back({.data = static_cast<const char*>(tensor.const_data_ptr()) + offset, .dtype = plan_.slots[read.slot].dtype, .strides = at});
+      at += n;
+    }
+    for (const blocks::Target& target : step.targets) {
+      const at::Tensor& tensor = made(target.slot);
+      const std::int64_t offset = locate(tensor, target.axes);
+      outputs.push_back({.data = static_cast<char*>(tensor.mutable_data_ptr()) + offset,
+                         .dtype = plan_.slots[target.slot].dtype,
+                         .strides = at,
+                         .accumulate = target.accumulate});
+      at += n;
+    }
+    ops::evaluate(*step.program, step.extents, operands, outputs);
+  }
+
+  void run(const Matmul& step) {
+    count_matmul();
+    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape, window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
+                              window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
+  }
+
+  void run(const Take& step) {
+    count_take();
+    slots_[step.out] = accumulate::take(made(step.source), made(step.index));
+  }
+
+  void run(const PutAdd& step) {
+    std::vector<std::size_t> loops(step.extents.size());
+    for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
+    const at::Tensor index = window(made(step.index.slot), step.index, step.extents, loops);
+    const at::Tensor value = window(made(step.value.slot), step.value, step.extents, loops);
+    made(step.out).view(-1).index_add_(0, index.reshape(-1), value.reshape(-1));
+  }
+
+  void run(const blocks::Arange& step) { slots_[step.out] = at::arange(plan_.slots[step.out].shape[0]); }
+
+  void run(const blocks::CallNode& step) {
+    std::vector<at::Tensor> cotangents;
+    for (std::int32_t s : step.cotangents) cotangents.push_back(s < 0 ? at::Tensor() : made(s));
+    std::vector<at::Tensor> results = call_node(step, plan_, tape_, std::move(cotangents));
+    for (std::size_t j = 0; j < step.results.size(); ++j) {
+      if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
+    }
+  }
+
+  const Plan& plan_;
+  const tape::Tape& tape_;
+  std::vector<at::Tensor> slots_;
+};
+
+}  // namespace
+
+std::vector<at::Tensor> execute(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) {
+  torch::autograd::AutoGradMode no_grad(false);
+  return Run(plan, tape, cotangents)();
+}
+
+}  // namespace wengert::accumulate

@@ -1,0 +1,31 @@
+// Runs a plan on the tensors of one tape.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "blocks/plan.h"
+#include "tape/tape.h"
+
+namespace wengert::accumulate {
+
+// Straight on memory, below autograd.  Undefined tensors stand for results that are not connected.
+std::vector<at::Tensor> execute(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents);
+
+// Through differentiable dispatcher ops, so that the results can be differentiated again.
+std::vector<at::Tensor> execute_differentiably(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents);
+
+// Calls the node of a CallNode step; cotangents and results have step.batch leading axes.  Results are defined where wanted.
+std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
+                                  std::vector<at::Tensor> cotangents);
+
+// Numbers of steps run so far, for ratchets.
+struct StepCounts {
+  std::int64_t matmuls = 0;
+  std::int64_t node_calls = 0;
+  std::int64_t takes = 0;
+};
+StepCounts step_counts();
+void reset_step_counts();
+
+}  // namespace wengert::accumulate

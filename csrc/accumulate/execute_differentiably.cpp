@@ -1,0 +1,236 @@
+// Running a plan through differentiable ops: reads become views, programs go through wengert::fused, arrays are put together from
+// padded pieces.  PyTorch records all of it, so the results can be differentiated again.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include <algorithm>
+
+#include "accumulate/execute.h"
+#include "accumulate/steps.h"
+#include "accumulate/sweep.h"
+#include "ops/fused.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+using blocks::Affine;
+using blocks::Evaluate;
+using blocks::Plan;
+using blocks::Read;
+using blocks::Shape;
+using blocks::Slot;
+using blocks::Target;
+
+// The flat position of the affine coordinates in a contiguous array of the given shape, over the given loops.
+at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, const Shape& extents, const std::vector<std::size_t>& loops) {
+  std::int64_t start = 0;
+  std::vector<std::int64_t> steps(extents.size(), 0);
+  std::int64_t stride = 1;
+  for (std::size_t a = axes.size(); a-- > 0;) {
+    start += axes[a].start * stride;
+    for (std::size_t k = 0; k < extents.size(); ++k) steps[k] += axes[a].step[k] * stride;
+    stride *= shape[a];
+  }
+  at::Tensor index = at::full({}, start, at::kLong);
+  for (std::size_t q = 0; q < loops.size(); ++q) {
+    Shape sizes(loops.size(), 1);
+    sizes[q] = extents[loops[q]];
+    index = index + (at::arange(extents[loops[q]]) * steps[loops[q]]).view(sizes);
+  }
+  Shape full;
+  for (std::size_t k : loops) full.push_back(extents[k]);
+  return index.expand(full);
+}
+
+// The tensor's elements at affine coordinates, as a tensor with one axis per loop of `loops`; 1 where the read does not move.
+at::Tensor read_window(const at::Tensor& tensor, const Read& read, const Shape& extents, const std::vector<std::size_t>& loops) {
+  at::Tensor view = tensor;
+  std::vector<std::size_t> owner;  // loop behind each remaining axis
+  std::int64_t axis = 0;
+  bool simple = true;
+  for (const Affine& at : read.axes) {
+    std::vector<std::size_t> movers;
+    for (std::size_t k : loops) {
+      if (at.moves(k)) movers.push_back(k);
+    }
+    if (movers.empty()) {
+      view = view.select(axis, at.start);
+      continue;
+    }
+    if (movers.size() > 1 || std::find(owner.begin(), owner.end(), movers[0]) != owner.end()) {
+      simple = false;
+      break;
+    }
+    const std::size_t k = movers[0];
+    const std::int64_t step = at.step[k], last = at.start + step * (extents[k] - 1);
+    if (step > 0) {
+      if (at.start != 0 || step != 1 || extents[k] != view.size(axis)) view = view.slice(axis, at.start, last + 1, step);
+    } else {
+      view = view.slice(axis, last, at.start + 1, -step).flip(axis);
+    }
+    owner.push_back(k);
+    ++axis;
+  }
+  if (!simple) {  // windows and diagonals: element by element
+    std::vector<std::size_t> movers;
+    for (std::size_t k : loops) {
+      if (read.moves(k)) movers.push_back(k);
+    }
+    view = accumulate::take(tensor, flat_index(read.axes, tensor.sizes(), extents, movers));
+    owner = movers;
+  }
+  // Axes into loop order, size 1 for loops that do not move.
+  std::vector<std::int64_t> order;
+  Shape sizes;
+  for (std::size_t k : loops) {
+    const auto at = std::find(owner.begin(), owner.end(), k);
+    sizes.push_back(at == owner.end() ? 1 : extents[k]);
+    if (at != owner.end()) order.push_back(at - owner.begin());
+  }
+  if (!std::is_sorted(order.begin(), order.end())) view = view.permute(order);
+  return view.sizes() == at::IntArrayRef(sizes) ? view : view.reshape(sizes);
+}
+
+class DifferentiableRun {
+ public:
+  DifferentiableRun(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents)
+      : plan_(plan), tape_(tape), slots_(plan.slots.size()), device_(at::kCPU) {
+    std::size_t s = 0;
+    for (const at::Tensor& tensor : tape.slots) slots_[s++] = tensor;
+    for (const at::Tensor& tensor : cotangents) {
+      if (tensor.defined()) slots_[s++] = tensor;
+    }
+  }
+
+  std::vector<at::Tensor> operator()() {
+    for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
+      std::visit([this](const auto& step) { run(step); }, plan_.steps[i]);
+      for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
+    }
+    std::vector<at::Tensor> results;
+    for (std::int32_t s : plan_.results) results.push_back(s < 0 ? at::Tensor() : made(s));
+    return results;
+  }
+
+ private:
+  at::TensorOptions options(const Slot& slot) const { return at::TensorOptions().dtype(to_aten(slot.dtype)).device(device_); }
+
+  const at::Tensor& made(std::int32_t s) {
+    if (!slots_[s].defined()) slots_[s] = at::zeros(plan_.slots[s].shape, options(plan_.slots[s]));
+    return slots_[s];
+  }
+
+  void run(const Evaluate& step) {
+    std::vector<std::size_t> loops(step.extents.size());
+    for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
+    std::vector<at::Tensor> operands, values;
+    for (const Read& read : step.operands) operands.push_back(read_window(made(read.slot), read, step.extents, loops));
+    if (operands.empty()) {
+      for (const auto& output : step.program->outputs()) {
+        double value = 0;
+        step.program->pool().is_constant(output.expr, &value);
+        values.push_back(at::full(Shape(loops.size(), 1), value, at::TensorOptions().dtype(to_aten(output.dtype)).device(device_)));
+      }
+    } else {
+      values = ops::fused(operands, step.text);
+    }
+    for (std::size_t i = 0; i < step.targets.size(); ++i) put(step.targets[i], step.extents, values[i]);
+  }
+
+  // Adds the value (one axis per loop, size 1 = replicated or summed) into its slot.
+  void put(const Target& target, const Shape& extents, at::Tensor value) {
+    const Slot& slot = plan_.slots[target.slot];
+    const std::size_t n = extents.size();
+    // One loop per axis and one axis per loop: permute and pad.
+    std::vector<std::int64_t> order;
+    std::vector<bool> used(n, false);
+    bool simple = true;
+    for (const Affine& at : target.axes) {
+      std::size_t count = 0;
+      for (std::size_t k = 0; k < n; ++k) {
+        if (!at.moves(k)) continue;
+        ++count;
+        simple = simple && !used[k] && at.step[k] == 1;
+        used[k] = true;
+        order.push_back(static_cast<std::int64_t>(k));
+      }
+      simple = simple && count <= 1;
+    }
+    Shape full = extents;  // summed loops stay at size 1
+    for (std::size_t k = 0; k < n; ++k) {
+      if (!used[k]) full[k] = 1;
+    }
+    value = value.expand(full);
+    at::Tensor piece;
+    if (simple) {
+      for (std::size_t k = 0; k < n; ++k) {
+        if (!used[k]) order.push_back(static_cast<std::int64_t>(k));
+      }
+      if (!std::is_sorted(order.begin(), order.end())) value = value.permute(order);
+      Shape sizes;
+      std::vector<std::int64_t> padding;
+      std::size_t next = 0;
+      for (std::size_t a = 0; a < target.axes.size(); ++a) {
+        const bool moves = !target.axes[a].is_constant();
+        const std::int64_t size = moves ? full[order[next++]] : 1;
+        sizes.push_back(size);
+        padding.insert(padding.begin(), {target.axes[a].start, slot.shape[a] - size - target.axes[a].start});
+      }
+      piece = value.reshape(sizes);
+      if (std::any_of(padding.begin(), padding.end(), [](std::int64_t p) { return p != 0; })) piece = at::constant_pad_nd(piece, padding);
+    } else {
+      std::vector<std::size_t> loops;
+      for (std::size_t k = 0; k < n; ++k) loops.push_back(k);
+      const at::Tensor index = flat_index(target.axes, slot.shape, full, loops);
+      piece = at::zeros({blocks::numel(slot.shape)}, options(slot)).index_add(0, index.reshape(-1), value.reshape(-1)).view(slot.shape);
+    }
+    at::Tensor& tensor = slots_[target.slot];
+    tensor = tensor.defined() ? tensor + piece : piece;
+  }
+
+  void run(const blocks::Matmul& step) {
+    count_matmul();
+    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape, read_window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
+                                          read_window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
+  }
+
+  void run(const blocks::Take& step) {
+    count_take();
+    slots_[step.out] = accumulate::take(made(step.source), made(step.index));
+  }
+
+  void run(const blocks::PutAdd& step) {
+    std::vector<std::size_t> loops(step.extents.size());
+    for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
+    const at::Tensor index = read_window(made(step.index.slot), step.index, step.extents, loops).expand(step.extents);
+    const at::Tensor value = read_window(made(step.value.slot), step.value, step.extents, loops).expand(step.extents);
+    const at::Tensor& old = made(step.out);
+    slots_[step.out] = old.reshape(-1).index_add(0, index.reshape(-1), value.reshape(-1)).view(old.sizes());
+  }
+
+  void run(const blocks::Arange& step) { slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(device_)); }
+
+  void run(const blocks::CallNode& step) {
+    std::vector<at::Tensor> cotangents;
+    for (std::int32_t s : step.cotangents) cotangents.push_back(s < 0 ? at::Tensor() : made(s));
+    std::vector<at::Tensor> results = call_node(step, plan_, tape_, std::move(cotangents));
+    for (std::size_t j = 0; j < step.results.size(); ++j) {
+      if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
+    }
+  }
+
+  const Plan& plan_;
+  const tape::Tape& tape_;
+  std::vector<at::Tensor> slots_;
+  at::Device device_;
+};
+
+}  // namespace
+
+std::vector<at::Tensor> execute_differentiably(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) {
+  torch::autograd::AutoGradMode with_grad(true);
+  return DifferentiableRun(plan, tape, cotangents)();
+}
+
+}  // namespace wengert::accumulate

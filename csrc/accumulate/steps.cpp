@@ -1,0 +1,206 @@
+#include "accumulate/steps.h"
+
+#include <ATen/ATen.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
+#include <ATen/functorch/DynamicLayer.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <atomic>
+#include <mutex>
+#include <typeindex>
+#include <unordered_set>
+
+#include "accumulate/execute.h"
+#include "accumulate/sweep.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+namespace functorch = at::functorch;
+
+std::atomic<std::int64_t> matmul_count{0}, call_count{0}, take_count{0};
+
+// One vmap level for the lifetime of the object.
+class VmapLevel {
+ public:
+  explicit VmapLevel(std::int64_t batch)
+      : level_(functorch::initAndPushDynamicLayer(functorch::TransformType::Vmap, c10::SymInt(batch), functorch::RandomnessType::Error)) {}
+  ~VmapLevel() { functorch::popDynamicLayerAndDeleteMetadata(); }
+  VmapLevel(const VmapLevel&) = delete;
+  VmapLevel& operator=(const VmapLevel&) = delete;
+
+  at::Tensor wrap(const at::Tensor& tensor) const { return tensor.defined() ? functorch::makeBatched(tensor, 0, level_) : tensor; }
+  // The tensor with the batch axis first; one that does not depend on the batch is repeated.
+  at::Tensor unwrap(const at::Tensor& tensor, std::int64_t batch) const {
+    if (!tensor.defined()) return tensor;
+    const functorch::BatchedTensorImpl* impl = functorch::maybeGetBatchedImpl(tensor);
+    if (impl == nullptr || impl->level() != level_) return tensor.unsqueeze(0).expand(with_batch(tensor.sizes(), batch));
+    return impl->value().movedim(impl->bdim(), 0);
+  }
+
+ private:
+  static std::vector<std::int64_t> with_batch(at::IntArrayRef sizes, std::int64_t batch) {
+    std::vector<std::int64_t> out{batch};
+    out.insert(out.end(), sizes.begin(), sizes.end());
+    return out;
+  }
+  std::int64_t level_;
+};
+
+// Warnings about missing batching rules are about our choice to batch, not about the user's code.
+class Silence : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+// Node types that cannot be batched (a numpy backward, compiled graphs, in-place tricks) are remembered, so that they fail only once.
+class RowOnly {
+ public:
+  bool contains(const std::type_info& type) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return types_.contains(std::type_index(type));
+  }
+  void insert(const std::type_info& type) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    types_.insert(std::type_index(type));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_set<std::type_index> types_;
+};
+
+RowOnly& row_only() {
+  static RowOnly instance;
+  return instance;
+}
+
+// What PyTorch's engine does to a node's result before it reaches the next node.
+at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
+  const auto& metadata = edge.function->input_metadata(edge.input_nr);
+  const std::vector<std::int64_t> shape = c10::asIntArrayRefUnchecked(metadata.shape_as_dim_vector()).vec();
+  if (!grad.defined()) return at::zeros(shape, metadata.options());
+  if (grad.sizes() != c10::IntArrayRef(shape)) {
+    TORCH_CHECK(at::is_expandable_to(shape, grad.sizes()), edge.function->name(), " returned an invalid gradient: got ", grad.sizes(),
+                " but expected shape compatible with ", c10::IntArrayRef(shape));
+    grad = at::sum_to(std::move(grad), c10::IntArrayRef(shape));
+  }
+  const at::ScalarType dtype = c10::typeMetaToScalarType(metadata.dtype());
+  if (grad.is_complex() && !at::isComplexType(dtype)) grad = at::real(grad);
+  return grad.scalar_type() == dtype ? grad : grad.to(dtype);
+}
+
+std::vector<at::Tensor> call_once(const blocks::CallNode& step, const tape::Tape& tape, const std::vector<at::Tensor>& cotangents) {
+  const tape::NodePtr& fn = tape.nodes[step.node].fn;
+  torch::autograd::variable_list given(cotangents.begin(), cotangents.end());
+  torch::autograd::variable_list got = (*fn)(std::move(given));
+  std::vector<at::Tensor> results(step.results.size());
+  for (std::size_t j = 0; j < step.results.size(); ++j) {
+    if (step.results[j] >= 0) results[j] = validated(j < got.size() ? std::move(got[j]) : at::Tensor(), fn->next_edge(j));
+  }
+  return results;
+}
+
+std::vector<at::Tensor> call_batched(const blocks::CallNode& step, const tape::Tape& tape, const std::vector<at::Tensor>& cotangents,
+                                     std::int64_t batch) {
+  static Silence silence;
+  c10::WarningUtils::WarningHandlerGuard guard(&silence);
+  VmapLevel level(batch);
+  std::vector<at::Tensor> wrapped;
+  for (const at::Tensor& cotangent : cotangents) wrapped.push_back(level.wrap(cotangent));
+  std::vector<at::Tensor> results = call_once(step, tape, wrapped);
+  for (at::Tensor& result : results) result = level.unwrap(result, batch);
+  return results;
+}
+
+std::vector<at::Tensor> call_rows(const blocks::CallNode& step, const tape::Tape& tape, const std::vector<at::Tensor>& cotangents,
+                                  std::int64_t batch) {
+  std::vector<std::vector<at::Tensor>> rows(step.results.size());
+  for (std::int64_t r = 0; r < batch; ++r) {
+    std::vector<at::Tensor> row;
+    for (const at::Tensor& cotangent : cotangents) row.push_back(cotangent.defined() ? cotangent.select(0, r) : cotangent);
+    std::vector<at::Tensor> got = call_once(step, tape, row);
+    for (std::size_t j = 0; j < got.size(); ++j) {
+      if (got[j].defined()) rows[j].push_back(std::move(got[j]));
+    }
+  }
+  std::vector<at::Tensor> results(step.results.size());
+  for (std::size_t j = 0; j < rows.size(); ++j) {
+    if (!rows[j].empty()) results[j] = at::stack(rows[j]);
+  }
+  return results;
+}
+
+}  // namespace
+
+std::vector<std::size_t> matmul_axes(const blocks::Matmul& step, bool left) {
+  std::vector<std::size_t> axes = step.batch;
+  const auto& second = left ? step.m : step.k;
+  const auto& third = left ? step.k : step.n;
+  axes.insert(axes.end(), second.begin(), second.end());
+  axes.insert(axes.end(), third.begin(), third.end());
+  return axes;
+}
+
+at::Tensor matmul(const blocks::Matmul& step, const blocks::Shape& shape, const at::Tensor& a, const at::Tensor& b) {
+  auto size = [&](const std::vector<std::size_t>& loops) {
+    std::int64_t product = 1;
+    for (std::size_t k : loops) product *= step.extents[k];
+    return product;
+  };
+  const std::int64_t batch = size(step.batch), m = size(step.m), n = size(step.n), k = size(step.k);
+  const at::Tensor product = step.batch.empty() ? at::mm(a.reshape({m, k}), b.reshape({k, n}))
+                                                : at::bmm(a.reshape({batch, m, k}), b.reshape({batch, k, n}));
+  return product.view(shape);
+}
+
+at::Tensor take(const at::Tensor& source, const at::Tensor& index) {
+  return source.reshape(-1).index_select(0, index.reshape(-1)).view(index.sizes());
+}
+
+void count_matmul() { ++matmul_count; }
+void count_take() { ++take_count; }
+StepCounts step_counts() { return {.matmuls = matmul_count, .node_calls = call_count, .takes = take_count}; }
+void reset_step_counts() { matmul_count = call_count = take_count = 0; }
+
+std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape, std::vector<at::Tensor> cotangents) {
+  if (step.batch == 0) {
+    ++call_count;
+    return call_once(step, tape, cotangents);
+  }
+  std::int64_t batch = 1;
+  blocks::Shape lead;
+  for (std::size_t o = 0; o < cotangents.size(); ++o) {
+    if (!cotangents[o].defined()) continue;
+    const blocks::Shape& shape = plan.slots[step.cotangents[o]].shape;
+    lead.assign(shape.begin(), shape.begin() + step.batch);
+    batch = blocks::numel(lead);
+    cotangents[o] = cotangents[o].flatten(0, static_cast<std::int64_t>(step.batch) - 1);
+  }
+  const torch::autograd::Node& fn = *tape.nodes[step.node].fn;
+  std::vector<at::Tensor> results;
+  bool rows = batch == 1 || row_only().contains(typeid(fn));
+  if (!rows) {
+    try {
+      results = call_batched(step, tape, cotangents, batch);
+      ++call_count;
+    } catch (const std::exception&) {
+      // If the node is at fault the row-wise call raises the same error again; if batching was, it succeeds.
+      rows = true;
+    }
+  }
+  if (rows) {
+    call_count += batch;
+    results = call_rows(step, tape, cotangents, batch);
+    if (batch > 1 && fn.name().find("Py") == std::string::npos) row_only().insert(typeid(fn));
+  }
+  for (std::size_t j = 0; j < results.size(); ++j) {
+    if (!results[j].defined()) continue;
+    blocks::Shape shape = lead;
+    shape.insert(shape.end(), results[j].sizes().begin() + 1, results[j].sizes().end());
+    results[j] = results[j].reshape(shape);
+  }
+  return results;
+}
+
+}  // namespace wengert::accumulate

@@ -1,0 +1,21 @@
+// Steps that both ways of running a plan share; all are made of differentiable ATen ops.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "blocks/plan.h"
+
+namespace wengert::accumulate {
+
+// The loops of one side of a matrix product, in the order matmul() wants them: (batch, m, k) of a, (batch, k, n) of b.
+std::vector<std::size_t> matmul_axes(const blocks::Matmul& step, bool left);
+// a and b are views over matmul_axes; the result has axes (batch, m, n), each group spread out again to `shape`.
+at::Tensor matmul(const blocks::Matmul& step, const blocks::Shape& shape, const at::Tensor& a, const at::Tensor& b);
+// source.flatten()[index], with index's shape
+at::Tensor take(const at::Tensor& source, const at::Tensor& index);
+
+void count_matmul();
+void count_take();
+
+}  // namespace wengert::accumulate

@@ -1,0 +1,540 @@
+#include "accumulate/sweep.h"
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+
+#include "blocks/pull.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+using blocks::Block;
+using blocks::BlockList;
+using blocks::Builder;
+using blocks::Coord;
+using blocks::Loss;
+using blocks::Part;
+using blocks::Shape;
+using blocks::numel;
+
+// A value this large is forced before it is multiplied into several pulls, which would each compute it again.
+constexpr int kMaxShared = 24;
+
+std::atomic<std::int64_t> total_blocks{0}, total_densified{0};
+
+class Sweep {
+ public:
+  Sweep(const tape::Tape& tape, Builder& builder, Shape row_shape, Report* report, bool watch_batch)
+      : tape_(tape), builder_(builder), row_shape_(std::move(row_shape)), report_(report), watch_batch_(watch_batch), lists_(tape.nodes.size()) {
+    for (std::size_t n = 0; n < tape.nodes.size(); ++n) lists_[n].resize(tape.nodes[n].outputs.size());
+    for (const tape::Value& input : tape.inputs) {
+      if (input.node >= 0) captured_[{input.node, input.output}];
+    }
+  }
+
+  void seed(tape::Value value, Block block) {
+    State& state = lists_[value.node][value.output];
+    state.reached = true;
+    state.list.add(builder_, std::move(block));
+  }
+
+  void run() {
+    for (std::size_t n = 0; n < tape_.nodes.size(); ++n) visit(static_cast<std::int32_t>(n));
+  }
+
+  bool reached(tape::Value input) const { return input.node >= 0 && captured_.at({input.node, input.output}).reached; }
+  const std::vector<Block>& result(tape::Value input) const { return captured_.at({input.node, input.output}).list.blocks(); }
+  const std::string& coupling_node() const { return coupling_node_; }
+  bool coupled_by_opaque() const { return coupled_by_opaque_; }
+
+ private:
+  struct State {
+    BlockList list;
+    bool reached = false;  // structurally, even if every block vanished on the way
+  };
+
+  void visit(std::int32_t n) {
+    const tape::Node& node = tape_.nodes[n];
+    std::vector<State>& states = lists_[n];
+    bool any = false;
+    for (std::size_t o = 0; o < states.size(); ++o) {
+      any = any || states[o].reached;
+      auto captured = captured_.find({n, static_cast<std::int32_t>(o)});
+      if (captured != captured_.end()) captured->second = states[o];
+    }
+    if (!any) return;
+    std::vector<std::size_t> active;
+    for (std::size_t j = 0; j < node.inputs.size(); ++j) {
+      if (node.inputs[j].node >= 0) active.push_back(j);
+    }
+    if (active.empty()) return;
+    const auto losses_before = builder_.losses();
+    NodeReport row = report_ ? begin_report(node, states) : NodeReport{};
+
+    std::vector<std::vector<tape::Pullback>> pullbacks(active.size());
+    std::size_t uses = 0;
+    bool local = false;
+    std::vector<bool> opaque(active.size(), false);
+    const bool single_row = numel(row_shape_) == 1;
+    for (std::size_t e = 0; e < active.size(); ++e) {
+      for (std::size_t o = 0; o < states.size(); ++o) {
+        pullbacks[e].push_back(states[o].reached ? tape::describe(tape_, node, static_cast<int>(o), static_cast<int>(active[e]), builder_.pool())
+                                                 : tape::Pullback{.kind = tape::Kind::zero, .terms = {}, .local = {}});
+        tape::Pullback& pullback = pullbacks[e].back();
+        // With one row there is nothing to keep tied, and one call serves all inputs.
+        if (pullback.kind == tape::Kind::local && single_row) pullback.kind = tape::Kind::opaque;
+        opaque[e] = opaque[e] || pullback.kind == tape::Kind::opaque;
+        local = local || pullback.kind == tape::Kind::local;
+        uses += pullback.kind == tape::Kind::zero ? 0 : std::max<std::size_t>(1, pullback.terms.size());
+      }
+    }
+    for (std::size_t o = 0; o < states.size(); ++o) {
+      states[o].list.reduce(builder_);
+      if (uses > 1) force_shared(states[o].list);
+    }
+    const bool was_tied = watch_batch_ && coupling_node_.empty() && all_tied(states);
+    for (std::size_t e = 0; e < active.size(); ++e) {
+      if (opaque[e]) continue;
+      const tape::Value target = node.inputs[active[e]];
+      for (std::size_t o = 0; o < states.size(); ++o) {
+        const tape::Pullback& pullback = pullbacks[e][o];
+        if (pullback.kind == tape::Kind::zero) continue;
+        lists_[target.node][target.output].reached = true;
+        const auto& list = states[o].list.blocks();
+        for (const Block& block : list) {
+          if (pullback.kind == tape::Kind::local) {
+            deliver(call_local(n, o, active[e], pullback.local, block), target);
+            continue;
+          }
+          for (const tape::Term& term : pullback.terms) {
+            for (Block& pulled : blocks::pull(builder_, block, term)) deliver(std::move(pulled), target);
+          }
+        }
+      }
+    }
+    if (std::find(opaque.begin(), opaque.end(), true) != opaque.end()) call_opaque(n, states, active, opaque);
+    if (was_tied) watch_coupling(node, active, std::find(opaque.begin(), opaque.end(), true) != opaque.end());
+    if (report_) finish_report(std::move(row), pullbacks, losses_before);
+    for (State& state : states) state = State{};  // free the expressions' operand tables early
+  }
+
+  // Adds a block to a value's list, converting to the value's dtype as PyTorch's engine does at every edge.
+  void deliver(Block block, tape::Value target) {
+    const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
+    const fused::Dtype dtype = to_fused(meta.dtype);
+    if (block.dtype != dtype) {
+      block.value = builder_.force(block.value, block.extents, block.dtype);
+      block.dtype = dtype;
+    }
+    TORCH_INTERNAL_ASSERT(block.col_shape == meta.shape, "wengert: a pulled block does not fit its input");
+    lists_[target.node][target.output].list.add(builder_, std::move(block));
+  }
+
+  void force_shared(BlockList& list) {
+    std::map<std::pair<Shape, fused::Dtype>, std::vector<blocks::Value*>> groups;
+    for (Block& block : list.blocks()) {
+      if (builder_.pool().size(block.value.expr) > kMaxShared) groups[{block.extents, block.dtype}].push_back(&block.value);
+    }
+    for (auto& [key, values] : groups) builder_.force_together(values, key.first, key.second);
+  }
+
+  // The node is called with everything that arrives at it: all outputs, all rows.
+  void call_opaque(std::int32_t n, std::vector<State>& states, const std::vector<std::size_t>& active, const std::vector<bool>& opaque) {
+    const tape::Node& node = tape_.nodes[n];
+    const std::size_t rank = row_shape_.size();
+    if (numel(row_shape_) > 1) builder_.lose(Loss::opaque);
+    blocks::CallNode step{.node = n, .batch = rank, .cotangents = {}, .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
+    for (std::size_t o = 0; o < states.size(); ++o) {
+      std::int32_t slot = -1;
+      if (!states[o].list.empty()) {
+        const tape::Meta& meta = node.outputs[o];
+        Shape shape = row_shape_;
+        shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
+        slot = array(states[o].list.blocks(), shape, to_fused(meta.dtype), {});
+      }
+      step.cotangents.push_back(slot);
+    }
+    const bool live = std::any_of(step.cotangents.begin(), step.cotangents.end(), [](std::int32_t s) { return s >= 0; });
+    std::vector<std::pair<tape::Value, std::int32_t>> made;
+    for (std::size_t e = 0; e < active.size(); ++e) {
+      if (!opaque[e]) continue;
+      const tape::Value target = node.inputs[active[e]];
+      lists_[target.node][target.output].reached = true;
+      if (!live) continue;
+      const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
+      Shape shape = row_shape_;
+      shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
+      if (numel(shape) == 0) continue;
+      step.results[active[e]] = builder_.new_slot(shape, to_fused(meta.dtype));
+      made.emplace_back(target, step.results[active[e]]);
+    }
+    if (made.empty()) return;
+    builder_.emit(std::move(step));
+    for (auto [target, slot] : made) deliver(dense_block(slot, tape_.nodes[target.node].outputs[target.output]), target);
+  }
+
+  Block dense_block(std::int32_t slot, const tape::Meta& meta) {
+    Shape extents = row_shape_;
+    extents.insert(extents.end(), meta.shape.begin(), meta.shape.end());
+    Block out{.extents = extents, .value = {}, .row = {}, .col = {}, .row_shape = row_shape_, .col_shape = meta.shape, .dtype = to_fused(meta.dtype)};
+    blocks::Read read{.slot = slot, .axes = {}};
+    for (std::size_t k = 0; k < extents.size(); ++k) {
+      (k < row_shape_.size() ? out.row : out.col).push_back(blocks::loop_coord(extents.size(), k));
+      read.axes.push_back(blocks::loop_coord(extents.size(), k).affine);
+    }
+    out.value = blocks::Value{.expr = builder_.pool().operand(0), .operands = {std::move(read)}};
+    blocks::normalize(out);
+    return out;
+  }
+
+  // Calls the node on one block.  Loops tied to an axis the node only carries along stay inside the tensors; all other row loops
+  // become batch axes.
+  Block call_local(std::int32_t n, std::size_t output, std::size_t edge, const tape::Local& local, const Block& block) {
+    const tape::Node& node = tape_.nodes[n];
+    const tape::Value target = node.inputs[edge];
+    const tape::Meta& in = tape_.nodes[target.node].outputs[target.output];
+    const std::size_t loops = block.loops();
+    std::map<std::size_t, std::size_t> kept;  // loop -> output axis
+    for (std::size_t k = 0; k < loops; ++k) {
+      if (!block.moves_row(k)) continue;
+      std::size_t axis = block.col.size(), count = 0;
+      for (std::size_t a = 0; a < block.col.size(); ++a) {
+        if (block.col[a].moves(k)) axis = a, ++count;
+      }
+      if (count != 1 || local.tied[axis] < 0 || block.col[axis].has_index()) continue;
+      bool alone = true;
+      for (std::size_t l = 0; l < loops; ++l) alone = alone && (l == k || !block.col[axis].moves(l));
+      if (alone) kept[k] = axis;
+    }
+    std::vector<std::size_t> batch;
+    for (std::size_t k = 0; k < loops; ++k) {
+      if (kept.contains(k) || !block.moves_row(k)) continue;
+      batch.push_back(k);
+      if (block.moves_col(k)) builder_.lose(Loss::local);  // a tied loop had to be untied
+    }
+    Part part = blocks::as_part(block);
+    part.coords.assign(block.col.begin(), block.col.end());
+    Shape shape;
+    std::vector<Coord> lead;
+    for (std::size_t k : batch) {
+      shape.push_back(block.extents[k]);
+      lead.push_back(blocks::loop_coord(loops, k));
+    }
+    part.coords.insert(part.coords.begin(), lead.begin(), lead.end());
+    shape.insert(shape.end(), block.col_shape.begin(), block.col_shape.end());
+    blocks::CallNode step{.node = n,
+                          .batch = batch.size(),
+                          .cotangents = std::vector<std::int32_t>(node.outputs.size(), -1),
+                          .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
+    step.cotangents[output] = builder_.assemble(shape, block.dtype, {std::move(part)});
+    Shape result_shape(shape.begin(), shape.begin() + batch.size());
+    result_shape.insert(result_shape.end(), in.shape.begin(), in.shape.end());
+    const std::int32_t result = builder_.new_slot(result_shape, to_fused(in.dtype));
+    step.results[edge] = result;
+    builder_.emit(std::move(step));
+
+    // New loops: the batch loops, then one per input axis; a kept loop runs over its part of its axis.
+    std::vector<std::size_t> source(batch);  // loop of `block` behind a new loop, or `loops`
+    Block out{.extents = {}, .value = {}, .row = {}, .col = {}, .row_shape = row_shape_, .col_shape = in.shape, .dtype = to_fused(in.dtype)};
+    for (std::size_t k : batch) out.extents.push_back(block.extents[k]);
+    std::vector<std::size_t> kept_by(in.shape.size(), loops);
+    for (auto [k, axis] : kept) kept_by[local.tied[axis]] = k;
+    for (std::size_t a = 0; a < in.shape.size(); ++a) {
+      source.push_back(kept_by[a]);
+      out.extents.push_back(kept_by[a] < loops ? block.extents[kept_by[a]] : in.shape[a]);
+    }
+    const std::size_t total = out.extents.size();
+    auto moved = [&](const blocks::Affine& old) {
+      blocks::Affine affine{.start = old.start, .step = std::vector<std::int64_t>(total, 0)};
+      for (std::size_t q = 0; q < total; ++q) {
+        if (source[q] < loops) affine.step[q] = old.step[source[q]];
+      }
+      return affine;
+    };
+    for (const Coord& coord : block.row) {
+      Coord next{.affine = moved(coord.affine), .index_scale = coord.index_scale, .index = coord.index};
+      if (coord.has_index()) {
+        for (blocks::Affine& axis : next.index.axes) axis = moved(axis);
+      }
+      out.row.push_back(std::move(next));
+    }
+    blocks::Read read{.slot = result, .axes = {}};
+    for (std::size_t q = 0; q < batch.size(); ++q) read.axes.push_back(blocks::loop_coord(total, q).affine);
+    for (std::size_t a = 0; a < in.shape.size(); ++a) {
+      const std::size_t q = batch.size() + a;
+      Coord coord = kept_by[a] < loops ? Coord{.affine = moved(block.col[kept.at(kept_by[a])].affine), .index_scale = 0, .index = {}}
+                                       : blocks::loop_coord(total, q);
+      read.axes.push_back(coord.affine);
+      out.col.push_back(std::move(coord));
+    }
+    out.value = blocks::Value{.expr = builder_.pool().operand(0), .operands = {std::move(read)}};
+    blocks::normalize(out);
+    return out;
+  }
+
+  // ---- explain and the watch on sample independence
+
+  NodeReport begin_report(const tape::Node& node, const std::vector<State>& states) const {
+    NodeReport row{.node = tape::name(node), .kind = {}, .structure = {}};
+    for (std::size_t o = 0; o < states.size(); ++o) {
+      if (!states[o].reached) continue;
+      row.blocks += static_cast<std::int64_t>(states[o].list.size());
+      for (const Block& block : states[o].list.blocks()) row.stored += block.stored();
+      row.dense += numel(row_shape_) * numel(node.outputs[o].shape);
+    }
+    return row;
+  }
+
+  template <class Losses>
+  void finish_report(NodeReport row, const std::vector<std::vector<tape::Pullback>>& pullbacks, const Losses& before) {
+    tape::Kind kind = tape::Kind::zero;
+    for (const auto& edge : pullbacks) {
+      for (const tape::Pullback& pullback : edge) kind = std::max(kind, pullback.kind);
+    }
+    switch (kind) {
+      case tape::Kind::zero: row.kind = "zero"; break;
+      case tape::Kind::terms: row.kind = "structured"; break;
+      case tape::Kind::local: row.kind = "local"; break;
+      case tape::Kind::opaque: row.kind = "opaque"; break;
+    }
+    for (std::size_t l = 0; l < before.size(); ++l) {
+      const std::int64_t times = builder_.losses()[l] - before[l];
+      if (times == 0) continue;
+      if (!row.structure.empty()) row.structure += ", ";
+      row.structure += std::string("lost: ") + blocks::name(static_cast<Loss>(l));
+      if (times > 1) row.structure += " x" + std::to_string(times);
+    }
+    if (row.structure.empty()) row.structure = "kept";
+    report_->nodes.push_back(std::move(row));
+  }
+
+  // Every loop that moves the row's sample axis also moves the column side.
+  static bool tied(const Block& block) {
+    for (std::size_t k = 0; k < block.loops(); ++k) {
+      if (block.row[0].moves(k) && !block.moves_col(k)) return false;
+    }
+    return !(block.col_shape.size() > 0 && block.col_shape[0] == block.row_shape[0]) || block.row[0] == block.col[0];
+  }
+  static bool all_tied(const std::vector<State>& states) {
+    for (const State& state : states) {
+      for (const Block& block : state.list.blocks()) {
+        if (!tied(block)) return false;
+      }
+    }
+    return true;
+  }
+  void watch_coupling(const tape::Node& node, const std::vector<std::size_t>& active, bool opaque) {
+    for (std::size_t j : active) {
+      const tape::Value target = node.inputs[j];
+      for (const Block& block : lists_[target.node][target.output].list.blocks()) {
+        if (tied(block)) continue;
+        coupling_node_ = tape::name(node);
+        coupled_by_opaque_ = opaque;
+        return;
+      }
+    }
+  }
+
+ public:
+  // The blocks as one array; coords(block) gives its axes, by default (row, col).  Reuses a slot that already is that array.
+  std::int32_t array(const std::vector<Block>& list, const Shape& shape, fused::Dtype dtype,
+                     const std::vector<std::size_t>& order, std::vector<std::int32_t>* taken = nullptr) {
+    std::vector<Part> parts;
+    for (const Block& block : list) {
+      Part part = blocks::as_part(block);
+      if (!order.empty()) {
+        std::vector<Coord> coords;
+        for (std::size_t a : order) coords.push_back(part.coords[a]);
+        part.coords = std::move(coords);
+      }
+      parts.push_back(std::move(part));
+    }
+    if (parts.size() == 1) {
+      const std::int32_t slot = builder_.as_whole_slot(parts[0], shape, dtype);
+      if (slot >= 0 && (taken == nullptr || std::find(taken->begin(), taken->end(), slot) == taken->end())) {
+        if (taken) taken->push_back(slot);
+        return slot;
+      }
+    }
+    return builder_.assemble(shape, dtype, std::move(parts));
+  }
+
+ private:
+  const tape::Tape& tape_;
+  Builder& builder_;
+  Shape row_shape_;
+  Report* report_;
+  bool watch_batch_;
+  std::vector<std::vector<State>> lists_;
+  std::map<std::pair<std::int32_t, std::int32_t>, State> captured_;
+  std::string coupling_node_;
+  bool coupled_by_opaque_ = false;
+};
+
+const tape::Meta& meta_of(const tape::Tape& tape, tape::Value value) { return tape.nodes[value.node].outputs[value.output]; }
+
+// Seeds over the rows of one output without its first axis: the sum over the samples.
+Block summed_identity(const Shape& shape, fused::Dtype dtype) {
+  Block block = blocks::identity(shape, dtype);
+  block.row.erase(block.row.begin());
+  block.row_shape.erase(block.row_shape.begin());
+  return block;
+}
+
+}  // namespace
+
+Totals totals() { return {.blocks = total_blocks, .densified = total_densified}; }
+void reset_totals() { total_blocks = total_densified = 0; }
+
+fused::Dtype to_fused(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return fused::Dtype::f32;
+    case at::kDouble: return fused::Dtype::f64;
+    case at::kBFloat16: return fused::Dtype::bf16;
+    case at::kHalf: return fused::Dtype::f16;
+    case at::kLong: return fused::Dtype::i64;
+    case at::kInt: return fused::Dtype::i32;
+    case at::kShort: return fused::Dtype::i16;
+    case at::kChar: return fused::Dtype::i8;
+    case at::kByte: return fused::Dtype::u8;
+    case at::kBool: return fused::Dtype::b8;
+    default: throw tape::Unsupported(std::string("element type ") + at::toString(dtype));
+  }
+}
+
+at::ScalarType to_aten(fused::Dtype dtype) {
+  switch (dtype) {
+    case fused::Dtype::f32: return at::kFloat;
+    case fused::Dtype::f64: return at::kDouble;
+    case fused::Dtype::bf16: return at::kBFloat16;
+    case fused::Dtype::f16: return at::kHalf;
+    case fused::Dtype::i64: return at::kLong;
+    case fused::Dtype::i32: return at::kInt;
+    case fused::Dtype::i16: return at::kShort;
+    case fused::Dtype::i8: return at::kChar;
+    case fused::Dtype::u8: return at::kByte;
+    case fused::Dtype::b8: return at::kBool;
+  }
+  return at::kFloat;
+}
+
+blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* report) {
+  std::vector<blocks::Slot> given;
+  for (const at::Tensor& tensor : tape.slots) {
+    const fused::Dtype dtype = to_fused(tensor.scalar_type());
+    given.push_back({.shape = tensor.sizes().vec(), .dtype = dtype, .requires_grad = tensor.is_floating_point()});
+  }
+  std::vector<std::int32_t> cotangent_slots;
+  for (const Cotangent& cotangent : request.cotangents) {
+    cotangent_slots.push_back(cotangent.given ? static_cast<std::int32_t>(given.size()) : -1);
+    if (cotangent.given) given.push_back({.shape = cotangent.shape, .dtype = to_fused(cotangent.dtype)});
+  }
+  Builder builder(std::move(given));
+  std::vector<std::int32_t> results, taken;
+  auto finish = [&](Sweep& sweep, tape::Value input, const Shape& row_shape, const std::vector<std::size_t>& order) {
+    if (!sweep.reached(input)) {
+      results.push_back(-1);
+      return;
+    }
+    const tape::Meta& meta = meta_of(tape, input);
+    Shape axes = row_shape, shape;
+    axes.insert(axes.end(), meta.shape.begin(), meta.shape.end());
+    for (std::size_t a : order) shape.push_back(axes[a]);
+    total_blocks += static_cast<std::int64_t>(sweep.result(input).size());
+    results.push_back(sweep.array(sweep.result(input), order.empty() ? axes : shape, to_fused(meta.dtype), order, &taken));
+  };
+
+  switch (request.seed) {
+    case Seed::gradient:
+    case Seed::batched_gradient: {
+      const bool batched = request.seed == Seed::batched_gradient;
+      Shape row_shape;
+      if (batched) {
+        for (const Cotangent& cotangent : request.cotangents) {
+          if (cotangent.given) row_shape = {cotangent.shape[0]};
+        }
+      }
+      Sweep sweep(tape, builder, row_shape, report, false);
+      for (std::size_t i = 0; i < tape.outputs.size(); ++i) {
+        const tape::Value output = tape.outputs[i];
+        if (output.node < 0) continue;
+        const tape::Meta& meta = meta_of(tape, output);
+        Shape extents = row_shape;
+        extents.insert(extents.end(), meta.shape.begin(), meta.shape.end());
+        const std::size_t n = extents.size(), rows = row_shape.size();
+        Block block{.extents = extents, .value = {}, .row = {}, .col = {}, .row_shape = row_shape, .col_shape = meta.shape, .dtype = to_fused(meta.dtype)};
+        for (std::size_t k = 0; k < n; ++k) (k < rows ? block.row : block.col).push_back(blocks::loop_coord(n, k));
+        if (cotangent_slots[i] >= 0) {
+          blocks::Read read{.slot = cotangent_slots[i], .axes = {}};
+          for (std::size_t k = 0; k < n; ++k) read.axes.push_back(blocks::loop_coord(n, k).affine);
+          block.value = blocks::Value{.expr = builder.pool().operand(0), .operands = {std::move(read)}};
+        }
+        blocks::normalize(block);
+        sweep.seed(output, std::move(block));
+      }
+      sweep.run();
+      for (const tape::Value& input : tape.inputs) finish(sweep, input, row_shape, {});
+      break;
+    }
+    case Seed::jacobian: {
+      for (const tape::Value& output : tape.outputs) {
+        if (output.node < 0) {
+          results.insert(results.end(), tape.inputs.size(), -1);
+          continue;
+        }
+        const tape::Meta& meta = meta_of(tape, output);
+        Sweep sweep(tape, builder, meta.shape, report, false);
+        sweep.seed(output, blocks::identity(meta.shape, to_fused(meta.dtype)));
+        sweep.run();
+        for (const tape::Value& input : tape.inputs) finish(sweep, input, meta.shape, {});
+      }
+      break;
+    }
+    case Seed::batch_summed:
+    case Seed::batch_tied: {
+      const bool summed = request.seed == Seed::batch_summed;
+      for (const tape::Value& output : tape.outputs) {
+        if (output.node < 0) {
+          results.insert(results.end(), tape.inputs.size(), -1);
+          continue;
+        }
+        const tape::Meta& meta = meta_of(tape, output);
+        Block seed = summed ? summed_identity(meta.shape, to_fused(meta.dtype)) : blocks::identity(meta.shape, to_fused(meta.dtype));
+        const Shape row_shape = seed.row_shape;
+        Sweep sweep(tape, builder, row_shape, report, !summed);
+        sweep.seed(output, std::move(seed));
+        sweep.run();
+        for (const tape::Value& input : tape.inputs) {
+          std::vector<std::size_t> order;
+          const std::size_t rows = row_shape.size();
+          const std::size_t cols = input.node < 0 ? 0 : meta_of(tape, input).shape.size();
+          if (summed) {  // axes (out, B, in) -> (B, out, in)
+            order.push_back(rows);
+            for (std::size_t a = 0; a < rows; ++a) order.push_back(a);
+            for (std::size_t a = 1; a < cols; ++a) order.push_back(rows + a);
+          } else {  // axes (B, out, B, in) with equal samples -> (B, out, in)
+            for (std::size_t a = 0; a < rows; ++a) order.push_back(a);
+            for (std::size_t a = 1; a < cols; ++a) order.push_back(rows + a);
+            if (sweep.reached(input)) {
+              for (const Block& block : sweep.result(input)) {
+                if (block.row[0] == block.col[0]) continue;
+                // An opaque node hides the structure: that is not a proof of coupling.
+                if (sweep.coupled_by_opaque()) throw tape::Unsupported("samples pass through " + sweep.coupling_node() + ", whose structure is not known");
+                const std::string where = sweep.coupling_node().empty() ? std::string("the graph") : sweep.coupling_node();
+                throw CoupledSamples("batch_jacobian: the samples of the batch are not independent: they are coupled by " + where);
+              }
+            }
+          }
+          finish(sweep, input, row_shape, order);
+        }
+      }
+      break;
+    }
+  }
+  for (std::int64_t loss : builder.losses()) total_densified += loss;
+  return std::move(builder).finish(std::move(results));
+}
+
+}  // namespace wengert::accumulate

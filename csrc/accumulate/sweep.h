@@ -1,0 +1,64 @@
+// Reverse accumulation over a tape: seeds blocks at the outputs, pulls them node by node to the inputs, and returns the plan that
+// computes the dense results.  Works on metadata only.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "blocks/plan.h"
+#include "tape/tape.h"
+
+namespace wengert::accumulate {
+
+enum class Seed : std::uint8_t {
+  jacobian,            // one result per (output, input) pair, of shape output.shape + input.shape
+  batch_summed,        // outputs (B, *out), inputs (B, *in): (B, *out, *in), trusting that samples are independent
+  batch_tied,          // the same, with the independence read off the blocks
+  gradient,            // one result per input: sum of the outputs' pulls of their cotangents
+  batched_gradient,    // the same for cotangents with one more leading axis
+};
+
+// A cotangent the caller gives: slot of its own, or the constant 1.
+struct Cotangent {
+  bool given = false;
+  tape::Shape shape;
+  at::ScalarType dtype = at::kFloat;
+};
+
+struct Request {
+  Seed seed = Seed::jacobian;
+  std::vector<Cotangent> cotangents;  // gradients only: one per output
+};
+
+// One row of explain: what happened to the blocks at one node.
+struct NodeReport {
+  std::string node, kind, structure;
+  std::int64_t blocks = 0;  // arriving
+  std::int64_t stored = 0;  // values they hold
+  std::int64_t dense = 0;   // values of the dense array
+};
+
+struct Report {
+  std::vector<NodeReport> nodes;
+};
+
+// Samples that depend on each other where independence was asked for; what() names the node.
+struct CoupledSamples : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// Structure counters of all plans made so far (see blocks::Loss).
+struct Totals {
+  std::int64_t blocks = 0;     // blocks that reached an input
+  std::int64_t densified = 0;  // losses of any kind
+};
+Totals totals();
+void reset_totals();
+
+// Slots of the plan: the tape's, then one per given cotangent.
+blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* report = nullptr);
+
+fused::Dtype to_fused(at::ScalarType dtype);  // throws tape::Unsupported
+at::ScalarType to_aten(fused::Dtype dtype);
+
+}  // namespace wengert::accumulate

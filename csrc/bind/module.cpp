@@ -1,0 +1,96 @@
+// The Python module wengert._C.  Nothing else includes pybind11.
+#include <torch/csrc/utils/pybind.h>
+
+#include "accumulate/derivatives.h"
+#include "tape/tape.h"
+
+namespace py = pybind11;
+
+namespace {
+
+namespace accumulate = wengert::accumulate;
+
+using Tensors = std::vector<at::Tensor>;
+
+py::object to_python(const at::Tensor& tensor) { return tensor.defined() ? py::cast(tensor) : py::none(); }
+
+py::list to_python(const Tensors& row) {
+  py::list out(row.size());
+  for (std::size_t i = 0; i < row.size(); ++i) out[i] = to_python(row[i]);
+  return out;
+}
+
+py::list to_python(const accumulate::TensorRows& rows) {
+  py::list out(rows.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) out[i] = to_python(rows[i]);
+  return out;
+}
+
+// Runs f without the GIL; nodes written in Python take it back for themselves.
+template <class F>
+auto released(F&& f) {
+  py::gil_scoped_release release;
+  return f();
+}
+
+Tensors cotangents(const py::object& given, std::size_t count) {
+  Tensors out(count);
+  if (given.is_none()) return out;
+  std::size_t i = 0;
+  for (const py::handle item : given) {
+    if (i == count) break;
+    if (!item.is_none()) out[i] = item.cast<at::Tensor>();
+    ++i;
+  }
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The engine of wengert.";
+  py::register_exception<wengert::tape::Unsupported>(m, "Unsupported", PyExc_RuntimeError);
+
+  m.def(
+      "jacobian",
+      [](const Tensors& outputs, const Tensors& inputs, bool create_graph) {
+        return to_python(released([&] { return accumulate::jacobian(outputs, inputs, create_graph); }));
+      },
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph") = false);
+  m.def(
+      "batch_jacobian",
+      [](const Tensors& outputs, const Tensors& inputs, bool create_graph, bool check) {
+        return to_python(released([&] { return accumulate::batch_jacobian(outputs, inputs, create_graph, check); }));
+      },
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph") = false, py::arg("check") = true);
+  m.def(
+      "grad",
+      [](const Tensors& outputs, const Tensors& inputs, const py::object& grad_outputs, bool retain_graph, bool create_graph, bool batched) {
+        const Tensors given = cotangents(grad_outputs, outputs.size());
+        return to_python(released([&] { return accumulate::gradient(outputs, inputs, given, retain_graph, create_graph, batched); }));
+      },
+      py::arg("outputs"), py::arg("inputs"), py::arg("grad_outputs") = py::none(), py::arg("retain_graph") = false,
+      py::arg("create_graph") = false, py::arg("is_grads_batched") = false);
+  m.def(
+      "hessian",
+      [](const at::Tensor& output, const Tensors& inputs, bool create_graph) {
+        return to_python(released([&] { return accumulate::hessian(output, inputs, create_graph); }));
+      },
+      py::arg("output"), py::arg("inputs"), py::arg("create_graph") = false);
+  m.def("explain", [](const Tensors& outputs, const Tensors& inputs) {
+    py::list rows;
+    for (const accumulate::NodeReport& node : accumulate::explain(outputs, inputs).nodes) {
+      py::dict row;
+      row["node"] = node.node;
+      row["kind"] = node.kind;
+      row["structure"] = node.structure;
+      row["blocks"] = node.blocks;
+      row["stored"] = node.stored;
+      row["dense"] = node.dense;
+      rows.append(row);
+    }
+    return rows;
+  });
+  m.def("counters", &accumulate::counters);
+  m.def("reset_counters", &accumulate::reset_counters);
+}

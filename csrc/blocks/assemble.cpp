@@ -1,0 +1,253 @@
+// Assembling an array from parts: which cells a part touches, which parts may be written together, and the steps that do it.
+#include <algorithm>
+#include <limits>
+
+#include "blocks/builder.h"
+
+namespace wengert::blocks {
+
+namespace {
+
+// Longest loop that is unrolled into separate writes when a part visits cells more than once.
+constexpr std::int64_t kMaxUnroll = 64;
+constexpr std::size_t kMaxCompared = 256;
+constexpr std::size_t kMaxGroup = 16;
+constexpr std::size_t kMaxGroupOperands = 32;
+constexpr int kMaxGroupInstructions = 1024;
+
+bool has_index(const Part& part) {
+  return std::any_of(part.coords.begin(), part.coords.end(), [](const Coord& coord) { return coord.has_index(); });
+}
+
+// True if different loop indices provably give different coordinates, looking at the axes chosen by `use`.
+template <class Use>
+bool injective(const Part& part, Use use) {
+  // A loop is determined by an axis which, apart from it, only determined loops move.
+  const std::size_t n = part.extents.size();
+  std::vector<bool> known(n, false);
+  std::size_t left = n;
+  for (bool progress = true; progress && left > 0;) {
+    progress = false;
+    for (std::size_t a = 0; a < part.coords.size(); ++a) {
+      if (!use(a) || part.coords[a].has_index()) continue;
+      std::size_t unknown = n, count = 0;
+      for (std::size_t k = 0; k < n; ++k) {
+        if (!known[k] && part.coords[a].affine.moves(k)) unknown = k, ++count;
+      }
+      if (count != 1) continue;
+      known[unknown] = true;
+      --left;
+      progress = true;
+    }
+  }
+  if (left == 0) return true;
+  // Digits of one axis: sorted by step, each loop steps over everything the smaller ones reach.
+  for (std::size_t a = 0; a < part.coords.size(); ++a) {
+    if (!use(a) || part.coords[a].has_index()) continue;
+    std::vector<std::pair<std::int64_t, std::size_t>> digits;
+    for (std::size_t k = 0; k < n; ++k) {
+      if (!known[k] && part.coords[a].affine.moves(k)) digits.emplace_back(std::abs(part.coords[a].affine.step[k]), k);
+    }
+    std::sort(digits.begin(), digits.end());
+    std::int64_t reach = 0;
+    bool separate = true;
+    for (auto [step, k] : digits) {
+      separate = separate && step > reach;
+      reach += step * (part.extents[k] - 1);
+    }
+    if (!separate) continue;
+    for (auto [step, k] : digits) {
+      known[k] = true;
+      --left;
+    }
+  }
+  return left == 0;
+}
+
+bool injective(const Part& part) {
+  return injective(part, [](std::size_t) { return true; });
+}
+
+// True if the two parts provably touch no common cell.
+bool disjoint(const Part& p, const Part& q) {
+  for (std::size_t a = 0; a < p.coords.size(); ++a) {
+    if (p.coords[a].has_index() || q.coords[a].has_index()) continue;
+    const Affine &x = p.coords[a].affine, &y = q.coords[a].affine;
+    if (x.highest(p.extents) < y.lowest(q.extents) || y.highest(q.extents) < x.lowest(p.extents)) return true;
+  }
+  // Equal motions: where the axes with equal starts determine the loops, a common cell would need equal indices, and then the other
+  // axes differ.
+  bool differs = false;
+  for (std::size_t a = 0; a < p.coords.size(); ++a) {
+    if (p.coords[a].has_index() || q.coords[a].has_index()) return false;
+    if (p.coords[a].affine.step != q.coords[a].affine.step) return false;
+    differs = differs || p.coords[a].affine.start != q.coords[a].affine.start;
+  }
+  if (!differs) return false;
+  Part hull = p;
+  for (std::size_t k = 0; k < hull.extents.size(); ++k) hull.extents[k] = std::max(p.extents[k], q.extents[k]);
+  return injective(hull, [&](std::size_t a) { return p.coords[a].affine.start == q.coords[a].affine.start; });
+}
+
+void drop_unit_loops(Part& part) {
+  auto each = [&](auto&& f) {
+    for (Coord& coord : part.coords) {
+      f(coord.affine);
+      if (!coord.has_index()) continue;
+      for (Affine& axis : coord.index.axes) f(axis);
+    }
+    for (Read& read : part.value.operands) {
+      for (Affine& axis : read.axes) f(axis);
+    }
+  };
+  for (std::size_t k = part.extents.size(); k-- > 0;) {
+    if (part.extents[k] != 1) continue;
+    part.extents.erase(part.extents.begin() + k);
+    each([k](Affine& affine) { affine.step.erase(affine.step.begin() + k); });
+  }
+}
+
+// The part with loop k fixed at i.
+Part fixed(const Part& part, std::size_t k, std::int64_t i) {
+  Part out = part;
+  auto fix = [k, i](Affine& affine) { affine.start += affine.step[k] * i; };
+  for (Coord& coord : out.coords) {
+    fix(coord.affine);
+    if (!coord.has_index()) continue;
+    for (Affine& axis : coord.index.axes) fix(axis);
+  }
+  for (Read& read : out.value.operands) {
+    for (Affine& axis : read.axes) fix(axis);
+  }
+  out.extents[k] = 1;
+  drop_unit_loops(out);
+  return out;
+}
+
+// Splits parts that visit cells twice into parts that do not; what cannot be split cheaply keeps its overlap (and is index-added).
+void unroll(const Part& part, std::vector<Part>& out) {
+  if (has_index(part) || injective(part)) {
+    out.push_back(part);
+    return;
+  }
+  std::size_t shortest = 0;
+  for (std::size_t k = 1; k < part.extents.size(); ++k) {
+    if (part.extents[k] < part.extents[shortest]) shortest = k;
+  }
+  if (part.extents[shortest] > kMaxUnroll) {
+    out.push_back(part);
+    return;
+  }
+  for (std::int64_t i = 0; i < part.extents[shortest]; ++i) unroll(fixed(part, shortest, i), out);
+}
+
+}  // namespace
+
+std::int32_t Builder::assemble(const Shape& shape, fused::Dtype dtype, std::vector<Part> given) {
+  std::vector<Part> parts;
+  for (Part& part : given) {
+    if (std::find(part.extents.begin(), part.extents.end(), 0) != part.extents.end() || part.value.expr == fused::kZero) continue;
+    drop_unit_loops(part);
+    compact(part.value);
+    unroll(part, parts);
+  }
+  const std::int32_t target = new_slot(shape, dtype);
+  // Which parts can simply be stored, and do they cover everything?
+  const std::size_t count = parts.size();
+  const bool few = count <= kMaxCompared;  // comparing parts is quadratic
+  std::vector<bool> affine(count), stores(count, false);
+  std::int64_t covered = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    affine[i] = !has_index(parts[i]) && injective(parts[i]);
+    bool alone = few && affine[i];
+    for (std::size_t j = 0; alone && j < i; ++j) alone = disjoint(parts[i], parts[j]);
+    stores[i] = alone;
+    if (alone) covered += numel(parts[i].extents);
+  }
+  plan_.slots[target].zero_filled = covered != numel(shape);
+
+  // Parts over equal nests that touch different cells go through one program.  Stores touch nothing that stands before them in the
+  // list, but additions may touch what was stored later: so all stores come first.
+  std::vector<bool> done(count, false);
+  auto group_of = [&](std::size_t i) {
+    std::vector<const Part*> group{&parts[i]};
+    std::vector<Read> operands = parts[i].value.operands;
+    int instructions = pool_.size(parts[i].value.expr);
+    for (std::size_t j = i + 1; few && j < count && group.size() < kMaxGroup; ++j) {
+      if (done[j] || !affine[j] || stores[j] != stores[i] || parts[j].extents != parts[i].extents) continue;
+      const int more = pool_.size(parts[j].value.expr);
+      if (instructions + more > kMaxGroupInstructions) continue;
+      if (!std::all_of(group.begin(), group.end(), [&](const Part* other) { return disjoint(*other, parts[j]); })) continue;
+      std::vector<Read> joined = operands;
+      compact_operands(parts[j].value, joined);
+      if (joined.size() > kMaxGroupOperands) continue;
+      operands = std::move(joined);
+      instructions += more;
+      group.push_back(&parts[j]);
+      done[j] = true;
+    }
+    return group;
+  };
+  for (bool storing : {true, false}) {
+    for (std::size_t i = 0; i < count; ++i) {
+      if (done[i] || stores[i] != storing) continue;
+      done[i] = true;
+      if (affine[i]) {
+        write(target, dtype, group_of(i), !storing);
+      } else {
+        put_add(target, dtype, parts[i]);
+      }
+    }
+  }
+  return target;
+}
+
+std::int32_t Builder::as_whole_slot(const Part& part, const Shape& shape, fused::Dtype dtype) const {
+  std::int32_t leaf = 0;
+  if (has_index(part) || !pool_.is_operand(part.value.expr, &leaf)) return -1;
+  const Read& read = part.value.operands[leaf];
+  const Slot& source = slot(read.slot);
+  if (read.slot < static_cast<std::int32_t>(plan_.given) || source.shape != shape || source.dtype != dtype) return -1;
+  if (numel(part.extents) != numel(shape)) return -1;
+  for (std::size_t a = 0; a < shape.size(); ++a) {
+    if (read.axes[a] != part.coords[a].affine) return -1;
+  }
+  return injective(part) ? read.slot : -1;
+}
+
+void Builder::write(std::int32_t target, fused::Dtype dtype, std::span<const Part* const> parts, bool accumulate) {
+  Evaluate step;
+  step.extents = parts[0]->extents;
+  fused::ProgramSpec spec{.rank = static_cast<int>(step.extents.size()),
+                          .operands = 0,
+                          .compute = dtype == fused::Dtype::f64 ? fused::Dtype::f64 : fused::Dtype::f32,
+                          .outputs = {}};
+  for (const Part* part : parts) {
+    spec.outputs.push_back({.expr = compact_operands(part->value, step.operands).expr, .dtype = dtype, .reduced = 0});
+    Target to{.slot = target, .axes = {}, .accumulate = accumulate};
+    for (const Coord& coord : part->coords) to.axes.push_back(coord.affine);
+    step.targets.push_back(std::move(to));
+  }
+  spec.operands = static_cast<int>(step.operands.size());
+  step.text = fused::to_text(pool_, spec);
+  step.program = fused::intern(step.text);
+  emit(std::move(step));
+}
+
+void Builder::put_add(std::int32_t target, fused::Dtype dtype, const Part& part) {
+  plan_.slots[target].zero_filled = true;
+  const Shape shape = slot(target).shape;
+  Coord flat = constant_coord(part.extents.size());
+  std::int64_t stride = 1;
+  for (std::size_t a = shape.size(); a-- > 0;) {
+    add_scaled(flat, part.coords[a], stride, part.extents);
+    stride *= shape[a];
+  }
+  const Value index = evaluate(coordinate_value(flat, part.extents), part.extents, fused::Dtype::i64, {});
+  const Value value = pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
+  std::int32_t leaf = 0;
+  pool_.is_operand(value.expr, &leaf);
+  emit(PutAdd{.extents = part.extents, .value = value.operands[leaf], .index = index.operands[0], .out = target});
+}
+
+}  // namespace wengert::blocks

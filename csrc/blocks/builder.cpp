@@ -1,0 +1,492 @@
+#include "blocks/builder.h"
+
+#include <algorithm>
+
+namespace wengert::blocks {
+
+namespace {
+
+// A program beyond these sizes no longer fits the instruction cache and the register file of the interpreter; values are forced before.
+constexpr int kMaxInstructions = 192;
+constexpr std::size_t kMaxOperands = 24;
+// Below this many multiplications one fused loop nest beats a separate matrix product.
+constexpr std::int64_t kMinMatmulWork = 8192;
+
+fused::Dtype compute_dtype(fused::Dtype dtype) {
+  switch (dtype) {
+    case fused::Dtype::f32:
+    case fused::Dtype::bf16:
+    case fused::Dtype::f16:
+      return fused::Dtype::f32;
+    case fused::Dtype::f64:
+    case fused::Dtype::i64:
+    case fused::Dtype::i32:
+    case fused::Dtype::i16:
+    case fused::Dtype::i8:
+    case fused::Dtype::u8:
+    case fused::Dtype::b8:
+      return fused::Dtype::f64;  // integers below 2^53 are exact there
+  }
+  return fused::Dtype::f64;
+}
+
+Affine without_loops(const Affine& affine, const std::vector<std::size_t>& kept) {
+  Affine out{.start = affine.start, .step = {}};
+  out.step.reserve(kept.size());
+  for (std::size_t k : kept) out.step.push_back(affine.step[k]);
+  return out;
+}
+
+std::vector<Read> over_loops(const std::vector<Read>& reads, const std::vector<std::size_t>& kept) {
+  std::vector<Read> out = reads;
+  for (Read& read : out) {
+    for (Affine& axis : read.axes) axis = without_loops(axis, kept);
+  }
+  return out;
+}
+
+// The slot's axes are the kept loops, in order.
+Read direct_read(std::int32_t slot, std::size_t loops, const std::vector<std::size_t>& kept) {
+  Read read{.slot = slot, .axes = {}};
+  for (std::size_t k : kept) read.axes.push_back(loop_coord(loops, k).affine);
+  return read;
+}
+
+void append_key(std::vector<std::int64_t>& key, const Affine& affine) {
+  key.push_back(affine.start);
+  key.insert(key.end(), affine.step.begin(), affine.step.end());
+}
+
+}  // namespace
+
+const char* name(Loss loss) {
+  switch (loss) {
+    case Loss::index_carry: return "index carry";
+    case Loss::mask: return "mask";
+    case Loss::unstack: return "un-stack";
+    case Loss::join: return "index join";
+    case Loss::larger_than_dense: return "larger than dense";
+    case Loss::local: return "local node";
+    case Loss::opaque: return "opaque node";
+    case Loss::kCount: break;
+  }
+  return "";
+}
+
+Builder::Builder(std::vector<Slot> given) {
+  plan_.given = given.size();
+  plan_.slots = std::move(given);
+}
+
+std::int32_t Builder::new_slot(Shape shape, fused::Dtype dtype, bool requires_grad) {
+  plan_.slots.push_back(Slot{.shape = std::move(shape), .dtype = dtype, .zero_filled = false, .requires_grad = requires_grad});
+  return static_cast<std::int32_t>(plan_.slots.size() - 1);
+}
+
+// ---------------------------------------------------------------- values
+
+Value Builder::compact_operands(const Value& value, std::vector<Read>& operands) {
+  std::vector<fused::ExprId> leaves(value.operands.size(), fused::kNone);
+  for (std::int32_t used : pool_.operands(value.expr)) {
+    const Read& read = value.operands[used];
+    auto at = std::find(operands.begin(), operands.end(), read);
+    if (at == operands.end()) at = operands.insert(operands.end(), read);
+    leaves[used] = pool_.operand(static_cast<std::int32_t>(at - operands.begin()));
+  }
+  return Value{.expr = pool_.substitute(pool_, value.expr, leaves), .operands = {}};
+}
+
+void Builder::compact(Value& value) {
+  std::vector<Read> operands;
+  Value out = compact_operands(value, operands);
+  out.operands = std::move(operands);
+  value = std::move(out);
+}
+
+Value Builder::import(fused::ExprId expr, std::vector<Read> operands) {
+  Value value{.expr = expr, .operands = std::move(operands)};
+  compact(value);
+  return value;
+}
+
+void Builder::multiply(Value& value, const Value& factor) {
+  if (factor.expr == fused::kOne) return;
+  value.expr = pool_.mul(value.expr, compact_operands(factor, value.operands).expr);
+}
+
+void Builder::add(Value& value, const Value& term) {
+  value.expr = pool_.add(value.expr, compact_operands(term, value.operands).expr);
+}
+
+Value Builder::select(const Value& flag, const Value& value) {
+  Value out{.expr = fused::kNone, .operands = {}};
+  const fused::ExprId condition = compact_operands(flag, out.operands).expr;
+  const fused::ExprId args[] = {condition, compact_operands(value, out.operands).expr, pool_.constant(0)};
+  out.expr = pool_.apply(fused::Prim::where, args);
+  return out;
+}
+
+bool Builder::is_large(const Value& value) {
+  return value.operands.size() > kMaxOperands || pool_.size(value.expr) > kMaxInstructions;
+}
+
+Value Builder::force(const Value& value, const Shape& extents, fused::Dtype dtype, const std::vector<bool>& reduced) {
+  std::int32_t leaf = 0;
+  if (std::find(reduced.begin(), reduced.end(), true) == reduced.end()) {
+    if (pool_.is_constant(value.expr)) return value;
+    if (pool_.is_operand(value.expr, &leaf) && slot(value.operands[leaf].slot).dtype == dtype) return value;
+  }
+  return evaluate(value, extents, dtype, reduced);
+}
+
+Value Builder::evaluate(const Value& value, const Shape& extents, fused::Dtype dtype, const std::vector<bool>& reduced) {
+  const bool reduces = !reduced.empty();
+  const std::size_t n = extents.size();
+  std::vector<std::size_t> moving, kept;
+  double repeats = 1;  // reduced loops the value does not move along
+  for (std::size_t k = 0; k < n; ++k) {
+    const bool sums = reduces && reduced[k];
+    if (value.moves(k)) {
+      moving.push_back(k);
+      if (!sums) kept.push_back(k);
+    } else if (sums) {
+      repeats *= static_cast<double>(extents[k]);
+    }
+  }
+  Value scaled = value;
+  if (repeats != 1) scaled.expr = pool_.mul(scaled.expr, pool_.constant(repeats));
+  compact(scaled);
+
+  Evaluate step;
+  Shape out_shape;
+  for (std::size_t k : moving) step.extents.push_back(extents[k]);
+  for (std::size_t k : kept) out_shape.push_back(extents[k]);
+  fused::ProgramSpec spec{.rank = static_cast<int>(moving.size()),
+                          .operands = static_cast<int>(scaled.operands.size()),
+                          .compute = compute_dtype(dtype),
+                          .outputs = {}};
+  fused::OutputSpec output{.expr = scaled.expr, .dtype = dtype, .reduced = 0};
+  Target target{.slot = new_slot(out_shape, dtype, compute_dtype(dtype) == dtype || dtype == fused::Dtype::bf16 || dtype == fused::Dtype::f16),
+                .axes = {}};
+  for (std::size_t q = 0; q < moving.size(); ++q) {
+    if (reduces && reduced[moving[q]]) {
+      output.reduced |= 1u << q;
+    } else {
+      target.axes.push_back(loop_coord(moving.size(), q).affine);
+    }
+  }
+  spec.outputs.push_back(output);
+  step.operands = over_loops(scaled.operands, moving);
+  step.text = fused::to_text(pool_, spec);
+  step.program = fused::intern(step.text);
+  Value out{.expr = pool_.operand(0), .operands = {direct_read(target.slot, n, kept)}};
+  step.targets.push_back(std::move(target));
+  emit(std::move(step));
+  return out;
+}
+
+void Builder::force_together(std::span<Value* const> values, const Shape& extents, fused::Dtype dtype) {
+  // Values that move along the same loops share one nest; the others are forced on their own.
+  std::vector<Value*> group;
+  std::vector<std::size_t> moving;
+  for (Value* value : values) {
+    std::vector<std::size_t> loops;
+    for (std::size_t k = 0; k < extents.size(); ++k) {
+      if (value->moves(k)) loops.push_back(k);
+    }
+    if (group.empty()) moving = loops;
+    if (loops == moving && group.size() < 16) {
+      group.push_back(value);
+    } else {
+      *value = force(*value, extents, dtype);
+    }
+  }
+  if (group.size() == 1) {
+    *group[0] = force(*group[0], extents, dtype);
+    return;
+  }
+  std::vector<Read> operands;
+  std::vector<fused::ExprId> exprs;
+  int instructions = 0;
+  for (Value* value : group) {
+    exprs.push_back(compact_operands(*value, operands).expr);
+    instructions += pool_.size(exprs.back());
+  }
+  if (operands.size() > 32 || instructions > 1024) {
+    for (Value* value : group) *value = force(*value, extents, dtype);
+    return;
+  }
+  Evaluate step;
+  Shape shape;
+  for (std::size_t k : moving) shape.push_back(extents[k]);
+  step.extents = shape;
+  fused::ProgramSpec spec{.rank = static_cast<int>(moving.size()),
+                          .operands = static_cast<int>(operands.size()),
+                          .compute = compute_dtype(dtype),
+                          .outputs = {}};
+  for (std::size_t g = 0; g < group.size(); ++g) {
+    spec.outputs.push_back({.expr = exprs[g], .dtype = dtype, .reduced = 0});
+    Target target{.slot = new_slot(shape, dtype), .axes = {}};
+    for (std::size_t q = 0; q < moving.size(); ++q) target.axes.push_back(loop_coord(moving.size(), q).affine);
+    *group[g] = Value{.expr = pool_.operand(0), .operands = {direct_read(target.slot, extents.size(), moving)}};
+    step.targets.push_back(std::move(target));
+  }
+  step.operands = over_loops(operands, moving);
+  step.text = fused::to_text(pool_, spec);
+  step.program = fused::intern(step.text);
+  emit(std::move(step));
+}
+
+Value Builder::contract(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
+  // A dead loop along which only one of the two moves is summed there, so that the other stays lazy.
+  const std::size_t n = extents.size();
+  std::vector<bool> of_value(n), of_factor(n), of_both(n);
+  bool any_value = false, any_factor = false, any_both = false;
+  double repeats = 1;
+  for (std::size_t k = 0; k < n; ++k) {
+    if (!dead[k]) continue;
+    const bool v = value.moves(k), f = factor.moves(k);
+    if (v && f) of_both[k] = any_both = true;
+    if (v && !f) of_value[k] = any_value = true;
+    if (!v && f) of_factor[k] = any_factor = true;
+    if (!v && !f) repeats *= static_cast<double>(extents[k]);
+  }
+  if (!any_both) {
+    if (any_value) value = force(value, extents, dtype, of_value);
+    if (any_factor) factor = force(factor, extents, dtype, of_factor);
+    multiply(value, factor);
+  } else if (as_matmul(value, factor, extents, dead)) {
+    if (any_value) value = force(value, extents, dtype, of_value);
+    if (any_factor) factor = force(factor, extents, dtype, of_factor);
+    value = matmul(std::move(value), std::move(factor), extents, of_both, dtype);
+  } else {
+    std::vector<bool> summed = of_both;
+    for (std::size_t k = 0; k < n; ++k) summed[k] = of_both[k] || of_value[k] || of_factor[k];
+    multiply(value, factor);
+    value = force(value, extents, dtype, summed);
+  }
+  if (repeats != 1) value.expr = pool_.mul(value.expr, pool_.constant(repeats));
+  return value;
+}
+
+bool Builder::as_matmul(const Value& value, const Value& factor, const Shape& extents, const std::vector<bool>& dead) const {
+  std::int64_t batch = 1, m = 1, n = 1, k = 1;
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    const bool v = value.moves(i), f = factor.moves(i);
+    if (v && f) (dead[i] ? k : batch) *= extents[i];
+    if (v && !f && !dead[i]) m *= extents[i];
+    if (!v && f && !dead[i]) n *= extents[i];
+  }
+  if (batch * m * n * k < kMinMatmulWork) return false;
+  return (m > 1 && n > 1) || batch == 1;
+}
+
+Value Builder::matmul(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
+  // force() leaves single reads alone; a constant cannot come here, since both sides move along a dead loop.
+  value = force(value, extents, dtype);
+  factor = force(factor, extents, dtype);
+  std::int32_t v = 0, f = 0;
+  pool_.is_operand(value.expr, &v);
+  pool_.is_operand(factor.expr, &f);
+  Matmul step{.extents = extents, .a = value.operands[v], .b = factor.operands[f], .batch = {}, .m = {}, .n = {}, .k = {}, .out = -1};
+  for (std::size_t i = 0; i < extents.size(); ++i) {
+    const bool in_a = step.a.moves(i), in_b = step.b.moves(i);
+    if (in_a && in_b) (dead[i] ? step.k : step.batch).push_back(i);
+    if (in_a && !in_b) step.m.push_back(i);
+    if (!in_a && in_b) step.n.push_back(i);
+  }
+  std::vector<std::size_t> order = step.batch;
+  order.insert(order.end(), step.m.begin(), step.m.end());
+  order.insert(order.end(), step.n.begin(), step.n.end());
+  Shape shape;
+  for (std::size_t i : order) shape.push_back(extents[i]);
+  step.out = new_slot(shape, dtype);
+  Value out{.expr = pool_.operand(0), .operands = {direct_read(step.out, extents.size(), order)}};
+  emit(std::move(step));
+  return out;
+}
+
+// ---------------------------------------------------------------- integer tensors
+
+Value Builder::iota(std::size_t loop, const Shape& extents) {
+  auto [at, fresh] = iotas_.try_emplace(extents[loop], -1);
+  if (fresh) {
+    at->second = new_slot({extents[loop]}, fused::Dtype::i64, false);
+    emit(Arange{.out = at->second});
+  }
+  return Value{.expr = pool_.operand(0), .operands = {direct_read(at->second, extents.size(), {loop})}};
+}
+
+Value Builder::coordinate_value(const Coord& coord, const Shape& extents) {
+  Value value{.expr = fused::kZero, .operands = {}};
+  auto add_multiple = [&](Value term, std::int64_t scale) {
+    if (scale != 1) term.expr = pool_.mul(term.expr, pool_.constant(static_cast<double>(scale)));
+    add(value, term);
+  };
+  for (std::size_t k = 0; k < extents.size(); ++k) {
+    if (coord.affine.moves(k)) add_multiple(iota(k, extents), coord.affine.step[k]);
+  }
+  if (coord.has_index()) add_multiple(Value{.expr = pool_.operand(0), .operands = {coord.index}}, coord.index_scale);
+  if (coord.affine.start != 0 || value.expr == fused::kZero) {
+    value.expr = pool_.add(value.expr, pool_.constant(static_cast<double>(coord.affine.start)));
+  }
+  return value;
+}
+
+Coord Builder::index_coord(const Value& integers, const Shape& extents) {
+  Coord coord = constant_coord(extents.size());
+  double constant = 0;
+  if (pool_.is_constant(integers.expr, &constant)) {
+    coord.affine.start = static_cast<std::int64_t>(constant);
+    return coord;
+  }
+  // Hash-consing: the same index computed on two paths is one slot, so that blocks meeting again have equal nests.
+  Value value = integers;
+  compact(value);
+  std::vector<std::int64_t> key{value.expr};
+  key.insert(key.end(), extents.begin(), extents.end());
+  for (const Read& read : value.operands) {
+    key.push_back(read.slot);
+    for (const Affine& axis : read.axes) append_key(key, axis);
+  }
+  auto [at, fresh] = taken_.try_emplace(std::move(key), -1);
+  if (fresh) {
+    Value forced = force(value, extents, fused::Dtype::i64);
+    std::int32_t leaf = 0;
+    pool_.is_operand(forced.expr, &leaf);
+    coord.index = forced.operands[leaf];
+    coord.index_scale = 1;
+    at->second = coord.index.slot;
+    return coord;
+  }
+  std::int32_t leaf = 0;
+  if (pool_.is_operand(value.expr, &leaf) && slot(value.operands[leaf].slot).dtype == fused::Dtype::i64) {
+    coord.index = value.operands[leaf];
+  } else {
+    std::vector<std::size_t> moving;
+    for (std::size_t k = 0; k < extents.size(); ++k) {
+      if (value.moves(k)) moving.push_back(k);
+    }
+    coord.index = direct_read(at->second, extents.size(), moving);
+  }
+  coord.index_scale = 1;
+  return coord;
+}
+
+void Builder::add_scaled(Coord& sum, const Coord& term, std::int64_t scale, const Shape& extents) {
+  if (scale == 0) return;
+  sum.affine.start += scale * term.affine.start;
+  for (std::size_t k = 0; k < extents.size(); ++k) sum.affine.step[k] += scale * term.affine.step[k];
+  if (!term.has_index()) return;
+  if (!sum.has_index()) {
+    sum.index = term.index;
+    sum.index_scale = scale * term.index_scale;
+  } else if (sum.index == term.index) {
+    sum.index_scale += scale * term.index_scale;
+  } else {
+    Coord both = constant_coord(extents.size());
+    both.index = sum.index;
+    both.index_scale = sum.index_scale;
+    Value value = coordinate_value(both, extents);
+    both.index = term.index;
+    both.index_scale = scale * term.index_scale;
+    add(value, coordinate_value(both, extents));
+    Coord joined = index_coord(value, extents);
+    sum.index = joined.index;
+    sum.index_scale = joined.index_scale;
+  }
+}
+
+Read Builder::read(std::int32_t source, const std::vector<Coord>& coords, const Shape& extents) {
+  const std::size_t n = extents.size();
+  if (std::none_of(coords.begin(), coords.end(), [](const Coord& coord) { return coord.has_index(); })) {
+    Read read{.slot = source, .axes = {}};
+    for (const Coord& coord : coords) read.axes.push_back(coord.affine);
+    return read;
+  }
+  const Shape shape = slot(source).shape;
+  Coord flat = constant_coord(n);
+  std::int64_t stride = 1;
+  for (std::size_t a = shape.size(); a-- > 0;) {
+    add_scaled(flat, coords[a], stride, extents);
+    stride *= shape[a];
+  }
+  const Coord index = index_coord(coordinate_value(flat, extents), extents);  // never constant: flat holds an index
+  std::vector<std::size_t> moving;
+  Shape out_shape;
+  for (std::size_t k = 0; k < n; ++k) {
+    if (!index.moves(k)) continue;
+    moving.push_back(k);
+    out_shape.push_back(extents[k]);
+  }
+  // Take wants the index laid out exactly as the loops are.
+  std::int32_t index_slot = index.index.slot;
+  if (index.index != direct_read(index_slot, n, moving) || slot(index_slot).shape != out_shape) {
+    index_slot = evaluate({.expr = pool_.operand(0), .operands = {index.index}}, extents, fused::Dtype::i64, {}).operands[0].slot;
+  }
+  std::vector<std::int64_t> key{-1, source, index_slot};
+  auto [at, fresh] = taken_.try_emplace(std::move(key), -1);
+  if (fresh) {
+    at->second = new_slot(out_shape, slot(source).dtype, slot(source).requires_grad);
+    emit(Take{.source = source, .index = index_slot, .out = at->second});
+  }
+  return direct_read(at->second, n, moving);
+}
+
+std::int32_t Builder::wrapped_index(std::int32_t source, std::int64_t size) {
+  auto [at, fresh] = wrapped_.try_emplace({source, size}, -1);
+  if (!fresh) return at->second;
+  const Shape shape = slot(source).shape;
+  std::vector<std::size_t> all(shape.size());
+  for (std::size_t k = 0; k < all.size(); ++k) all[k] = k;
+  const fused::ExprId raw = pool_.operand(0);
+  const fused::ExprId negative[] = {raw, pool_.constant(0)};
+  const fused::ExprId choice[] = {pool_.apply(fused::Prim::lt, negative), pool_.add(raw, pool_.constant(static_cast<double>(size))), raw};
+  Value value{.expr = pool_.apply(fused::Prim::where, choice), .operands = {direct_read(source, shape.size(), all)}};
+  Value forced = force(value, shape, fused::Dtype::i64);
+  std::int32_t leaf = 0;
+  pool_.is_operand(forced.expr, &leaf);
+  return at->second = forced.operands[leaf].slot;
+}
+
+// ---------------------------------------------------------------- the plan
+
+Plan Builder::finish(std::vector<std::int32_t> results) && {
+  plan_.results = std::move(results);
+  std::vector<std::int64_t> last(plan_.slots.size(), -1);
+  auto use = [&](std::int32_t s, std::size_t at) {
+    if (s >= 0) last[s] = static_cast<std::int64_t>(at);
+  };
+  for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
+    std::visit(
+        [&](const auto& step) {
+          using T = std::decay_t<decltype(step)>;
+          if constexpr (std::is_same_v<T, Evaluate>) {
+            for (const Read& read : step.operands) use(read.slot, i);
+            for (const Target& target : step.targets) use(target.slot, i);
+          } else if constexpr (std::is_same_v<T, Matmul>) {
+            use(step.a.slot, i), use(step.b.slot, i), use(step.out, i);
+          } else if constexpr (std::is_same_v<T, Take>) {
+            use(step.source, i), use(step.index, i), use(step.out, i);
+          } else if constexpr (std::is_same_v<T, PutAdd>) {
+            use(step.value.slot, i), use(step.index.slot, i), use(step.out, i);
+          } else if constexpr (std::is_same_v<T, Arange>) {
+            use(step.out, i);
+          } else {
+            for (std::int32_t s : step.cotangents) use(s, i);
+            for (std::int32_t s : step.results) use(s, i);
+          }
+        },
+        plan_.steps[i]);
+  }
+  for (std::int32_t s : plan_.results) {
+    if (s >= 0) last[s] = -1;
+  }
+  plan_.last_use.assign(plan_.steps.size(), {});
+  for (std::size_t s = plan_.given; s < last.size(); ++s) {
+    if (last[s] >= 0) plan_.last_use[last[s]].push_back(static_cast<std::int32_t>(s));
+  }
+  return std::move(plan_);
+}
+
+}  // namespace wengert::blocks

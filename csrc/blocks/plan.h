@@ -1,0 +1,81 @@
+// A plan: the flat list of steps that computes a derivative, as plain data.  It holds no tensors, only slots, so one plan serves every
+// call whose tape has the same signature.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "blocks/block.h"
+#include "fused/program.h"
+
+namespace wengert::blocks {
+
+// A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by steps.
+struct Slot {
+  Shape shape;
+  fused::Dtype dtype = fused::Dtype::f32;
+  bool zero_filled = false;  // made by several writes into zeros, else by exactly one step that covers it
+  bool requires_grad = true; // integer slots never do
+};
+
+// Where one output of a program goes: axes[a] is the coordinate along axis a of the slot, over the loops of the nest.
+struct Target {
+  std::int32_t slot;
+  std::vector<Affine> axes;
+  bool accumulate = false;
+};
+
+// One fused loop nest.
+struct Evaluate {
+  Shape extents;
+  std::vector<Read> operands;
+  std::shared_ptr<const fused::Program> program;
+  std::string text;
+  std::vector<Target> targets;  // one per output of the program
+};
+
+// out[batch, m, n] = sum_k a * b; the four lists partition the loops that a or b move along.
+struct Matmul {
+  Shape extents;
+  Read a, b;
+  std::vector<std::size_t> batch, m, n, k;
+  std::int32_t out;
+};
+
+// out = source.flatten()[index]
+struct Take {
+  std::int32_t source, index, out;
+};
+
+// out.flatten()[index] += value over a loop nest; out is zero-filled.
+struct PutAdd {
+  Shape extents;
+  Read value, index;
+  std::int32_t out;
+};
+
+struct Arange {
+  std::int32_t out;
+};
+
+// Calls a backward node with cotangents that have `batch` leading axes; results get the same leading axes.
+struct CallNode {
+  std::int32_t node;                     // tape node
+  std::size_t batch;                     // number of leading axes
+  std::vector<std::int32_t> cotangents;  // slot per node output, -1 = undefined
+  std::vector<std::int32_t> results;     // slot per next edge, -1 = not wanted
+};
+
+using Step = std::variant<Evaluate, Matmul, Take, PutAdd, Arange, CallNode>;
+
+struct Plan {
+  std::vector<Slot> slots;
+  std::size_t given = 0;
+  std::vector<Step> steps;
+  std::vector<std::vector<std::int32_t>> last_use;  // per step: slots that no later step or result needs
+  std::vector<std::int32_t> results;                // slot per requested result, -1 = not connected
+};
+
+}  // namespace wengert::blocks
