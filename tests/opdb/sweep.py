@@ -106,7 +106,9 @@ def as_function(op: Any, sample: Any) -> tuple[Callable[..., Any], tuple[torch.T
         out = op(x, *args, **kwargs)
         if sample.output_process_fn_grad is not None:
             out = sample.output_process_fn_grad(out)
-        kept = tuple(t for t in tensors_of(out) if t.requires_grad and t.is_floating_point() and t.layout is torch.strided)
+        found = (t for t in tensors_of(out) if t.requires_grad and t.layout is torch.strided)
+        # A complex output counts as its pair of real parts: torch has no Jacobian of the other kind.
+        kept = tuple(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found)
         if not kept:
             raise NoOutput
         return kept
