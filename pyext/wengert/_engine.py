@@ -1,0 +1,268 @@
+"""Routing: decides whether a call runs on the C++ engine, runs it, and continues with torch.autograd where it cannot.
+
+Lists in and out; ``None`` stands for "not connected".  Inputs and outputs here are tensors of a graph that exists already:
+when the engine refuses, the same graph is differentiated by PyTorch, so a user's function never runs twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from ._native import DISABLED, C, Unsupported
+from ._stats import fallback_calls, native_calls
+
+Blocks = list[list[Tensor | None]]
+
+torch_grad = torch.autograd.grad  # kept from before any patching
+_is_anomaly_enabled = torch.is_anomaly_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
+_strided = torch.strided
+
+
+def refusal() -> str | None:
+    """Why no call of this moment can run on the engine, or None.  Costs well below a microsecond."""
+    if DISABLED:
+        return "WENGERT_DISABLE is set"
+    if peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if _len_torch_dispatch_stack():
+        return "a torch dispatch mode is active"
+    if _len_torch_function_stack() and not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack()):
+        return "a torch function mode is active"
+    if _is_anomaly_enabled():
+        return "anomaly mode"
+    if _is_inference_mode_enabled():
+        return "inference mode"
+    if forward_ad._current_level >= 0:
+        return "inside a forward-mode dual level"
+    if _is_any_autocast_enabled():
+        return "called inside autocast"
+    if _get_tracing_state() is not None:
+        return "torch.jit.trace is recording"
+    return None
+
+
+def is_plain(t: object) -> bool:
+    """A real, dense tensor on a device the engine knows, of no subclass but Parameter."""
+    kind = type(t)
+    return (kind is Tensor or kind is Parameter) and (t.is_cpu or t.is_cuda) and t.layout is _strided  # type: ignore[attr-defined]
+
+
+def count_fallback(name: str, reason: str) -> None:
+    fallback_calls[name, reason] += 1
+
+
+def count_native(name: str) -> None:
+    native_calls[name] += 1
+
+
+def count(name: str, reason: str | None) -> None:
+    """One call, native unless there is a reason why not."""
+    if reason is None:
+        native_calls[name] += 1
+    else:
+        fallback_calls[name, reason] += 1
+
+
+class Refused(Exception):
+    """The engine cannot do it; the message is the reason."""
+
+
+def _native(method: Callable[..., Any], groups: tuple[Sequence[Tensor], ...], *options: bool) -> Any:
+    for group in groups:
+        if not all(map(is_plain, group)):
+            raise Refused("a tensor subclass, layout or device that the engine does not know")
+    try:
+        return method(*map(list, groups), *options)
+    except Unsupported as error:
+        raise Refused(str(error)) from None
+
+
+def native_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
+    """``[i][j]`` of shape ``outputs[i].shape + inputs[j].shape``; the graph is never freed.
+
+    Like the other native functions: not counted, and raises Refused.
+    """
+    return _native(C.jacobian, (outputs, inputs), create_graph)
+
+
+def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
+    """``[i][j]`` of shape ``inputs[i].shape + inputs[j].shape`` for a one-element output; the graph is never freed."""
+    return _native(lambda outputs, inputs: C.hessian(outputs[0], inputs, create_graph), ((output,), inputs))
+
+
+def native_batch_jacobian(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, check: bool
+) -> Blocks:
+    """``[i][j]`` of shape ``(B, *out, *in)`` for outputs ``(B, *out)`` and inputs ``(B, *in)``.
+
+    Raises ValueError where `check` finds samples coupled; without it the samples are known to be independent.
+    """
+    return _native(C.batch_jacobian, (outputs, inputs), create_graph, check)
+
+
+def native_vjp(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    retain_graph: bool,
+    create_graph: bool,
+    is_grads_batched: bool = False,
+) -> Sequence[Tensor | None]:
+    """torch.autograd.grad with ``allow_unused=True`` and explicit cotangents, on outputs that require grad."""
+    return _native(C.grad, (outputs, inputs, cotangents), retain_graph, create_graph, is_grads_batched)
+
+
+def _attempt(name: str, reason: str | None, method: Callable[..., Any], *args: Any) -> Any:
+    """What a native function returns, or None where PyTorch has to do it; counted under `name` either way."""
+    if reason is None:
+        try:
+            result = method(*args)
+            native_calls[name] += 1
+            return result
+        except Refused as error:
+            reason = str(error)
+    fallback_calls[name, reason] += 1
+    return None
+
+
+def jacobian(
+    name: str,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool,
+    *,
+    reason: str | None = None,
+    vectorize: bool = False,
+) -> Blocks:
+    """`native_jacobian`, or the same from PyTorch's engine.
+
+    Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
+    """
+    result = _attempt(name, reason, native_jacobian, outputs, inputs, create_graph)
+    return result if result is not None else [_rows(out, inputs, create_graph, vectorize) for out in outputs]
+
+
+def hessian(
+    name: str,
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    create_graph: bool,
+    *,
+    reason: str | None = None,
+    vectorize: bool = False,
+) -> Blocks:
+    """`native_hessian`, or the same from PyTorch's engine."""
+    result = _attempt(name, reason, native_hessian, output, inputs, create_graph)
+    if result is not None:
+        return result
+    if not output.requires_grad:
+        return [[None] * len(inputs) for _ in inputs]
+    gradient = torch_grad(output.squeeze(), inputs, create_graph=True, allow_unused=True)
+    return [[None] * len(inputs) if g is None else _rows(g, inputs, create_graph, vectorize) for g in gradient]
+
+
+def vjp(
+    name: str,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    retain_graph: bool,
+    create_graph: bool,
+    is_grads_batched: bool = False,
+    *,
+    reason: str | None = None,
+) -> Sequence[Tensor | None]:
+    """`native_vjp`, or the same from PyTorch's engine."""
+    options = (retain_graph, create_graph, is_grads_batched)
+    result = _attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)
+    if result is not None:
+        return result
+    return torch_grad(
+        outputs,
+        inputs,
+        cotangents,
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+        is_grads_batched=is_grads_batched,
+    )
+
+
+def zeros(output: Tensor, wrt: Tensor) -> Tensor:
+    """The block of a pair that is not connected."""
+    return wrt.new_zeros(output.shape + wrt.shape)
+
+
+def has_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether the graph of `outputs` reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say."""
+    own = {id(t) for t in inputs}
+    if any(out.grad_fn is None and out.requires_grad and id(out) not in own for out in outputs):
+        return True
+    seen = set()
+    stack = [out.grad_fn for out in outputs if out.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only AccumulateGrad has one
+        if variable is not None and id(variable) not in own:
+            return True
+        stack.extend(below for below, _ in node.next_functions if below is not None)
+    return False
+
+
+def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor | None:
+    if all(row is None for row in rows) and rows:
+        return None
+    # An empty list raises what PyTorch raises for an output without elements.
+    return torch.stack([torch.zeros_like(wrt) if row is None else row for row in rows]).view(prefix + wrt.shape)
+
+
+def _rows(out: Tensor, inputs: Sequence[Tensor], create_graph: bool, vectorize: bool) -> list[Tensor | None]:
+    """One row of the Jacobian of `out` after the other (or all at once under vmap), by PyTorch's engine."""
+    if not out.requires_grad:
+        return [None if out.numel() else _stack([], out.shape, wrt) for wrt in inputs]
+    if vectorize:
+        basis = torch.eye(out.numel(), dtype=out.dtype, device=out.device)
+        result = torch_grad(
+            out.reshape(-1), inputs, basis, True, create_graph=create_graph, allow_unused=True, is_grads_batched=True
+        )
+        return [None if r is None else r.view(out.shape + wrt.shape) for r, wrt in zip(result, inputs)]
+    rows = [
+        torch_grad(element, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        for element in (out.reshape(-1)[j] for j in range(out.numel()))
+    ]
+    return [_stack([row[k] for row in rows], out.shape, wrt) for k, wrt in enumerate(inputs)]
+
+
+def summed_rows(out: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
+    """Per-sample Jacobian of independent samples: the gradient of a sum over samples holds each sample's own row."""
+    if not out.requires_grad:
+        return [None] * len(inputs)
+    batch, inner = out.shape[0], out.shape[1:]
+    columns = out.reshape(batch, inner.numel())
+    rows = [
+        torch_grad(columns[:, k].sum(), inputs, retain_graph=True, create_graph=create_graph, allow_unused=True)
+        for k in range(inner.numel())
+    ]
+    result: list[Tensor | None] = []
+    for j, wrt in enumerate(inputs):
+        parts = [row[j] for row in rows]
+        if all(part is None for part in parts):
+            result.append(None)
+            continue
+        stacked = torch.stack([torch.zeros_like(wrt) if part is None else part for part in parts], 1)
+        result.append(stacked.reshape(batch, *inner, *wrt.shape[1:]))
+    return result

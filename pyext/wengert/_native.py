@@ -1,0 +1,56 @@
+"""Loads the C++ extension, or refuses with one sentence; ``WENGERT_DISABLE=1`` leaves it out altogether."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+DISABLED = os.environ.get("WENGERT_DISABLE", "0") not in ("", "0")
+
+
+def _load() -> Any:
+    try:
+        from ._build_info import TORCH_MINOR
+    except ImportError:
+        raise ImportError("wengert's C++ extension has not been built; run `pip install . --no-build-isolation`.") from None
+    check_torch(TORCH_MINOR, torch.__version__)
+    from . import _C
+
+    return _C
+
+
+def check_torch(built_for: str, installed: str) -> None:
+    """Raise ImportError unless `installed` is a patch release of the minor version `built_for`.
+
+    >>> check_torch("2.13", "2.13.1+cpu")
+    >>> check_torch("2.13", "2.14.0")
+    Traceback (most recent call last):
+    ImportError: this copy of wengert was built for PyTorch 2.13 but 2.14.0 is installed; reinstall wengert.
+    """
+    if ".".join(installed.split(".")[:2]) != built_for:
+        raise ImportError(
+            f"this copy of wengert was built for PyTorch {built_for} but {installed} is installed; reinstall wengert."
+        )
+
+
+class _Disabled:
+    """Stands in for the extension under WENGERT_DISABLE=1: nothing is ever asked of it but its exception and counters."""
+
+    class Unsupported(RuntimeError):
+        pass
+
+    jacobian = hessian = batch_jacobian = grad = explain = None  # never called: every call is refused before
+
+    @staticmethod
+    def counters() -> dict[str, int]:
+        return {}
+
+    @staticmethod
+    def reset_counters() -> None:
+        pass
+
+
+C: Any = _Disabled if DISABLED else _load()
+Unsupported: type[Exception] = C.Unsupported

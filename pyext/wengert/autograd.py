@@ -1,0 +1,117 @@
+"""grad with the signature of torch.autograd.grad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import _make_grads, _tensor_or_tensors_to_tuple
+from torch.autograd.graph import GradientEdge
+
+from . import _engine
+from ._compile import eager
+
+_refusal = _engine.refusal
+_is_plain = _engine.is_plain
+
+
+@eager
+def grad(
+    outputs: Tensor | Sequence[Tensor] | GradientEdge | Sequence[GradientEdge],
+    inputs: Tensor | Sequence[Tensor] | GradientEdge | Sequence[GradientEdge] | dict[str, Tensor],
+    grad_outputs: Tensor | Sequence[Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> Any:
+    """Sum of gradients of `outputs` with respect to `inputs`, weighted by `grad_outputs`; torch.autograd.grad.
+
+    Args:
+        outputs: a tensor or a sequence of tensors (or gradient edges, which take PyTorch's path).
+        inputs: a tensor, a sequence of tensors, or a dict of them (or gradient edges, which take PyTorch's path).
+        grad_outputs: one cotangent per output, of its shape; None for outputs with a single element.
+        retain_graph: whether the graph stays usable; as `create_graph` by default.
+        create_graph: whether the result can be differentiated again.
+        only_inputs: ignored, as in torch.
+        allow_unused: whether inputs no output depends on give None; as `materialize_grads` by default.
+        is_grads_batched: whether the first axis of every cotangent counts cotangents: one product for each of them.
+        materialize_grads: whether unused inputs give zeros instead of None.
+
+    Returns:
+        A tuple with one tensor or None per input, of its shape (with a leading axis where the cotangents are batched); a
+        dict with the same keys where `inputs` is a dict.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: what torch.autograd.grad raises.
+
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> grad(x**2, x, torch.eye(2), is_grads_batched=True)
+    (tensor([[2., 0.],
+            [0., 4.]]),)
+    """
+    reason = _refusal()
+    if reason is None:
+        if type(outputs) is Tensor:
+            outs = (outputs,)
+        elif type(outputs) is tuple or type(outputs) is list:
+            outs = tuple(outputs)
+        else:
+            outs = ()
+        if _is_plain(inputs):
+            ins = (inputs,)
+        elif type(inputs) is tuple or type(inputs) is list:
+            ins = tuple(inputs)
+        elif type(inputs) is dict:
+            ins = tuple(inputs.values())
+        else:
+            ins = ()
+        reason = _unusual(outs, ins)
+        # Contradictory or deprecated options: PyTorch raises or warns.
+        if not only_inputs or (materialize_grads and allow_unused is False):
+            reason = "unusual options"
+    if reason is not None:
+        _engine.count_fallback("grad", reason)
+        return _engine.torch_grad(
+            outputs,
+            inputs,
+            grad_outputs,
+            retain_graph,
+            create_graph,
+            only_inputs,
+            allow_unused,
+            is_grads_batched,
+            materialize_grads,
+        )
+    cotangents = _make_grads(outs, _tensor_or_tensors_to_tuple(grad_outputs, len(outs)), is_grads_batched)
+    retain = create_graph if retain_graph is None else retain_graph
+    result = _engine.vjp("grad", outs, ins, cotangents, retain, create_graph, is_grads_batched)
+    if materialize_grads:
+        result = [torch.zeros_like(x, requires_grad=create_graph) if g is None else g for g, x in zip(result, ins)]
+    elif not allow_unused and any(g is None for g in result):
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. "
+            "Set allow_unused=True if this is the desired behavior."
+        )
+    return dict(zip(inputs, result)) if type(inputs) is dict else tuple(result)
+
+
+def _unusual(outputs: tuple[Any, ...], inputs: tuple[Any, ...]) -> str | None:
+    """Why PyTorch should see this call as it is (to raise an error, most often), or None."""
+    if not outputs or not inputs:
+        return "arguments that are not tensors"
+    for t in outputs:
+        if not _is_plain(t):
+            return "arguments that are not plain tensors"
+        if not t.requires_grad:
+            return "an output that does not require grad"
+    for t in inputs:
+        if not _is_plain(t):
+            return "arguments that are not plain tensors"
+        if not t.requires_grad:
+            return "an input that does not require grad"
+    return None

@@ -1,0 +1,544 @@
+"""The transform objects: how each runs on the engine, for one point and for a whole batch.
+
+A transform runs the user's function on fresh leaves *below* no functorch level, which leaves an ordinary autograd graph that
+the engine can read.  Whatever is unusual goes to `peer`, torch.func's own function made with the same arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.func as _torch
+from torch import Tensor
+from torch._functorch.eager_transforms import (
+    _construct_standard_basis_for,
+    _slice_argnums,
+    _validate_and_wrap_argnums,
+    assert_non_empty_tensor_output,
+    error_if_complex,
+)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .. import _engine
+from .._compile import eager
+from .._engine import Refused
+
+Argnums = int | tuple[int, ...]
+
+_torch_grad, _torch_grad_and_value = _torch.grad, _torch.grad_and_value  # kept from before any patching
+_torch_jacrev, _torch_jacfwd, _torch_hessian, _torch_vmap = _torch.jacrev, _torch.jacfwd, _torch.hessian, _torch.vmap
+_is_grad_enabled = torch.is_grad_enabled
+_set_grad_enabled = torch._C._set_grad_enabled
+_is_plain = _engine.is_plain
+
+
+class Wrapped:
+    """A callable that looks like the function it wraps, and binds as a method like one."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, func, updated=())
+        self.func = func
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class Leaves:
+    """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
+
+    __slots__ = ("attached", "flat", "positions", "refused", "spec", "tensors", "tuple_of_args")
+
+    def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
+        places = tree_unflatten(list(range(len(flat))), args_spec)
+        self.positions, self.spec = tree_flatten(_slice_argnums(places, argnums))
+        self.tuple_of_args = isinstance(argnums, tuple)
+        self.flat = list(flat)
+        self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
+        self.attached = False  # some leaf hangs on a graph of the caller
+        self.tensors: list[Tensor] = []
+        for k in self.positions:
+            x = flat[k]
+            if grad_mode and x.requires_grad:
+                self.attached = True
+                leaf = x.view_as(x)
+            else:
+                leaf = x.detach().requires_grad_()
+            self.flat[k] = leaf
+            self.tensors.append(leaf)
+
+    def nest(self, parts: Sequence[Any]) -> Any:
+        nested = tree_unflatten(list(parts), self.spec)
+        return nested if self.tuple_of_args else nested[0]
+
+    def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
+        return self.attached or _engine.has_other_leaves(outputs, self.tensors)
+
+    def release(self, tree: Any, grad_mode: bool) -> Any:
+        """What the caller may see of tensors that hang on our leaves: PyTorch's would not."""
+
+        def one(t: Any) -> Any:
+            if not isinstance(t, Tensor) or not t.requires_grad:
+                return t
+            return t if grad_mode and self.needs_graph((t,)) else t.detach()
+
+        return one(tree) if isinstance(tree, Tensor) else tree_map(one, tree)
+
+
+class Transform(Wrapped):
+    """A derivative of `func` with respect to the positional arguments `argnums`."""
+
+    name = ""
+    takes_kwargs = False
+
+    def __init__(self, func: Callable[..., Any], argnums: Argnums, has_aux: bool, **options: Any) -> None:
+        super().__init__(func)
+        self.argnums = argnums
+        self.has_aux = has_aux
+        self.options = options  # what else the peer takes
+
+    def make_peer(self, argnums: Argnums) -> Callable[..., Any]:
+        """torch.func's own function."""
+        raise NotImplementedError
+
+    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+        """The result, from what `func` returned at the leaves."""
+        raise NotImplementedError
+
+    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
+        """The same with a batch axis in front of every output and of the arguments whose entry in `dims` is 0."""
+        raise NotImplementedError
+
+    def check(self, out: Any) -> Any:
+        """Raise what PyTorch raises for what `func` returned (of one sample); return it."""
+        raise NotImplementedError
+
+    def peer(self, *args: Any, **kwargs: Any) -> Any:
+        argnums = self.argnums
+        if args and isinstance(argnums, (int, tuple)):
+            argnums = _validate_and_wrap_argnums(argnums, len(args))  # torch 2.13's jacfwd gives zeros for negative ones
+        return self.make_peer(argnums)(*args, **kwargs)
+
+    def unusual(self, flat: Sequence[Any], args_spec: Any) -> str | None:
+        """Why PyTorch should see these arguments (to raise an error, most often), or None."""
+        places = tree_unflatten(list(range(len(flat))), args_spec)
+        for k in tree_leaves(_slice_argnums(places, self.argnums)):
+            if not _is_plain(flat[k]) or not flat[k].is_floating_point():
+                return "differentiated arguments that are not plain real tensors"
+        for x in flat:
+            if isinstance(x, Tensor) and (not _is_plain(x) or x.is_complex()):
+                return "arguments that are not plain real tensors"
+        return None
+
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reason = _engine.refusal()
+        if reason is None and (not args or (kwargs and not self.takes_kwargs)):
+            reason = "unusual arguments"
+        if reason is None:
+            flat, spec = tree_flatten(args)
+            reason = self.unusual(flat, spec)
+        if reason is None:
+            grad_mode = _is_grad_enabled()
+            _set_grad_enabled(True)
+            try:
+                leaves = Leaves(flat, spec, self.argnums, grad_mode)
+                out = self.check(self.func(*tree_unflatten(leaves.flat, spec), **kwargs))
+                result = self.derive(out, leaves, grad_mode)
+                _engine.count(self.name, leaves.refused)
+                return result
+            except Refused as error:
+                reason = str(error)
+            finally:
+                _set_grad_enabled(grad_mode)
+        _engine.count_fallback(self.name, reason)
+        return self.peer(*args, **kwargs)
+
+    def run_batch(
+        self,
+        flat: list[Any],
+        spec: Any,
+        dims: Sequence[int | None],
+        kwargs: dict[str, Any],
+        randomness: str,
+        grad_mode: bool = True,
+    ) -> tuple[Any, str | None]:
+        """The derivative at every sample, batch axes in front; and why PyTorch's engine computed it, if it did.
+
+        `grad_mode` is the caller's; here it is on.
+        """
+        leaves = Leaves(flat, spec, self.argnums, grad_mode)
+        if isinstance(self.func, Transform):
+            out, leaves.refused = self.func.run_batch(leaves.flat, spec, dims, kwargs, randomness)
+        else:
+            sample = functools.wraps(self.func, updated=())(lambda *a, **k: self.check(self.func(*a, **k)))
+            in_dims = tree_unflatten(list(dims), spec)
+            out = _torch_vmap(sample, in_dims, 0, randomness)(*tree_unflatten(leaves.flat, spec), **kwargs)
+        result = self.derive_batch(out, leaves, [dims[k] for k in leaves.positions], grad_mode)
+        return result, leaves.refused
+
+
+class Jacobian(Transform):
+    """What jacrev and jacfwd return."""
+
+    def __init__(self, name: str, func: Callable[..., Any], argnums: Argnums, has_aux: bool, **options: Any) -> None:
+        super().__init__(func, argnums, has_aux, **options)
+        self.name = f"func.{name}"
+        self.forward = name == "jacfwd"
+
+    def make_peer(self, argnums: Argnums) -> Callable[..., Any]:
+        maker = _torch_jacfwd if self.forward else _torch_jacrev
+        return maker(self.func, argnums, has_aux=self.has_aux, **self.options)
+
+    def check(self, out: Any) -> Any:
+        api = "jvp(f, primals, tangents)" if self.forward else "vjp(f, *primals)"
+        result = out
+        if self.has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise RuntimeError(f"{api}: output of function f should be a tuple: (output, aux) if has_aux is True")
+            result = out[0]
+        flat = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        assert_non_empty_tensor_output(flat, api)
+        for t in flat:
+            if not t.is_floating_point():
+                if self.forward and not t.is_complex():
+                    raise Refused("an output that is not real")
+                if not t.is_complex():
+                    raise RuntimeError(
+                        "vjp(f, ...): All outputs of f must be floating-point or complex Tensors, "
+                        f"got Tensor with dtype {t.dtype}"
+                    )
+                error_if_complex("jacfwd" if self.forward else "jacrev", flat, is_input=False)
+        return out
+
+    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+        out, aux = out if self.has_aux else (out, None)
+        flat, spec = tree_flatten(out)
+        self._check_dtypes(flat, leaves.tensors)
+        create_graph = grad_mode and leaves.needs_graph(flat)
+        try:
+            blocks = _engine.native_jacobian(flat, leaves.tensors, create_graph)
+        except Refused as error:
+            if self.forward:  # which may be much cheaper than rows
+                raise
+            leaves.refused = str(error)
+            blocks = self._vmapped_rows(flat, leaves.tensors, create_graph)
+        for y, row in zip(flat, blocks):
+            for j, x in enumerate(leaves.tensors):
+                row[j] = _finish(row[j], x, y.shape + x.shape, create_graph)
+        result = tree_unflatten([leaves.nest(row) for row in blocks], spec)
+        return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
+
+    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
+        out, aux = out if self.has_aux else (out, None)
+        flat, spec = tree_flatten(out)
+        self._check_dtypes(flat, leaves.tensors)
+        create_graph = grad_mode and leaves.needs_graph(flat)
+        columns = _batch_columns(flat, leaves, dims, create_graph)
+        rows = [leaves.nest([column[i] for column in columns]) for i in range(len(flat))]
+        result = tree_unflatten(rows, spec)
+        return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
+
+    def _check_dtypes(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        if self.forward and any(y.dtype is not x.dtype for y in outputs for x in inputs):
+            raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
+
+    def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
+        """torch.func.jacrev's way through the graph that is there."""
+        live = [y for y in outputs if y.requires_grad]
+        if not live:
+            return [[None] * len(inputs) for _ in outputs]
+        sizes = tuple(y.numel() for y in live)
+
+        def row(*cotangents: Tensor) -> tuple[Tensor, ...]:
+            found = _engine.torch_grad(live, inputs, cotangents, True, create_graph=create_graph, allow_unused=True)
+            return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs))
+
+        basis = _construct_standard_basis_for(live, sizes)
+        stacked = _torch_vmap(row, chunk_size=self.options.get("chunk_size"))(*basis)
+        parts = iter(zip(*(g.split(sizes) for g in stacked)))
+        return [
+            [g.reshape(y.shape + x.shape) for g, x in zip(next(parts), inputs)] if y.requires_grad else [None] * len(inputs)
+            for y in outputs
+        ]
+
+
+class Gradient(Transform):
+    """What grad and grad_and_value return."""
+
+    takes_kwargs = True
+
+    def __init__(self, func: Callable[..., Any], argnums: Argnums, has_aux: bool, with_value: bool) -> None:
+        super().__init__(func, argnums, has_aux)
+        self.with_value = with_value
+        self.name = "func.grad_and_value" if with_value else "func.grad"
+
+    def make_peer(self, argnums: Argnums) -> Callable[..., Any]:
+        return (_torch_grad_and_value if self.with_value else _torch_grad)(self.func, argnums, self.has_aux)
+
+    def check(self, out: Any) -> Any:
+        result = out
+        if self.has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise RuntimeError(
+                    "grad_and_value(f)(*args): output of function f should be a tuple: (output, aux) if has_aux is True"
+                )
+            result = out[0]
+        if not isinstance(result, Tensor):
+            raise RuntimeError(f"grad_and_value(f)(*args): Expected f(*args) to return a Tensor, got {type(result)}")
+        if result.dim() != 0:
+            raise RuntimeError(
+                "grad_and_value(f)(*args): Expected f(*args) to return a scalar Tensor, got tensor with "
+                f"{result.dim()} dims. Maybe you wanted to use the vjp or jacrev APIs instead?"
+            )
+        return out
+
+    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+        value, aux = out if self.has_aux else (out, None)
+        create_graph = grad_mode and leaves.needs_graph((value,))
+        found = self._vjp(value, leaves, create_graph)
+        gradient = leaves.nest([_finish(g, x, x.shape, create_graph) for g, x in zip(found, leaves.tensors)])
+        return self._result(gradient, value, aux, leaves, grad_mode)
+
+    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
+        value, aux = out if self.has_aux else (out, None)
+        create_graph = grad_mode and leaves.needs_graph((value,))
+        if None in dims:
+            columns = _batch_columns([value], leaves, dims, create_graph)
+            gradient = leaves.nest([column[0] for column in columns])
+        else:  # samples are independent, so the gradient of their sum holds every sample's own
+            found = self._vjp(value, leaves, create_graph)
+            gradient = leaves.nest([_finish(g, x, x.shape, create_graph) for g, x in zip(found, leaves.tensors)])
+        return self._result(gradient, value, aux, leaves, grad_mode)
+
+    def _vjp(self, value: Tensor, leaves: Leaves, create_graph: bool) -> Sequence[Tensor | None]:
+        if not value.requires_grad:
+            return [None] * len(leaves.tensors)
+        # The auxiliary output may share the graph, so that freeing it would break what the caller holds.
+        retain_graph = create_graph or self.has_aux
+        ones = torch.ones_like(value)
+        try:
+            return _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
+        except Refused as error:
+            leaves.refused = str(error)
+            return _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
+
+    def _result(self, gradient: Any, value: Tensor, aux: Any, leaves: Leaves, grad_mode: bool) -> Any:
+        if not self.with_value:
+            return (gradient, leaves.release(aux, grad_mode)) if self.has_aux else gradient
+        value = leaves.release(value, grad_mode)
+        return gradient, (value, leaves.release(aux, grad_mode)) if self.has_aux else value
+
+
+class Hessian(Jacobian):
+    """What hessian returns: the Jacobian of the Jacobian, in one sweep where the function has one output element."""
+
+    def __init__(self, func: Callable[..., Any], argnums: Argnums) -> None:
+        super().__init__("jacfwd", Jacobian("jacrev", func, argnums, False), argnums, False)
+        self.name = "func.hessian"
+        self.scalar_func = func
+        functools.update_wrapper(self, func, updated=())
+
+    def make_peer(self, argnums: Argnums) -> Callable[..., Any]:
+        return _torch_hessian(self.scalar_func, argnums)
+
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _HessianAtPoint(self)(*args, **kwargs)
+
+
+class _HessianAtPoint(Transform):
+    """The Hessian at one point: runs the scalar function itself instead of the inner Jacobian."""
+
+    name = "func.hessian"
+
+    def __init__(self, hessian: Hessian) -> None:
+        self.func = hessian.scalar_func
+        self.argnums = hessian.argnums
+        self.has_aux = False
+        self.inner = hessian.func
+        self.make_peer = hessian.make_peer  # type: ignore[method-assign]
+
+    def check(self, out: Any) -> Any:
+        return self.inner.check(out)
+
+    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+        flat, spec = tree_flatten(out)
+        xs = leaves.tensors
+        if any(y.dtype is not x.dtype for y in (*flat, *xs) for x in xs):
+            raise Refused("forward mode with outputs of another dtype")
+        create_graph = grad_mode and leaves.needs_graph(flat)
+        results = []
+        for y in flat:
+            shapes = [[y.shape + a.shape + b.shape for b in xs] for a in xs]
+            parts = [
+                leaves.nest([_finish(block, xs[j], shapes[i][j], create_graph) for j, block in enumerate(row)])
+                for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
+            ]
+            results.append(leaves.nest(parts))
+        return tree_unflatten(results, spec)
+
+
+def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.Blocks:
+    if y.numel() == 1:
+        return _engine.native_hessian(y, xs, create_graph)
+    blocks = _engine.native_jacobian([y], xs, True)[0]
+    rows = [_finish(block, x, y.shape + x.shape, True) for block, x in zip(blocks, xs)]
+    return _engine.native_jacobian(rows, xs, create_graph)
+
+
+def _finish(block: Tensor | None, wrt: Tensor, shape: torch.Size, create_graph: bool) -> Tensor:
+    """A block of a result: zeros where nothing is connected, without history unless that was asked for."""
+    if block is None:
+        return wrt.new_zeros(shape)
+    if block.shape != shape:
+        block = block.reshape(shape)
+    return block.detach() if block.requires_grad and not create_graph else block
+
+
+def _batch_columns(
+    outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | None], create_graph: bool
+) -> list[list[Tensor]]:
+    """``[j][i]``: per-sample Jacobians of outputs ``(B, *out)`` in leaves with or without a batch axis in front."""
+    inputs = leaves.tensors
+    tied = [x for x, dim in zip(inputs, dims) if dim is not None]
+    shared = [x for x, dim in zip(inputs, dims) if dim is None]
+    # Refused, the shared ones are torch.func's: row by row they would be a pass over the whole batch for every sample.
+    of_shared = _engine.native_jacobian(outputs, shared, create_graph) if shared else [[] for _ in outputs]
+    of_tied: _engine.Blocks = [[] for _ in outputs]
+    if tied:
+        try:
+            of_tied = _engine.native_batch_jacobian(outputs, tied, create_graph, check=False)
+        except Refused as error:
+            leaves.refused = str(error)
+            of_tied = [_engine.summed_rows(out, tied, create_graph) for out in outputs]
+    tied_columns, shared_columns = iter(zip(*of_tied)), iter(zip(*of_shared))
+    columns = []
+    for x, dim in zip(inputs, dims):
+        column, inner = (next(shared_columns), x.shape) if dim is None else (next(tied_columns), x.shape[1:])
+        columns.append([_finish(block, x, y.shape + inner, create_graph) for block, y in zip(column, outputs)])
+    return columns
+
+
+def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Gradient:
+    """Gradient of a scalar function; torch.func.grad.
+
+    Args:
+        func: returns a tensor without axes, or a pair of it and auxiliary output with `has_aux`.
+        argnums: the positional argument, or tuple of arguments, to differentiate; tensors or pytrees of them.
+        has_aux: whether `func` returns auxiliary output beside the value.
+
+    Returns:
+        A function of the same arguments that returns the gradient (and the auxiliary output).
+
+    Raises:
+        RuntimeError: on call, what torch.func.grad raises.
+
+    >>> grad(lambda x: (x**2).sum())(torch.tensor([1.0, 2.0]))
+    tensor([2., 4.])
+    """
+    return Gradient(func, argnums, has_aux, with_value=False)
+
+
+def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Gradient:
+    """Gradient and value of a scalar function; torch.func.grad_and_value.
+
+    Args:
+        func, argnums, has_aux: as for `grad`.
+
+    Returns:
+        A function of the same arguments that returns ``(gradient, value)``, or ``(gradient, (value, aux))``.
+
+    Raises:
+        RuntimeError: on call, what torch.func.grad_and_value raises.
+
+    >>> grad_and_value(lambda x: (x**2).sum())(torch.tensor([1.0, 2.0]))
+    (tensor([2., 4.]), tensor(5.))
+    """
+    return Gradient(func, argnums, has_aux, with_value=True)
+
+
+def jacrev(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    _preallocate_and_copy: bool = False,
+) -> Jacobian:
+    """Jacobian of a function; torch.func.jacrev.
+
+    Args:
+        func: returns a tensor or a pytree of tensors.
+        argnums: the positional argument, or tuple of arguments, to differentiate; tensors or pytrees of them.
+        has_aux: whether `func` returns a pair of output and auxiliary output.
+        chunk_size: rows at a time on PyTorch's path; the engine keeps structure instead and needs none.
+
+    Returns:
+        A function of the same arguments that returns ``J`` of shape ``output.shape + input.shape``, nested like the output
+        and, inside, like the arguments.
+
+    Raises:
+        RuntimeError: on call, what torch.func.jacrev raises.
+        ValueError: for a chunk size below 1.
+
+    >>> jacrev(lambda x: x**2)(torch.tensor([1.0, 2.0]))
+    tensor([[2., 0.],
+            [0., 4.]])
+    """
+    if not (chunk_size is None or chunk_size > 0):
+        raise ValueError("jacrev: `chunk_size` should be greater than 0.")
+    options = {"chunk_size": chunk_size, "_preallocate_and_copy": _preallocate_and_copy}
+    return Jacobian("jacrev", func, argnums, has_aux, **options)
+
+
+def jacfwd(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, randomness: str = "error"
+) -> Jacobian:
+    """Jacobian of a function; torch.func.jacfwd (with negative `argnums`, for which torch 2.13 returns zeros).
+
+    The engine chooses the direction itself; the name says which of torch's functions this one stands for.
+
+    Args:
+        func, argnums, has_aux: as for `jacrev`.
+        randomness: as in torch; "different" takes PyTorch's path.
+
+    Returns:
+        A function of the same arguments that returns ``J`` of shape ``output.shape + input.shape``, nested like the output
+        and, inside, like the arguments; its dtype is the output's.
+
+    Raises:
+        RuntimeError: on call, what torch.func.jacfwd raises.
+
+    >>> jacfwd(lambda a, x: a * x, argnums=-1)(torch.tensor(3.0), torch.tensor([1.0, 2.0]))
+    tensor([[3., 0.],
+            [0., 3.]])
+    """
+    return Jacobian("jacfwd", func, argnums, has_aux, randomness=randomness)
+
+
+def hessian(func: Callable[..., Any], argnums: Argnums = 0) -> Hessian:
+    """Hessian of a function; torch.func.hessian.
+
+    Args:
+        func, argnums: as for `jacrev`; the output may have any shape.
+
+    Returns:
+        A function of the same arguments that returns ``H`` of shape ``output.shape + input.shape + input.shape``, nested
+        like the output and, twice inside, like the arguments.
+
+    Raises:
+        RuntimeError: on call, what torch.func.hessian raises.
+
+    >>> hessian(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+    tensor([[ 6.,  0.],
+            [ 0., 12.]])
+    """
+    return Hessian(func, argnums)

@@ -1,0 +1,135 @@
+"""vmap with torch.func.vmap's signature, which sees through the transform objects of this package."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.func as _torch
+from torch._functorch.vmap import _get_chunked_inputs, _process_batched_inputs
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .. import _engine
+from .._compile import eager
+from .._engine import Refused
+from ._transforms import Transform, Wrapped
+
+_torch_vmap = _torch.vmap  # kept from before any patching
+
+
+class BatchedTransform(Wrapped):
+    """``vmap(jacrev(f))`` and its like: one evaluation of `f` for the whole batch, the batch axis tied."""
+
+    def __init__(
+        self, transform: Transform, in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None
+    ) -> None:
+        super().__init__(transform)
+        # Made at once, so that bad options are refused here as they are by PyTorch.
+        peer = functools.wraps(transform, updated=())(lambda *a, **k: transform.peer(*a, **k))
+        self.peer = _torch_vmap(peer, in_dims, out_dims, randomness, chunk_size=chunk_size)
+        self.in_dims, self.out_dims = in_dims, out_dims
+        self.randomness, self.chunk_size = randomness, chunk_size
+        self.name = f"func.vmap({transform.name.removeprefix('func.')})"
+
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reason = _engine.refusal()
+        if reason is None and (type(self.out_dims) is not int or (kwargs and not self.func.takes_kwargs)):
+            reason = "unusual arguments"
+        if reason is None:
+            size, dims, flat, spec = _process_batched_inputs(self.in_dims, args, self.func)
+            reason = self._unusual(size, flat, spec)
+        if reason is None:
+            grad_mode = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(True)
+            try:
+                result, refused = self._run(size, dims, flat, spec, kwargs, grad_mode)
+                _engine.count(self.name, refused)
+                return result
+            except Refused as error:
+                reason = str(error)
+            finally:
+                torch._C._set_grad_enabled(grad_mode)
+        _engine.count_fallback(self.name, reason)
+        return self.peer(*args, **kwargs)
+
+    def _unusual(self, size: int, flat: list[Any], spec: Any) -> str | None:
+        if size == 0:
+            return "an empty batch"
+        if self.chunk_size is not None and self.chunk_size < size and self.randomness == "same":
+            return "chunks with the same randomness"
+        transform = self.func
+        while isinstance(transform, Transform):
+            reason = transform.unusual(flat, spec)
+            if reason is not None:
+                return reason
+            if isinstance(transform.func, Transform) and transform.options.get("randomness") == "different":
+                return "nested transforms with different randomness"
+            transform = transform.func
+        return None
+
+    def _run(
+        self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any], grad_mode: bool
+    ) -> tuple[Any, str | None]:
+        if self.chunk_size is None or self.chunk_size >= size:
+            return self._run_chunk(dims, flat, spec, kwargs, grad_mode)
+        results, refused = zip(
+            *(
+                self._run_chunk(dims, list(chunk), spec, kwargs, grad_mode)
+                for chunk in _get_chunked_inputs(flat, dims, size, self.chunk_size)
+                if all(x.shape[d] for x, d in zip(chunk, dims) if d is not None)
+            )
+        )
+        flat_results, specs = zip(*map(tree_flatten, results))
+        whole = tree_unflatten([torch.cat(parts, self.out_dims) for parts in zip(*flat_results)], specs[0])
+        return whole, next(filter(None, refused), None)
+
+    def _run_chunk(
+        self, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any], grad_mode: bool
+    ) -> tuple[Any, str | None]:
+        front = [x.movedim(d, 0) if d else x for x, d in zip(flat, dims)]
+        tied = [None if d is None else 0 for d in dims]
+        result, refused = self.func.run_batch(front, spec, tied, kwargs, self.randomness, grad_mode)
+        if self.out_dims != 0:
+            result = tree_map(lambda t: t.movedim(0, self.out_dims), result)
+        return result, refused
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = "error",
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Map a function over a batch axis; torch.func.vmap.
+
+    Args:
+        func: any function.  If it is what this package's grad, grad_and_value, jacrev, jacfwd or hessian returned, the
+            batch is differentiated by the engine: per-sample derivatives without a B x B intermediate.
+        in_dims: the batch axis of the arguments, or None for those that all samples share.
+        out_dims: where the batch axis goes in the results.
+        randomness: "error", "different" or "same", as in torch.
+        chunk_size: samples at a time; None for all of them.
+
+    Returns:
+        The mapped function.
+
+    Raises:
+        ValueError, RuntimeError: what torch.func.vmap raises.
+
+    >>> from wengert.func import grad, jacrev
+    >>> vmap(jacrev(lambda x: x.prod()))(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([[2., 1.],
+            [4., 3.]])
+    >>> w, x = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> vmap(grad(lambda w, x: (w @ x) ** 2), in_dims=(None, 0))(w, x)
+    tensor([[10., 20.],
+            [66., 88.]])
+    """
+    if isinstance(func, Transform):
+        return BatchedTransform(func, in_dims, out_dims, randomness, chunk_size)
+    return _torch_vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size)

@@ -1,0 +1,400 @@
+"""jacobian, hessian, vjp, jvp, vhp and hvp with the signatures of torch.autograd.functional, and the graph forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import functional as _torch
+from torch.autograd.functional import _as_tuple, _check_requires_grad, _grad_preprocess
+
+from . import _engine
+from ._compile import eager
+
+Tensors: TypeAlias = Tensor | tuple[Tensor, ...]
+Function: TypeAlias = Callable[..., Tensors]
+
+_COMPUTED = (Tensor, tuple, list)  # a first argument of the graph form
+_torch_jacobian = _torch.jacobian  # kept from before any patching
+_torch_hessian = _torch.hessian
+_is_grad_enabled = torch.is_grad_enabled
+_set_grad_enabled = torch._C._set_grad_enabled
+_refusal = _engine.refusal
+
+
+@eager
+def jacobian(
+    func: Function | Tensor | Sequence[Tensor],
+    inputs: Tensors,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: str = "reverse-mode",
+    *,
+    allow_unused: bool = True,
+) -> Any:
+    """Jacobian of a function at `inputs`, or of tensors already computed from them (the graph form).
+
+    Args:
+        func: a function of the tensors in `inputs` that returns a tensor or a tuple of tensors; or, for the graph
+            form, those outputs themselves.
+        inputs: a tensor or a tuple of tensors.  In the graph form they must be tensors that the outputs were computed from.
+        create_graph: whether the result can be differentiated again.
+        strict, vectorize, strategy: as in torch.autograd.functional.jacobian; function form only.  The engine needs no
+            `vectorize`; ``strategy="forward-mode"`` takes PyTorch's path.
+        allow_unused: graph form only.  Whether an input no output depends on gives zeros or raises.
+
+    Returns:
+        ``J`` of shape ``output.shape + input.shape``; ``J[i]`` or ``J[j]`` where one side is a tuple, ``J[i][j]`` where
+        both are.  The dtype is the input's.  The graph form never frees the graph.
+
+    Raises:
+        RuntimeError, TypeError: what torch.autograd.functional.jacobian raises.  Graph form: what torch.autograd.grad
+            raises for outputs that do not require grad, and for unused inputs with ``allow_unused=False``.
+
+    >>> x = torch.tensor([1.0, 2.0])
+    >>> jacobian(lambda x: x.prod() * x, x)
+    tensor([[4., 1.],
+            [4., 4.]])
+    >>> x = x.requires_grad_()
+    >>> y = x.prod() * x
+    >>> jacobian(y, x)
+    tensor([[4., 1.],
+            [4., 4.]])
+    """
+    if isinstance(func, _COMPUTED):
+        _reject_function_options(strict, vectorize, strategy)
+        return _graph_jacobian(func, inputs, create_graph, allow_unused)
+    reason = "forward-mode strategy" if strategy != "reverse-mode" else _refusal()
+    if reason is not None:
+        _engine.count_fallback("jacobian", reason)
+        return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
+    grad_mode = _is_grad_enabled()
+    _set_grad_enabled(True)
+    try:
+        is_inputs_tuple, inputs = _as_tuple(inputs, "inputs", "jacobian")
+        inputs = _grad_preprocess(inputs, create_graph, True)
+        outputs = func(*inputs)
+        is_outputs_tuple, outputs = _as_tuple(outputs, "outputs of the user-provided function", "jacobian")
+        if strict:
+            _check_requires_grad(outputs, "outputs", strict)
+            if vectorize:
+                raise RuntimeError(
+                    "torch.autograd.functional.jacobian: `strict=True` and `vectorized=True` are not supported together. "
+                    "Please either set `strict=False` or `vectorize=False`."
+                )
+        blocks = _blocks(outputs, inputs, create_graph, strict, vectorize)
+        return _nest(blocks, is_outputs_tuple, is_inputs_tuple)
+    finally:
+        _set_grad_enabled(grad_mode)
+
+
+def _blocks(
+    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool, strict: bool, vectorize: bool = False
+) -> list[list[Tensor]]:
+    """Blocks without gaps, with the complaints of strict mode."""
+    reason = None
+    if not vectorize and not all(out.numel() for out in outputs):
+        reason = "an output without elements"  # which PyTorch's rows refuse
+    blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=reason, vectorize=vectorize)
+    for i, (row, out) in enumerate(zip(blocks, outputs)):
+        for j, block in enumerate(row):
+            if block is None:
+                if strict:
+                    raise RuntimeError(
+                        f"Output {i} of the user-provided function is independent of input {j}. "
+                        "This is not allowed in strict mode."
+                    )
+                row[j] = _engine.zeros(out, inputs[j])
+            elif strict and create_graph and not block.requires_grad:
+                raise RuntimeError(
+                    f"The jacobian of the user-provided function is independent of input {i}. "
+                    "This is not allowed in strict mode when create_graph=True."
+                )
+            elif not create_graph and block.requires_grad:
+                row[j] = block.detach()
+    return blocks  # type: ignore[return-value]
+
+
+def _nest(blocks: list[list[Tensor]], is_outputs_tuple: bool, is_inputs_tuple: bool) -> Any:
+    if not is_outputs_tuple:
+        return tuple(blocks[0]) if is_inputs_tuple else blocks[0][0]
+    return tuple(tuple(row) if is_inputs_tuple else row[0] for row in blocks)
+
+
+@eager
+def hessian(
+    func: Function | Tensor,
+    inputs: Tensors,
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    outer_jacobian_strategy: str = "reverse-mode",
+    *,
+    allow_unused: bool = True,
+) -> Any:
+    """Hessian of a function with one output element at `inputs`, or of such a tensor already computed (the graph form).
+
+    Args:
+        func: a function of the tensors in `inputs` that returns a tensor with one element; or, for the graph form, that
+            tensor itself.
+        inputs: a tensor or a tuple of tensors.
+        create_graph: whether the result can be differentiated again.
+        strict, vectorize, outer_jacobian_strategy: as in torch.autograd.functional.hessian; function form only.
+            ``outer_jacobian_strategy="forward-mode"`` takes PyTorch's path.
+        allow_unused: graph form only.  Whether an input the output does not depend on gives zeros or raises.
+
+    Returns:
+        ``H`` of shape ``input.shape + input.shape``, or ``H[i][j]`` of shape ``inputs[i].shape + inputs[j].shape``.
+
+    Raises:
+        RuntimeError, TypeError: what torch.autograd.functional.hessian raises.
+
+    >>> x = torch.tensor([6.0, -2.0])
+    >>> hessian(lambda x: x[0] ** 3 + x[1] ** 2, x)
+    tensor([[36.,  0.],
+            [ 0.,  2.]])
+    >>> x = x.requires_grad_()
+    >>> hessian(x[0] ** 3 + x[1] ** 2, x)
+    tensor([[36.,  0.],
+            [ 0.,  2.]])
+    """
+    if isinstance(func, _COMPUTED):
+        _reject_function_options(strict, vectorize, outer_jacobian_strategy)
+        return _graph_hessian(func, inputs, create_graph, allow_unused)
+    reason = "forward-mode strategy" if outer_jacobian_strategy != "reverse-mode" else _refusal()
+    if reason is not None or (strict and vectorize):
+        _engine.count_fallback("hessian", reason or "strict and vectorize together")
+        return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)
+    is_inputs_tuple, inputs = _as_tuple(inputs, "inputs", "hessian")
+    grad_mode = _is_grad_enabled()
+    _set_grad_enabled(True)
+    try:
+        inputs = _grad_preprocess(inputs, create_graph, True)
+        out = func(*inputs)
+        is_out_tuple, outputs = _as_tuple(out, "outputs of the user-provided function", "hessian")
+        if strict:
+            _check_requires_grad(outputs, "outputs", strict)
+        if is_out_tuple:
+            raise RuntimeError("The function given to hessian should return a single Tensor")
+        if out.numel() != 1:
+            raise RuntimeError("The Tensor returned by the function given to hessian should contain a single element")
+        if strict:
+            gradient = _blocks((out.squeeze(),), inputs, True, False)[0]
+            _check_requires_grad(gradient, "jacobian", strict)
+            blocks = _blocks(tuple(gradient), inputs, create_graph, True)
+        else:
+            reason = None if all(x.numel() for x in inputs) or vectorize else "an input without elements"
+            found = _engine.hessian("hessian", out, inputs, create_graph, reason=reason, vectorize=vectorize)
+            blocks = _fill(found, inputs, inputs, create_graph)
+        return _nest(blocks, is_inputs_tuple, is_inputs_tuple)
+    finally:
+        _set_grad_enabled(grad_mode)
+
+
+def _fill(
+    blocks: _engine.Blocks, outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool
+) -> list[list[Tensor]]:
+    for out, row in zip(outputs, blocks):
+        for j, block in enumerate(row):
+            if block is None:
+                row[j] = _engine.zeros(out, inputs[j])
+            elif not create_graph and block.requires_grad:
+                row[j] = block.detach()
+    return blocks  # type: ignore[return-value]
+
+
+def _reject_function_options(strict: bool, vectorize: bool, strategy: str) -> None:
+    if strict or vectorize or strategy != "reverse-mode":
+        raise TypeError("strict, vectorize and strategy belong to the function form; the graph form takes none of them")
+
+
+def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused: bool) -> Any:
+    is_outputs_tuple, outputs, is_inputs_tuple, inputs = _graph_arguments(outputs, inputs, "jacobian")
+    grad_mode = _is_grad_enabled()
+    _set_grad_enabled(True)
+    try:
+        blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=_refusal())
+        if not allow_unused:
+            _check_used(zip(*blocks))
+        return _nest(_fill(blocks, outputs, inputs, create_graph), is_outputs_tuple, is_inputs_tuple)
+    finally:
+        _set_grad_enabled(grad_mode)
+
+
+def _graph_hessian(output: Any, inputs: Any, create_graph: bool, allow_unused: bool) -> Any:
+    is_output_tuple, outputs, is_inputs_tuple, inputs = _graph_arguments(output, inputs, "hessian")
+    if is_output_tuple:
+        raise RuntimeError("The function given to hessian should return a single Tensor")
+    if outputs[0].numel() != 1:
+        raise RuntimeError("The Tensor returned by the function given to hessian should contain a single element")
+    grad_mode = _is_grad_enabled()
+    _set_grad_enabled(True)
+    try:
+        if not allow_unused:  # an input may well have no second derivative: it is the gradient that has to reach it
+            _check_used([g] for g in _engine.torch_grad(outputs[0].sum(), inputs, retain_graph=True, allow_unused=True))
+        blocks = _engine.hessian("hessian", outputs[0], inputs, create_graph, reason=_refusal())
+        return _nest(_fill(blocks, inputs, inputs, create_graph), is_inputs_tuple, is_inputs_tuple)
+    finally:
+        _set_grad_enabled(grad_mode)
+
+
+def _graph_arguments(outputs: Any, inputs: Any, name: str) -> tuple[bool, tuple[Tensor, ...], bool, tuple[Tensor, ...]]:
+    """Both sides as tuples, with torch.autograd.grad's complaints about tensors outside of any graph."""
+    is_outputs_tuple, outputs = _as_tuple(tuple(outputs) if type(outputs) is list else outputs, "outputs", name)
+    is_inputs_tuple, inputs = _as_tuple(tuple(inputs) if type(inputs) is list else inputs, "inputs", name)
+    if not inputs:
+        raise RuntimeError("`inputs` argument to `grad()` cannot be empty.")
+    if not any(out.requires_grad for out in outputs):
+        raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+    if not all(x.requires_grad for x in inputs):
+        raise RuntimeError("One of the differentiated Tensors does not require grad")
+    return is_outputs_tuple, outputs, is_inputs_tuple, inputs
+
+
+def _check_used(columns: Any) -> None:
+    if any(all(block is None for block in column) for column in columns):
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. "
+            "Set allow_unused=True if this is the desired behavior."
+        )
+
+
+def _with_our_gradient(name: str) -> Callable[..., Any]:
+    """torch.autograd.functional's own function of that name, but with its calls of autograd going through the engine.
+
+    Argument checks, strict mode, nesting and messages so are PyTorch's own, whatever its version does.
+    """
+
+    def autograd_grad(
+        outputs: tuple[Tensor | None, ...],
+        inputs: tuple[Tensor, ...],
+        grad_outputs: tuple[Tensor | None, ...] | None = None,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+        is_grads_batched: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        if len(outputs) != len(grad_outputs or outputs):
+            raise AssertionError(
+                "Expected outputs and grad_outputs to have the same length, "
+                f"but got {len(outputs)} and {len(grad_outputs or ())}"
+            )
+        pairs = [
+            (out, ct)
+            for out, ct in zip(outputs, grad_outputs or (None,) * len(outputs))
+            if out is not None and out.requires_grad
+        ]
+        if not pairs:
+            return (None,) * len(inputs)
+        connected, cotangents = zip(*pairs)
+        explicit = torch.autograd._make_grads(connected, cotangents, is_grads_batched)
+        retain = create_graph if retain_graph is None else retain_graph
+        return tuple(
+            _engine.vjp(name, connected, inputs, explicit, retain, create_graph, is_grads_batched, reason=_refusal())
+        )
+
+    original = getattr(_torch, name)
+    names = {**vars(_torch), "_autograd_grad": autograd_grad}
+    return FunctionType(original.__code__, names, name, original.__defaults__, original.__closure__)
+
+
+_vjp, _jvp, _vhp, _hvp = map(_with_our_gradient, ("vjp", "jvp", "vhp", "hvp"))
+
+
+@eager
+def vjp(
+    func: Function, inputs: Tensors, v: Tensors | None = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Tensors, Tensors]:
+    """Value of `func` and the product of a cotangent `v` with its Jacobian; torch.autograd.functional.vjp.
+
+    Args:
+        func: a function of the tensors in `inputs` that returns a tensor or a tuple of tensors.
+        inputs: a tensor or a tuple of tensors.
+        v: like the outputs; may be left out where the output has a single element.
+        create_graph, strict: as in torch.
+
+    Returns:
+        The outputs, and ``v^T J`` with the shapes of the inputs.
+
+    Raises:
+        RuntimeError, TypeError: what torch.autograd.functional.vjp raises.
+
+    >>> vjp(lambda x: x**2, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
+    (tensor([1., 9.]), tensor([ 2., 60.]))
+    """
+    return _vjp(func, inputs, v, create_graph, strict)
+
+
+@eager
+def jvp(
+    func: Function, inputs: Tensors, v: Tensors | None = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Tensors, Tensors]:
+    """Value of `func` and the product of its Jacobian with a tangent `v`; torch.autograd.functional.jvp.
+
+    Args:
+        func: a function of the tensors in `inputs` that returns a tensor or a tuple of tensors.
+        inputs: a tensor or a tuple of tensors.
+        v: like the inputs; may be left out where the input has a single element.
+        create_graph, strict: as in torch.
+
+    Returns:
+        The outputs, and ``J v`` with the shapes of the outputs.
+
+    Raises:
+        RuntimeError, TypeError: what torch.autograd.functional.jvp raises.
+
+    >>> jvp(lambda x: x**2, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
+    (tensor([1., 9.]), tensor([ 2., 60.]))
+    """
+    return _jvp(func, inputs, v, create_graph, strict)
+
+
+@eager
+def vhp(
+    func: Function, inputs: Tensors, v: Tensors | None = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Tensor, Tensors]:
+    """Value of a scalar function and the product of a vector `v` with its Hessian; torch.autograd.functional.vhp.
+
+    Args:
+        func: a function of the tensors in `inputs` that returns a tensor with one element.
+        inputs: a tensor or a tuple of tensors.
+        v: like the inputs; may be left out where the input has a single element.
+        create_graph, strict: as in torch.
+
+    Returns:
+        The output, and ``v^T H`` with the shapes of the inputs.
+
+    Raises:
+        RuntimeError, TypeError: what torch.autograd.functional.vhp raises.
+
+    >>> vhp(lambda x: (x**3).sum(), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
+    (tensor(28.), tensor([  6., 180.]))
+    """
+    return _vhp(func, inputs, v, create_graph, strict)
+
+
+@eager
+def hvp(
+    func: Function, inputs: Tensors, v: Tensors | None = None, create_graph: bool = False, strict: bool = False
+) -> tuple[Tensor, Tensors]:
+    """Value of a scalar function and the product of its Hessian with a vector `v`; torch.autograd.functional.hvp.
+
+    Args:
+        func: a function of the tensors in `inputs` that returns a tensor with one element.
+        inputs: a tensor or a tuple of tensors.
+        v: like the inputs; may be left out where the input has a single element.
+        create_graph, strict: as in torch.
+
+    Returns:
+        The output, and ``H v`` with the shapes of the inputs.
+
+    Raises:
+        RuntimeError, TypeError: what torch.autograd.functional.hvp raises.
+
+    >>> hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
+    (tensor(28.), tensor([  6., 180.]))
+    """
+    return _hvp(func, inputs, v, create_graph, strict)

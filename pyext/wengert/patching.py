@@ -1,0 +1,156 @@
+"""Routes torch's own functions through wengert: `patched`, `install` and `uninstall`.
+
+What is replaced: ``torch.autograd.functional.*``, ``torch.func.*``, ``torch.vmap`` and batched ``torch.autograd.grad``,
+in torch's public modules and in every module outside torch that holds one of them as a global name (after
+``from torch.func import jacrev``, say).
+
+What cannot be: references kept elsewhere (a default argument, a closure, an attribute of an object or class, a functools.partial), and
+transforms that were built before, such as ``g = jacrev(f)`` at the top of a module.  They stay PyTorch's, and so stay right.
+The replacement is global to the process: while it lasts, other threads see it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.func
+
+from . import _engine, func, functional
+from .autograd import grad
+
+
+def _grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> Any:
+    """torch.autograd.grad; through wengert where the cotangents are batched."""
+    chosen = grad if is_grads_batched else _engine.torch_grad
+    return chosen(
+        outputs,
+        inputs,
+        grad_outputs,
+        retain_graph,
+        create_graph,
+        only_inputs,
+        allow_unused,
+        is_grads_batched,
+        materialize_grads,
+    )
+
+
+functools.update_wrapper(_grad, torch.autograd.grad)
+del _grad.__wrapped__  # type: ignore[attr-defined]  # it is the replacement's own signature that counts
+
+
+def _replacements() -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    pairs = [(getattr(torch.autograd.functional, name), getattr(functional, name)) for name in _FUNCTIONAL]
+    pairs += [(getattr(torch.func, name), getattr(func, name)) for name in _FUNC]
+    pairs.append((_engine.torch_grad, _grad))
+    return [(theirs, ours) for theirs, ours in pairs if theirs is not ours]
+
+
+_FUNCTIONAL = ("jacobian", "hessian", "vjp", "jvp", "vhp", "hvp")
+_FUNC = tuple(func.__all__)
+_PUBLIC = ("torch", "torch.func", "torch.autograd", "torch.autograd.functional", "functorch")
+_REPLACEMENTS = _replacements()
+
+_lock = threading.RLock()
+_depth = 0
+_installed = False
+_changed: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, what stood there, what stands there now
+
+
+def _modules() -> Iterator[ModuleType]:
+    for name, module in list(sys.modules.items()):
+        inside = name.partition(".")[0] in ("torch", "functorch", "wengert", "torchgen")
+        if isinstance(module, ModuleType) and (name in _PUBLIC or not inside):
+            yield module
+
+
+def _enter() -> None:
+    global _depth
+    with _lock:
+        _depth += 1
+        if _depth > 1:
+            return
+        # TorchScript finds torch.autograd.grad by identity: without this entry it would try to compile our function.
+        torch.jit._builtins._register_builtin(_grad, "aten::grad")
+        by_id = {id(theirs): (theirs, ours) for theirs, ours in _REPLACEMENTS}
+        try:
+            for module in _modules():
+                for name, value in list(vars(module).items()):
+                    if id(value) in by_id:
+                        theirs, ours = by_id[id(value)]
+                        _changed.append((module, name, theirs, ours))
+                        setattr(module, name, ours)
+        except BaseException:  # an interrupt, say: leave nothing half done
+            _exit()
+            raise
+
+
+def _exit() -> None:
+    global _depth
+    with _lock:
+        _depth -= 1
+        if _depth:
+            return
+        while _changed:
+            module, name, theirs, ours = _changed.pop()
+            if vars(module).get(name) is ours:  # somebody else's later replacement stays
+                setattr(module, name, theirs)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Inside, torch's own derivative functions run through wengert; a decorator, too.
+
+    ``torch.autograd.functional.*``, ``torch.func.*`` and ``torch.autograd.grad(..., is_grads_batched=True)`` are replaced,
+    also under names that other modules imported earlier.  May be nested; restores everything on the way out, also after an
+    exception.  Modules imported inside that took a replaced function along keep it; it goes on working.  References held by
+    closures, default arguments, classes or objects are not replaced, and go on being PyTorch's.
+
+    >>> import torch, wengert
+    >>> before = torch.func.jacrev
+    >>> with wengert.patched():
+    ...     torch.func.jacrev is wengert.func.jacrev
+    True
+    >>> torch.func.jacrev is before
+    True
+    """
+    _enter()
+    try:
+        yield
+    finally:
+        _exit()
+
+
+def install() -> None:
+    """Do what `patched` does until `uninstall`; a second call changes nothing."""
+    global _installed
+    with _lock:
+        if not _installed:
+            _enter()
+            _installed = True
+
+
+def uninstall() -> None:
+    """Undo `install`; without one before it, nothing happens."""
+    global _installed
+    with _lock:
+        if _installed:
+            _installed = False
+            _exit()
