@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "fused/primitives.h"
@@ -13,33 +15,69 @@ inline constexpr ExprId kNone = -1;  // absent: an argument the caller does not 
 inline constexpr ExprId kZero = 0;   // structural zero: "does not depend on", exact even against inf and nan
 inline constexpr ExprId kOne = 1;    // the constant 1
 
+// Arguments of a node always have smaller ids than the node, so ascending ids are a topological order.  A pool that is no longer
+// written to may be read by several threads.
 class ExprPool {
  public:
   ExprPool();
-  ExprId constant(double value);
+  ExprId constant(double value);  // constant(0) is the number 0, not the structural zero
   ExprId operand(std::int32_t index);  // leaf: the index-th operand of the loop nest
   ExprId apply(Prim prim, std::span<const ExprId> args);
 
   ExprId add(ExprId a, ExprId b);
   ExprId sub(ExprId a, ExprId b);
-  ExprId mul(ExprId a, ExprId b);
+  // value * factor, in this order: a factor that selects (a where with a structural zero) selects instead of multiplying, as
+  // PyTorch's where(c, grad, 0) does; see the note on masks in primitives.h.
+  ExprId mul(ExprId value, ExprId factor);
   ExprId div(ExprId a, ExprId b);
   ExprId neg(ExprId a);
 
   // d prim(args) / d args[arg].  `result` is prim(args) itself.  Uses exactly those of args/result that PyTorch's own formula
-  // (derivatives.yaml) saves; the others may be kNone.  Returns kZero for a derivative that is identically zero.
+  // (derivatives.yaml) saves; the others may be kNone.  Returns kZero for a derivative that is identically zero, kNone where the
+  // table has no formula (parameters such as the beta of softplus).
   ExprId partial(Prim prim, int arg, std::span<const ExprId> args, ExprId result);
-  // d expr / d operand
+  // d expr / d operand; throws std::domain_error where a formula is missing
   ExprId derivative(ExprId expr, std::int32_t operand);
+  // Reverse sweep: sum_j cotangents[j] * d exprs[j] / d operand, as (operand, expression) pairs by ascending operand, multiplied in
+  // the order PyTorch's engine multiplies.  Operands that receive nothing are left out.
+  std::vector<std::pair<std::int32_t, ExprId>> pullback(std::span<const ExprId> exprs, std::span<const ExprId> cotangents);
+  // Forward sweep: the tangent of expr where operand k has tangent tangents[k] (kZero: none).
+  ExprId pushforward(ExprId expr, std::span<const ExprId> tangents);
   // Rebuilds `expr` of pool `from` (may be *this) here, with leaf k replaced by leaves[k].
   ExprId substitute(const ExprPool& from, ExprId expr, std::span<const ExprId> leaves);
 
   bool is_constant(ExprId expr, double* value = nullptr) const;
   bool is_operand(ExprId expr, std::int32_t* index = nullptr) const;
-  int size(ExprId expr) const;                                     // number of distinct non-leaf nodes below and with expr
+  // Number of distinct non-leaf nodes below and with expr; counting stops at kSizeLimit.
+  int size(ExprId expr) const;
+  static constexpr int kSizeLimit = 1024;
   std::vector<std::int32_t> operands(ExprId expr) const;           // distinct leaves, ascending
+  std::vector<ExprId> reachable(std::span<const ExprId> roots) const;  // all nodes below and with the roots, ascending
   Prim prim(ExprId expr) const;
   std::span<const ExprId> args(ExprId expr) const;
+
+ private:
+  enum class Kind : std::uint8_t { constant, operand, apply };
+  struct Node {
+    Kind kind;
+    Prim prim;
+    std::uint8_t arity;
+    std::int32_t index;
+    double value;
+    ExprId args[kMaxArity];
+  };
+  ExprId intern(const Node& node);
+  ExprId make(Prim prim, std::span<const ExprId> args);
+  ExprId simplify_sum(Prim prim, ExprId a, ExprId b);
+  ExprId simplify_product(Prim prim, ExprId a, ExprId b);
+  ExprId simplify_power(ExprId base, ExprId exponent);
+  ExprId fold(Prim prim, std::span<const ExprId> args);
+  bool is_neg(ExprId expr, ExprId* inner) const;
+  void grow();
+
+  std::vector<Node> nodes_;
+  std::vector<ExprId> table_;  // open addressing, power of two, kNone = free
+  std::unordered_map<ExprId, std::vector<std::pair<std::int32_t, ExprId>>> gradients_;
 };
 
 }  // namespace wengert::fused

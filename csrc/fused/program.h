@@ -1,4 +1,10 @@
 // A program: several expressions over one loop nest, compiled to register bytecode, with a canonical printable text.
+//
+//   fused v1 rank=2 operands=2 compute=f32
+//   t0 = mul a0 a1
+//   t1 = where a0 t0 zero        (zero is the structural zero, numbers are literals)
+//   out t1 f32
+//   out t0 f64 sum=0,1           (summed over loop axes 0 and 1)
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -11,6 +17,11 @@
 namespace wengert::fused {
 
 enum class Dtype : std::uint8_t { f32, f64, bf16, f16, i64, i32, i16, i8, u8, b8 };
+inline constexpr int kDtypeCount = 10;
+const char* name(Dtype dtype);
+int size_in_bytes(Dtype dtype);
+
+inline constexpr int kMaxRank = 32;
 
 struct OutputSpec {
   ExprId expr;
@@ -25,7 +36,40 @@ struct ProgramSpec {
   std::vector<OutputSpec> outputs;
 };
 
-class Program;  // immutable
+// Registers hold a tile each.  The first are the operands the program reads, then its constants, then the slots temporaries share.
+struct Instruction {
+  Prim prim;
+  std::uint16_t result;
+  std::uint16_t args[kMaxArity];
+};
+struct Bytecode {
+  std::vector<std::int32_t> loads;      // register i holds operand loads[i]
+  std::vector<double> constants;        // register loads.size() + i
+  int slots = 0;                        // registers loads.size() + constants.size() + 0 .. slots - 1
+  std::vector<Instruction> instructions;
+  std::vector<std::uint16_t> outputs;   // the register of each output after the last instruction
+};
+
+class Program {  // immutable
+ public:
+  Program(ExprPool pool, ProgramSpec spec);
+
+  const ExprPool& pool() const { return pool_; }
+  const ProgramSpec& spec() const { return spec_; }
+  int rank() const { return spec_.rank; }
+  int operands() const { return spec_.operands; }
+  Dtype compute() const { return spec_.compute; }
+  const std::vector<OutputSpec>& outputs() const { return spec_.outputs; }
+  const Bytecode& bytecode() const { return bytecode_; }
+  const std::string& text() const { return text_; }  // canonical
+  std::string text_with_leading_axes(int count) const;  // the same program over a nest with `count` more outer loops
+
+ private:
+  ExprPool pool_;
+  ProgramSpec spec_;
+  Bytecode bytecode_;
+  std::string text_;
+};
 
 std::string to_text(const ExprPool& pool, const ProgramSpec& spec);
 // Parses, checks and compiles; the same text gives the same object while it is cached.  Throws std::invalid_argument on bad text.

@@ -3,11 +3,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "fused/program.h"
+#include "kernels/cpu/loop_nest.h"
 
 namespace wengert::ops {
 
@@ -15,22 +17,24 @@ namespace wengert::ops {
 // Every operand has the rank of the nest, size 1 meaning broadcast; outputs keep that rank, size 1 meaning reduced.
 std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program);
 
-struct OperandView {
-  const void* data;
-  fused::Dtype dtype;
-  const std::int64_t* strides;  // one per loop, in elements; 0 = broadcast
-};
-
-struct OutputView {
-  void* data;
-  fused::Dtype dtype;
-  const std::int64_t* strides;  // one per loop, in elements; ignored on reduced axes
-  bool accumulate;              // add to what is there instead of storing
-};
+using OperandView = kernels::OperandView;
+using OutputView = kernels::OutputView;
 
 // Evaluates the program over the nest on CPU memory, straight from and into the given windows; below autograd, threaded through
-// at::parallel_for, deterministic for any number of threads.  Windows of different outputs must not overlap.
+// at::parallel_for, deterministic for any number of threads.  Windows of different outputs must not overlap, nor an output's window
+// and an operand's.
 void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
               std::span<const OutputView> outputs);
+
+// Number of nests evaluated so far by this process.
+std::uint64_t launch_count();
+
+// fused::intern with a bad text reported as PyTorch's ValueError.
+std::shared_ptr<const fused::Program> load(std::string_view text);
+
+// Throws ValueError for a type the kernels do not have (complex, quantised, ...).
+fused::Dtype to_dtype(at::ScalarType type);
+bool is_supported(at::ScalarType type);
+at::ScalarType to_scalar_type(fused::Dtype dtype);
 
 }  // namespace wengert::ops

@@ -1,0 +1,462 @@
+#include "fused/expression.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "fused/primitive_ops.h"
+
+namespace wengert::fused {
+
+namespace prim {
+
+// What a partial's formula is written over: an expression with operators.
+struct Handle {
+  ExprPool* pool;
+  ExprId id;
+
+  Handle zero() const { return {pool, kZero}; }
+  Handle one() const { return {pool, kOne}; }
+  Handle none() const { return {pool, kNone}; }
+  Handle num(double value) const { return {pool, pool->constant(value)}; }
+  bool is_number(double* value) const { return id != kNone && pool->is_constant(id, value); }
+};
+
+#define WENGERT_HANDLE_OPERATOR(symbol, method)                                                                      \
+  inline Handle operator symbol(Handle a, Handle b) { return {a.pool, a.pool->method(a.id, b.id)}; }                 \
+  inline Handle operator symbol(double a, Handle b) { return b.num(a) symbol b; }                                    \
+  inline Handle operator symbol(Handle a, double b) { return a symbol a.num(b); }
+WENGERT_HANDLE_OPERATOR(+, add)
+WENGERT_HANDLE_OPERATOR(-, sub)
+WENGERT_HANDLE_OPERATOR(*, mul)
+WENGERT_HANDLE_OPERATOR(/, div)
+#undef WENGERT_HANDLE_OPERATOR
+inline Handle operator-(Handle a) { return {a.pool, a.pool->neg(a.id)}; }
+
+#define WENGERT_HANDLE_FUNCTION(name)                                 \
+  template <class... Rest>                                            \
+  Handle name(Handle first, Rest... rest) {                           \
+    const ExprId ids[] = {first.id, rest.id...};                      \
+    return {first.pool, first.pool->apply(Prim::name, ids)};          \
+  }
+WENGERT_FOR_EACH_PRIM(WENGERT_HANDLE_FUNCTION)
+#undef WENGERT_HANDLE_FUNCTION
+
+}  // namespace prim
+
+const PrimInfo& info(Prim prim) {
+  static const PrimInfo table[] = {
+#define WENGERT_ROW(name) {#name, prim::Op<Prim::name>::kArity, prim::Op<Prim::name>::kCommutative},
+      WENGERT_FOR_EACH_PRIM(WENGERT_ROW)
+#undef WENGERT_ROW
+  };
+  return table[static_cast<int>(prim)];
+}
+
+bool find_prim(std::string_view name, Prim* prim) {
+  static const auto* names = [] {
+    auto* map = new std::unordered_map<std::string_view, Prim>;
+    for (int i = 0; i < kPrimCount; ++i) map->emplace(info(static_cast<Prim>(i)).name, static_cast<Prim>(i));
+    return map;
+  }();
+  auto found = names->find(name);
+  if (found == names->end()) return false;
+  *prim = found->second;
+  return true;
+}
+
+namespace {
+
+// Marks of visited nodes, valid while the epoch lasts: no clearing between walks.
+struct Visited {
+  std::vector<std::uint32_t> marks;
+  std::uint32_t epoch = 0;
+  std::vector<ExprId> stack;
+
+  void start(std::size_t nodes) {
+    if (marks.size() < nodes) marks.resize(nodes + nodes / 2, 0);
+    if (++epoch == 0) {
+      std::fill(marks.begin(), marks.end(), 0);
+      epoch = 1;
+    }
+    stack.clear();
+  }
+  bool first_visit(ExprId id) {
+    if (marks[id] == epoch) return false;
+    marks[id] = epoch;
+    return true;
+  }
+};
+
+Visited& visited() {
+  thread_local Visited scratch;
+  return scratch;
+}
+
+// Calls on(id) once for each node below and with the roots; stops when it returns false.
+template <class ArgsOf, class On>
+void walk(std::size_t nodes, std::span<const ExprId> roots, ArgsOf args_of, On on) {
+  Visited& scratch = visited();
+  scratch.start(nodes);
+  for (ExprId root : roots) {
+    if (scratch.first_visit(root)) scratch.stack.push_back(root);
+  }
+  while (!scratch.stack.empty()) {
+    ExprId id = scratch.stack.back();
+    scratch.stack.pop_back();
+    if (!on(id)) return;
+    for (ExprId arg : args_of(id)) {
+      if (scratch.first_visit(arg)) scratch.stack.push_back(arg);
+    }
+  }
+}
+
+std::size_t mix(std::size_t h, std::uint64_t v) { return (h ^ v) * 0x9E3779B97F4A7C15ull ^ (h >> 29); }
+
+}  // namespace
+
+ExprPool::ExprPool() {
+  nodes_.reserve(32);
+  table_.assign(64, kNone);
+  nodes_.push_back({Kind::constant, Prim::add, 0, /*index=*/1, 0.0, {}});  // index 1 sets it apart from the number 0
+  intern({Kind::constant, Prim::add, 0, 0, 1.0, {}});
+}
+
+void ExprPool::grow() {
+  std::vector<Node> nodes = std::move(nodes_);
+  table_.assign(table_.size() * 2, kNone);
+  nodes_.clear();
+  nodes_.reserve(nodes.size() * 2);
+  nodes_.push_back(nodes[0]);
+  for (std::size_t i = 1; i < nodes.size(); ++i) intern(nodes[i]);
+}
+
+ExprId ExprPool::intern(const Node& node) {
+  if (nodes_.size() * 2 > table_.size()) grow();
+  std::uint64_t bits = std::bit_cast<std::uint64_t>(node.value);
+  std::size_t h = mix(static_cast<std::size_t>(node.kind) << 8 | static_cast<std::size_t>(node.prim), bits);
+  h = mix(h, static_cast<std::uint32_t>(node.index));
+  for (int i = 0; i < node.arity; ++i) h = mix(h, static_cast<std::uint32_t>(node.args[i]));
+  std::size_t mask = table_.size() - 1;
+  for (std::size_t slot = (h ^ h >> 32) & mask;; slot = (slot + 1) & mask) {
+    ExprId id = table_[slot];
+    if (id == kNone) {
+      id = static_cast<ExprId>(nodes_.size());
+      table_[slot] = id;
+      nodes_.push_back(node);
+      return id;
+    }
+    const Node& other = nodes_[id];
+    if (other.kind == node.kind && other.prim == node.prim && other.arity == node.arity && other.index == node.index &&
+        std::bit_cast<std::uint64_t>(other.value) == bits && std::equal(node.args, node.args + node.arity, other.args)) {
+      return id;
+    }
+  }
+}
+
+ExprId ExprPool::constant(double value) { return intern({Kind::constant, Prim::add, 0, 0, value, {}}); }
+ExprId ExprPool::operand(std::int32_t index) { return intern({Kind::operand, Prim::add, 0, index, 0.0, {}}); }
+
+bool ExprPool::is_constant(ExprId expr, double* value) const {
+  if (nodes_[expr].kind != Kind::constant) return false;
+  if (value) *value = nodes_[expr].value;
+  return true;
+}
+bool ExprPool::is_operand(ExprId expr, std::int32_t* index) const {
+  if (nodes_[expr].kind != Kind::operand) return false;
+  if (index) *index = nodes_[expr].index;
+  return true;
+}
+Prim ExprPool::prim(ExprId expr) const { return nodes_[expr].prim; }
+std::span<const ExprId> ExprPool::args(ExprId expr) const { return {nodes_[expr].args, nodes_[expr].arity}; }
+
+bool ExprPool::is_neg(ExprId expr, ExprId* inner) const {
+  const Node& node = nodes_[expr];
+  if (node.kind != Kind::apply || node.prim != Prim::neg) return false;
+  *inner = node.args[0];
+  return true;
+}
+
+ExprId ExprPool::make(Prim prim, std::span<const ExprId> args) {
+  Node node{Kind::apply, prim, static_cast<std::uint8_t>(args.size()), 0, 0.0, {}};
+  std::copy(args.begin(), args.end(), node.args);
+  if (info(prim).commutative && node.args[0] > node.args[1]) std::swap(node.args[0], node.args[1]);
+  return intern(node);
+}
+
+// A constant is folded where float and double arithmetic agree, so that the fold is exact for either compute type.
+ExprId ExprPool::fold(Prim prim, std::span<const ExprId> args) {
+  double x[kMaxArity];
+  for (std::size_t i = 0; i < args.size(); ++i) {
+    if (!is_constant(args[i], &x[i])) return kNone;
+  }
+  double wide;
+  float narrow;
+  auto f = [](double v) { return static_cast<float>(v); };
+  switch (prim) {
+    case Prim::add: wide = x[0] + x[1], narrow = f(x[0]) + f(x[1]); break;
+    case Prim::sub: wide = x[0] - x[1], narrow = f(x[0]) - f(x[1]); break;
+    case Prim::mul: wide = x[0] * x[1], narrow = f(x[0]) * f(x[1]); break;
+    case Prim::div: wide = x[0] / x[1], narrow = f(x[0]) / f(x[1]); break;
+    case Prim::reciprocal: wide = 1 / x[0], narrow = 1 / f(x[0]); break;
+    case Prim::square: wide = x[0] * x[0], narrow = f(x[0]) * f(x[0]); break;
+    case Prim::sqrt: wide = std::sqrt(x[0]), narrow = std::sqrt(f(x[0])); break;
+    case Prim::neg: return constant(-x[0]);
+    default: return kNone;
+  }
+  return f(wide) == narrow ? constant(wide) : kNone;
+}
+
+ExprId ExprPool::simplify_sum(Prim prim, ExprId a, ExprId b) {
+  bool subtract = prim == Prim::sub;
+  if (b == kZero) return a;
+  if (a == kZero) return subtract ? neg(b) : b;
+  ExprId inner;
+  if (is_neg(b, &inner)) return subtract ? add(a, inner) : sub(a, inner);
+  if (!subtract && is_neg(a, &inner)) return sub(b, inner);
+  const ExprId args[] = {a, b};
+  return make(prim, args);
+}
+
+ExprId ExprPool::simplify_product(Prim prim, ExprId a, ExprId b) {
+  bool divide = prim == Prim::div;
+  if (a == kZero || (b == kZero && !divide)) return kZero;
+  if (b == kOne) return a;
+  if (a == kOne && !divide) return b;
+  double value = 0;
+  bool b_constant = is_constant(b, &value);
+  if (b_constant && value == -1) return neg(a);
+  if (!divide && is_constant(a, &value) && value == -1) return neg(b);
+  ExprId inner;
+  auto product = [&](ExprId x, ExprId y) {
+    const ExprId args[] = {x, y};
+    return apply(prim, args);
+  };
+  if (is_neg(b, &inner)) return product(neg(a), inner);
+  if (is_neg(a, &inner)) return b_constant ? product(inner, neg(b)) : neg(product(inner, b));
+  int exponent;
+  if (divide && b_constant && std::frexp(value, &exponent) == std::copysign(0.5, value) && std::abs(exponent) < 100) {
+    return mul(a, constant(1 / value));  // a power of two: the reciprocal is exact
+  }
+  const ExprId args[] = {a, b};
+  return make(prim, args);
+}
+
+// The exponents ATen's pow kernels treat specially.
+ExprId ExprPool::simplify_power(ExprId base, ExprId exponent) {
+  const ExprId args[] = {base, exponent};
+  double value;
+  if (is_constant(exponent, &value)) {
+    const ExprId x[] = {base};
+    const ExprId squared[] = {apply(Prim::square, x)};
+    if (value == 0) return kOne;
+    if (value == 1) return base;
+    if (value == 2) return squared[0];
+    if (value == 3) {
+      const ExprId cube[] = {squared[0], base};
+      return apply(Prim::mul, cube);
+    }
+    if (value == 0.5) return apply(Prim::sqrt, x);
+    if (value == -0.5) return apply(Prim::rsqrt, x);
+    if (value == -1) return apply(Prim::reciprocal, x);
+    if (value == -2) return apply(Prim::reciprocal, squared);
+  }
+  return make(Prim::pow, args);
+}
+
+ExprId ExprPool::apply(Prim prim, std::span<const ExprId> given) {
+  if (static_cast<int>(given.size()) != info(prim).arity) {
+    throw std::invalid_argument(std::string("wrong number of arguments for ") + info(prim).name);
+  }
+  ExprId copy[kMaxArity];  // the caller's span may point into nodes_
+  std::copy(given.begin(), given.end(), copy);
+  std::span<const ExprId> args(copy, given.size());
+  bool structural = std::find(args.begin(), args.end(), kZero) != args.end();
+  if (!structural) {
+    if (ExprId folded = fold(prim, args); folded != kNone) return folded;
+  }
+  ExprId inner;
+  double value;
+  switch (prim) {
+    case Prim::add:
+    case Prim::sub: return simplify_sum(prim, args[0], args[1]);
+    case Prim::mul:
+    case Prim::div: return simplify_product(prim, args[0], args[1]);
+    case Prim::pow: return simplify_power(args[0], args[1]);
+    case Prim::neg: {
+      if (args[0] == kZero) return kZero;
+      if (is_neg(args[0], &inner)) return inner;
+      const Node& node = nodes_[args[0]];
+      if (node.kind == Kind::apply && node.prim == Prim::mul) {
+        for (int k = 0; k < 2; ++k) {
+          if (is_constant(node.args[k], &value)) {
+            ExprId other = node.args[1 - k];
+            return mul(other, constant(-value));
+          }
+        }
+      }
+      return make(prim, args);
+    }
+    case Prim::where: {
+      if (is_constant(args[0], &value)) return value != 0 ? args[1] : args[2];
+      if (args[1] == args[2]) return args[1];
+      return make(prim, args);
+    }
+    default: return make(prim, args);
+  }
+}
+
+ExprId ExprPool::add(ExprId a, ExprId b) {
+  const ExprId args[] = {a, b};
+  return apply(Prim::add, args);
+}
+ExprId ExprPool::sub(ExprId a, ExprId b) {
+  const ExprId args[] = {a, b};
+  return apply(Prim::sub, args);
+}
+ExprId ExprPool::div(ExprId a, ExprId b) {
+  const ExprId args[] = {a, b};
+  return apply(Prim::div, args);
+}
+ExprId ExprPool::neg(ExprId a) {
+  const ExprId args[] = {a};
+  return apply(Prim::neg, args);
+}
+ExprId ExprPool::mul(ExprId value, ExprId factor) {
+  const Node node = nodes_[factor];
+  if (value != kZero && value != kOne && node.kind == Kind::apply && node.prim == Prim::where) {
+    if (node.args[1] == kZero || node.args[2] == kZero) {
+      ExprId a = node.args[1] == kZero ? kZero : mul(value, node.args[1]);
+      ExprId b = node.args[2] == kZero ? kZero : mul(value, node.args[2]);
+      const ExprId args[] = {node.args[0], a, b};
+      return apply(Prim::where, args);
+    }
+  }
+  const ExprId args[] = {value, factor};
+  return apply(Prim::mul, args);
+}
+
+ExprId ExprPool::partial(Prim prim, int arg, std::span<const ExprId> args, ExprId result) {
+  prim::Handle handles[kMaxArity];
+  for (std::size_t i = 0; i < args.size(); ++i) handles[i] = {this, args[i]};
+  prim::Handle r{this, result};
+  return prim::visit(prim, [&](auto op) { return decltype(op)::template partial<prim::Handle>(arg, handles, r).id; });
+}
+
+std::vector<ExprId> ExprPool::reachable(std::span<const ExprId> roots) const {
+  std::vector<ExprId> found;
+  walk(nodes_.size(), roots, [&](ExprId id) { return args(id); }, [&](ExprId id) {
+    found.push_back(id);
+    return true;
+  });
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+int ExprPool::size(ExprId expr) const {
+  int count = 0;
+  walk(nodes_.size(), {&expr, 1}, [&](ExprId id) { return args(id); }, [&](ExprId id) {
+    count += nodes_[id].kind == Kind::apply;
+    return count < kSizeLimit;
+  });
+  return count;
+}
+
+std::vector<std::int32_t> ExprPool::operands(ExprId expr) const {
+  std::vector<std::int32_t> found;
+  walk(nodes_.size(), {&expr, 1}, [&](ExprId id) { return args(id); }, [&](ExprId id) {
+    if (nodes_[id].kind == Kind::operand) found.push_back(nodes_[id].index);
+    return true;
+  });
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+namespace {
+
+[[noreturn]] void missing(Prim prim, int arg) {
+  throw std::domain_error(std::string("no derivative formula for argument ") + std::to_string(arg) + " of " + info(prim).name);
+}
+
+}  // namespace
+
+std::vector<std::pair<std::int32_t, ExprId>> ExprPool::pullback(std::span<const ExprId> exprs,
+                                                                std::span<const ExprId> cotangents) {
+  std::vector<ExprId> order = reachable(exprs);
+  if (order.empty()) return {};
+  std::vector<ExprId> adjoint(order.back() + 1, kZero);
+  for (std::size_t j = 0; j < exprs.size(); ++j) adjoint[exprs[j]] = add(adjoint[exprs[j]], cotangents[j]);
+  // Nodes no operand is below need no sweep; a formula missing there is not missed.
+  std::vector<char> depends(adjoint.size(), 0);
+  for (ExprId id : order) {
+    depends[id] = nodes_[id].kind == Kind::operand;
+    for (ExprId arg : args(id)) depends[id] |= depends[arg];
+  }
+  std::vector<std::pair<std::int32_t, ExprId>> result;
+  for (auto it = order.rbegin(); it != order.rend(); ++it) {
+    ExprId id = *it;
+    if (adjoint[id] == kZero) continue;
+    const Node node = nodes_[id];  // a copy: building formulas grows nodes_
+    if (node.kind == Kind::operand) result.emplace_back(node.index, adjoint[id]);
+    for (int k = 0; k < node.arity; ++k) {
+      ExprId arg = node.args[k];
+      if (!depends[arg]) continue;
+      ExprId factor = partial(node.prim, k, {node.args, node.arity}, id);
+      if (factor == kNone) missing(node.prim, k);
+      adjoint[arg] = add(adjoint[arg], mul(adjoint[id], factor));
+    }
+  }
+  std::sort(result.begin(), result.end());
+  return result;
+}
+
+ExprId ExprPool::derivative(ExprId expr, std::int32_t operand) {
+  auto found = gradients_.find(expr);
+  if (found == gradients_.end()) {
+    const ExprId seed = kOne;
+    found = gradients_.emplace(expr, pullback({&expr, 1}, {&seed, 1})).first;
+  }
+  for (auto [index, value] : found->second) {
+    if (index == operand) return value;
+  }
+  return kZero;
+}
+
+ExprId ExprPool::pushforward(ExprId expr, std::span<const ExprId> tangents) {
+  std::vector<ExprId> order = reachable({&expr, 1});
+  std::vector<ExprId> tangent(order.back() + 1, kZero);
+  for (ExprId id : order) {
+    const Node node = nodes_[id];
+    if (node.kind == Kind::operand) tangent[id] = tangents[node.index];
+    for (int k = 0; k < node.arity; ++k) {
+      if (tangent[node.args[k]] == kZero) continue;
+      ExprId factor = partial(node.prim, k, {node.args, node.arity}, id);
+      if (factor == kNone) missing(node.prim, k);
+      tangent[id] = add(tangent[id], mul(tangent[node.args[k]], factor));
+    }
+  }
+  return tangent[expr];
+}
+
+ExprId ExprPool::substitute(const ExprPool& from, ExprId expr, std::span<const ExprId> leaves) {
+  std::vector<ExprId> order = from.reachable({&expr, 1});
+  std::vector<ExprId> image(order.back() + 1, kNone);
+  for (ExprId id : order) {
+    const Node node = from.nodes_[id];
+    switch (node.kind) {
+      case Kind::constant: image[id] = id == kZero ? kZero : constant(node.value); break;
+      case Kind::operand: image[id] = leaves[node.index]; break;
+      case Kind::apply: {
+        ExprId args[kMaxArity];
+        for (int k = 0; k < node.arity; ++k) args[k] = image[node.args[k]];
+        image[id] = apply(node.prim, {args, node.arity});
+        break;
+      }
+    }
+  }
+  return image[expr];
+}
+
+}  // namespace wengert::fused

@@ -1,0 +1,352 @@
+#include "fused/program.h"
+
+#include <algorithm>
+#include <charconv>
+#include <mutex>
+#include <shared_mutex>
+#include <stdexcept>
+#include <unordered_map>
+
+namespace wengert::fused {
+namespace {
+
+struct DtypeInfo {
+  const char* name;
+  int bytes;
+};
+constexpr DtypeInfo kDtypes[kDtypeCount] = {{"f32", 4}, {"f64", 8}, {"bf16", 2}, {"f16", 2}, {"i64", 8},
+                                            {"i32", 4}, {"i16", 2}, {"i8", 1},   {"u8", 1},  {"b8", 1}};
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("wengert::fused program: " + what); }
+
+void check(const ProgramSpec& spec) {
+  if (spec.rank < 0 || spec.rank > kMaxRank) fail("rank " + std::to_string(spec.rank) + " is not in 0.." + std::to_string(kMaxRank));
+  if (spec.operands < 0 || spec.operands > 4096) fail("too many operands");
+  if (spec.compute != Dtype::f32 && spec.compute != Dtype::f64) fail("compute type must be f32 or f64");
+  if (spec.outputs.empty()) fail("no outputs");
+  for (const OutputSpec& output : spec.outputs) {
+    if (spec.rank < 32 && output.reduced >> spec.rank) fail("an output sums over an axis the nest does not have");
+  }
+}
+
+// Depth first from the outputs, arguments before users: keeps live ranges short.
+std::vector<ExprId> schedule(const ExprPool& pool, const ProgramSpec& spec) {
+  std::vector<ExprId> order;
+  std::vector<char> state;  // 0 unseen, 1 arguments pushed, 2 emitted
+  std::vector<ExprId> stack;
+  for (const OutputSpec& output : spec.outputs) {
+    stack.push_back(output.expr);
+    while (!stack.empty()) {
+      ExprId id = stack.back();
+      if (static_cast<std::size_t>(id) >= state.size()) state.resize(id + 1, 0);
+      if (state[id] != 0) {
+        stack.pop_back();
+        if (state[id] == 1) {
+          state[id] = 2;
+          order.push_back(id);
+        }
+        continue;
+      }
+      state[id] = 1;
+      std::span<const ExprId> args = pool.args(id);
+      for (auto arg = args.rbegin(); arg != args.rend(); ++arg) {
+        if (static_cast<std::size_t>(*arg) >= state.size() || state[*arg] == 0) stack.push_back(*arg);
+      }
+    }
+  }
+  return order;
+}
+
+Bytecode compile(const ExprPool& pool, const ProgramSpec& spec) {
+  Bytecode code;
+  std::vector<ExprId> order = schedule(pool, spec);
+  std::unordered_map<ExprId, std::uint16_t> registers;
+  std::unordered_map<ExprId, int> uses;
+  std::vector<std::pair<std::int32_t, ExprId>> leaves;
+  for (ExprId id : order) {
+    std::int32_t index;
+    if (pool.is_operand(id, &index)) {
+      if (index < 0 || index >= spec.operands) fail("operand a" + std::to_string(index) + " is out of range");
+      leaves.emplace_back(index, id);
+    }
+    for (ExprId arg : pool.args(id)) ++uses[arg];
+  }
+  for (const OutputSpec& output : spec.outputs) ++uses[output.expr];  // never released: outputs are read at the end of a tile
+  std::sort(leaves.begin(), leaves.end());
+  for (auto [index, id] : leaves) {
+    registers[id] = static_cast<std::uint16_t>(code.loads.size());
+    code.loads.push_back(index);
+  }
+  for (ExprId id : order) {
+    double value;
+    if (!pool.is_constant(id, &value)) continue;
+    registers[id] = static_cast<std::uint16_t>(code.loads.size() + code.constants.size());
+    code.constants.push_back(value);
+  }
+  const std::size_t first_slot = code.loads.size() + code.constants.size();
+  std::vector<std::uint16_t> free_slots;
+  for (ExprId id : order) {
+    if (pool.is_constant(id) || pool.is_operand(id)) continue;
+    std::span<const ExprId> args = pool.args(id);
+    Instruction instruction{pool.prim(id), 0, {}};
+    for (std::size_t k = 0; k < args.size(); ++k) instruction.args[k] = registers[args[k]];
+    // The result's slot is taken before the arguments' are released: an argument may be a single vector that is read again for
+    // every vector of the result.
+    if (free_slots.empty()) {
+      if (first_slot + code.slots >= 0xffff) fail("too many registers");
+      free_slots.push_back(static_cast<std::uint16_t>(first_slot + code.slots++));
+    }
+    instruction.result = free_slots.back();
+    free_slots.pop_back();
+    for (std::size_t k = 0; k < args.size(); ++k) {
+      if (--uses[args[k]] == 0 && registers[args[k]] >= first_slot) free_slots.push_back(registers[args[k]]);
+    }
+    registers[id] = instruction.result;
+    code.instructions.push_back(instruction);
+  }
+  for (const OutputSpec& output : spec.outputs) code.outputs.push_back(registers[output.expr]);
+  return code;
+}
+
+void append_number(std::string& text, double value) {
+  char buffer[40];
+  auto [end, error] = std::to_chars(buffer, buffer + sizeof buffer, value);
+  text.append(buffer, end);
+}
+
+// ------------------------------------------------------------------------------------------------------------------- parsing
+std::string quote(std::string_view token) { return "'" + std::string(token) + "'"; }
+
+// Splits off the next token of a line.
+std::string_view next_token(std::string_view& line) {
+  std::size_t begin = line.find_first_not_of(' ');
+  if (begin == std::string_view::npos) return line = {};
+  std::size_t end = std::min(line.find(' ', begin), line.size());
+  std::string_view token = line.substr(begin, end - begin);
+  line.remove_prefix(end);
+  return token;
+}
+
+template <class Number>
+Number parse_number(std::string_view token, const char* what) {
+  Number value{};
+  auto [end, error] = std::from_chars(token.data(), token.data() + token.size(), value);
+  if (error != std::errc{} || end != token.data() + token.size() || token.empty()) fail(std::string("bad ") + what + " " + quote(token));
+  return value;
+}
+
+int parse_field(std::string_view& line, std::string_view key) {
+  std::string_view token = next_token(line);
+  if (!token.starts_with(key)) fail("expected " + std::string(key) + "..., found " + quote(token));
+  return parse_number<int>(token.substr(key.size()), "number");
+}
+
+Dtype parse_dtype(std::string_view token) {
+  for (int i = 0; i < kDtypeCount; ++i) {
+    if (token == kDtypes[i].name) return static_cast<Dtype>(i);
+  }
+  fail("unknown dtype " + quote(token));
+}
+
+struct Parser {
+  ExprPool pool;
+  ProgramSpec spec;
+  std::vector<ExprId> values;  // t0, t1, ...
+
+  ExprId reference(std::string_view token) {
+    if (token == "zero") return kZero;
+    if (token.starts_with('a')) {
+      int index = parse_number<int>(token.substr(1), "operand");
+      if (index < 0 || index >= spec.operands) fail("operand " + quote(token) + " is out of range");
+      return pool.operand(index);
+    }
+    if (token.starts_with('t')) {
+      int index = parse_number<int>(token.substr(1), "value");
+      if (index < 0 || static_cast<std::size_t>(index) >= values.size()) fail(quote(token) + " is used before it is defined");
+      return values[index];
+    }
+    return pool.constant(parse_number<double>(token, "value"));
+  }
+
+  void header(std::string_view line) {
+    if (next_token(line) != "fused" || next_token(line) != "v1") fail("the text does not start with 'fused v1'");
+    spec.rank = parse_field(line, "rank=");
+    spec.operands = parse_field(line, "operands=");
+    std::string_view compute = next_token(line);
+    if (!compute.starts_with("compute=")) fail("expected compute=..., found " + quote(compute));
+    spec.compute = parse_dtype(compute.substr(8));
+    if (!next_token(line).empty()) fail("trailing text in the first line");
+  }
+
+  void output(std::string_view line) {
+    OutputSpec out{};
+    out.expr = reference(next_token(line));
+    out.dtype = parse_dtype(next_token(line));
+    std::string_view sum = next_token(line);
+    if (!sum.empty()) {
+      if (!sum.starts_with("sum=")) fail("expected sum=..., found " + quote(sum));
+      sum.remove_prefix(4);
+      while (true) {
+        std::size_t comma = std::min(sum.find(','), sum.size());
+        int axis = parse_number<int>(sum.substr(0, comma), "axis");
+        if (axis < 0 || axis >= spec.rank) fail("axis " + std::to_string(axis) + " is out of range");
+        out.reduced |= std::uint32_t{1} << axis;
+        if (comma == sum.size()) break;
+        sum.remove_prefix(comma + 1);
+      }
+    }
+    if (!next_token(line).empty()) fail("trailing text after an output");
+    spec.outputs.push_back(out);
+  }
+
+  void value(std::string_view name, std::string_view line) {
+    if (name != "t" + std::to_string(values.size())) fail("expected t" + std::to_string(values.size()) + " or out, found " + quote(name));
+    if (next_token(line) != "=") fail("expected '=' after " + quote(name));
+    std::string_view op = next_token(line);
+    Prim prim;
+    if (!find_prim(op, &prim)) fail("unknown primitive " + quote(op));
+    ExprId args[kMaxArity];
+    int count = 0;
+    for (std::string_view token = next_token(line); !token.empty(); token = next_token(line)) {
+      if (count == info(prim).arity) fail("too many arguments for " + quote(op));
+      args[count++] = reference(token);
+    }
+    if (count != info(prim).arity) fail("too few arguments for " + quote(op));
+    values.push_back(pool.apply(prim, {args, static_cast<std::size_t>(count)}));
+  }
+
+  std::shared_ptr<const Program> parse(std::string_view text) {
+    bool first = true;
+    while (!text.empty()) {
+      std::size_t end = std::min(text.find('\n'), text.size());
+      std::string_view line = text.substr(0, end);
+      text.remove_prefix(std::min(end + 1, text.size()));
+      if (first) {
+        header(line);
+        check({.rank = spec.rank, .operands = spec.operands, .compute = spec.compute, .outputs = {OutputSpec{}}});
+        first = false;
+        continue;
+      }
+      std::string_view rest = line;
+      std::string_view head = next_token(rest);
+      if (head.empty()) continue;
+      if (head == "out") {
+        output(rest);
+      } else {
+        value(head, rest);
+      }
+    }
+    if (first) fail("empty text");
+    return std::make_shared<const Program>(std::move(pool), std::move(spec));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------- cache
+struct TextHash {
+  using is_transparent = void;
+  std::size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
+};
+using Texts = std::unordered_map<std::string, std::shared_ptr<const Program>, TextHash, std::equal_to<>>;
+
+// Two generations: when the young one is full the old one is dropped, so what is in use survives and memory is bounded.
+struct Cache {
+  static constexpr std::size_t kGeneration = 4096;
+  std::shared_mutex mutex;
+  Texts young, old;
+};
+
+Cache& cache() {
+  static Cache* instance = new Cache;  // never destroyed: threads may outlive static destructors
+  return *instance;
+}
+
+}  // namespace
+
+const char* name(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].name; }
+int size_in_bytes(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].bytes; }
+
+Program::Program(ExprPool pool, ProgramSpec spec) : pool_(std::move(pool)), spec_(std::move(spec)) {
+  check(spec_);
+  bytecode_ = compile(pool_, spec_);
+  text_ = to_text(pool_, spec_);
+}
+
+std::string Program::text_with_leading_axes(int count) const {
+  ProgramSpec spec = spec_;
+  spec.rank += count;
+  if (spec.rank > kMaxRank) fail("rank " + std::to_string(spec.rank) + " is not in 0.." + std::to_string(kMaxRank));
+  for (OutputSpec& output : spec.outputs) output.reduced <<= count;
+  return to_text(pool_, spec);
+}
+
+std::string to_text(const ExprPool& pool, const ProgramSpec& spec) {
+  std::string text = "fused v1 rank=" + std::to_string(spec.rank) + " operands=" + std::to_string(spec.operands) +
+                     " compute=" + name(spec.compute) + "\n";
+  std::vector<ExprId> order = schedule(pool, spec);
+  std::vector<int> numbers(order.empty() ? 0 : *std::max_element(order.begin(), order.end()) + 1, -1);
+  auto append = [&](ExprId id) {
+    double value;
+    std::int32_t index;
+    if (id == kZero) {
+      text += "zero";
+    } else if (pool.is_constant(id, &value)) {
+      append_number(text, value);
+    } else if (pool.is_operand(id, &index)) {
+      text += 'a';
+      text += std::to_string(index);
+    } else {
+      text += 't';
+      text += std::to_string(numbers[id]);
+    }
+  };
+  int count = 0;
+  for (ExprId id : order) {
+    if (pool.is_constant(id) || pool.is_operand(id)) continue;
+    numbers[id] = count++;
+    append(id);
+    text += " = ";
+    text += info(pool.prim(id)).name;
+    for (ExprId arg : pool.args(id)) {
+      text += ' ';
+      append(arg);
+    }
+    text += '\n';
+  }
+  for (const OutputSpec& output : spec.outputs) {
+    text += "out ";
+    append(output.expr);
+    text += ' ';
+    text += name(output.dtype);
+    const char* separator = " sum=";
+    for (int axis = 0; axis < spec.rank; ++axis) {
+      if (!(output.reduced >> axis & 1)) continue;
+      text += separator;
+      text += std::to_string(axis);
+      separator = ",";
+    }
+    text += '\n';
+  }
+  return text;
+}
+
+std::shared_ptr<const Program> intern(std::string_view text) {
+  Cache& c = cache();
+  {
+    std::shared_lock lock(c.mutex);
+    if (auto found = c.young.find(text); found != c.young.end()) return found->second;
+  }
+  std::shared_ptr<const Program> program;
+  {
+    std::shared_lock lock(c.mutex);
+    if (auto found = c.old.find(text); found != c.old.end()) program = found->second;
+  }
+  if (!program) program = Parser{}.parse(text);
+  std::unique_lock lock(c.mutex);
+  if (c.young.size() >= Cache::kGeneration) {
+    c.old = std::move(c.young);
+    c.young = {};
+  }
+  return c.young.try_emplace(std::string(text), std::move(program)).first->second;
+}
+
+}  // namespace wengert::fused

@@ -1,0 +1,36 @@
+// What one instruction set provides: a table of plain functions on tiles.  The same source (tile_kernels.h) is compiled once per
+// instruction set; everything that decides something lives in loop_nest.cpp and is compiled once.
+#pragma once
+#include <cstdint>
+
+#include "fused/program.h"
+
+namespace wengert::kernels {
+
+// result[i] = prim(args[0][i], ...) for i in 0..n, n a multiple of the vector length.  Bit k of `varying`: argument k is a tile;
+// otherwise it is one vector that stands for all.
+using Kernel = void (*)(void* result, const void* const* args, unsigned varying, int n);
+// n elements `stride` apart, converted to the compute type, into a contiguous tile
+using Load = void (*)(void* tile, const void* source, std::int64_t stride, int n);
+using Store = void (*)(void* target, std::int64_t stride, const void* tile, int n, bool accumulate);
+
+struct Backend {
+  const char* name;
+  int vector_bytes;
+  Kernel kernels[2][fused::kPrimCount];       // [compute type f32, f64]
+  Load loads[2][fused::kDtypeCount];
+  Store stores[2][fused::kDtypeCount];
+  double (*sum[2])(const void* tile, int n);  // n any number
+  void (*add_into[2])(double* sums, const void* tile, int n);
+};
+
+extern const Backend kBaseline;
+#if defined(__x86_64__)
+extern const Backend kAvx2;
+extern const Backend kAvx512;
+#endif
+
+// The best backend this machine runs; WENGERT_CPU_CAPABILITY=baseline|avx2|avx512 asks for a lesser one.
+const Backend& backend();
+
+}  // namespace wengert::kernels

@@ -1,0 +1,575 @@
+#include "kernels/cpu/loop_nest.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace wengert::kernels {
+
+using fused::Dtype;
+
+namespace {
+
+constexpr int kTileBytes = 2048;            // about 16 live registers fit the L1 cache
+constexpr std::int64_t kChunkWork = 32768;  // elements: some 20 us of work, far above the cost of handing it to a thread
+constexpr std::int64_t kShortRow = 64;
+constexpr std::int64_t kPartialLimit = 1 << 16;  // doubles kept for all chunks of a sum over the chunked loop
+
+// Walks a window in row-major order over the loops that are left when neighbours with compatible strides are merged.
+struct Walk {
+  int rank = 0;
+  std::int64_t extents[fused::kMaxRank];
+  std::int64_t strides[fused::kMaxRank];
+
+  void start(int loops, const std::int64_t* lengths, const std::int64_t* given) {
+    rank = 0;
+    for (int k = 0; k < loops; ++k) {
+      if (lengths[k] == 1) continue;
+      if (rank > 0 && strides[rank - 1] == given[k] * lengths[k]) {
+        extents[rank - 1] *= lengths[k];
+        strides[rank - 1] = given[k];
+      } else {
+        extents[rank] = lengths[k];
+        strides[rank++] = given[k];
+      }
+    }
+    if (rank == 0) extents[0] = 1, strides[0] = 0, rank = 1;
+  }
+  // Calls on(offset, stride, position, count) for each run of the inner loop within the n elements from linear index `first` on.
+  template <class On>
+  void runs(std::int64_t first, std::int64_t n, On on) const {
+    std::int64_t index[fused::kMaxRank];
+    std::int64_t offset = 0;
+    for (int k = rank - 1; k >= 0; --k) {
+      index[k] = k == 0 ? first : first % extents[k];
+      if (k > 0) first /= extents[k];
+      offset += index[k] * strides[k];
+    }
+    const int inner = rank - 1;
+    for (std::int64_t position = 0; position < n;) {
+      std::int64_t count = std::min(n - position, extents[inner] - index[inner]);
+      on(offset, strides[inner], position, count);
+      position += count;
+      index[inner] += count;
+      offset += count * strides[inner];
+      for (int k = inner; k > 0 && index[k] == extents[k]; --k) {
+        offset += strides[k - 1] - extents[k] * strides[k];
+        index[k] = 0;
+        ++index[k - 1];
+      }
+    }
+  }
+};
+
+}  // namespace
+
+// Buffers of one thread.
+struct LoopNest::Scratch {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory;
+  std::size_t bytes = 0;
+  std::vector<Walk> walks;
+  std::vector<const char*> registers;
+  std::vector<char> varying;
+  std::vector<unsigned> masks;
+  std::vector<std::int64_t> offsets;
+  std::vector<double> sums;
+
+  char* reserve(std::size_t size) {
+    if (size > bytes) {
+      bytes = (size + 4095) / 4096 * 4096;
+      memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+    }
+    return memory.get();
+  }
+};
+
+void LoopNest::prepare(const fused::Program& program, std::span<const std::int64_t> extents,
+                       std::span<const OperandView> operands, std::span<const OutputView> outputs) {
+  program_ = &program;
+  backend_ = &backend();
+  wide_ = program.compute() == Dtype::f64;
+  const std::vector<std::int32_t>& loads = program.bytecode().loads;
+  operands_.resize(loads.size());
+  outputs_.resize(outputs.size());
+  elements_ = 1;
+  rank_ = 0;
+  std::int64_t axes[kMaxLoops];
+  for (std::size_t axis = 0; axis < extents.size(); ++axis) {
+    elements_ *= extents[axis];
+    if (extents[axis] == 1) continue;
+    axes[rank_] = static_cast<std::int64_t>(axis);
+    extents_[rank_++] = extents[axis];
+  }
+  for (std::size_t i = 0; i < loads.size(); ++i) {
+    const OperandView& given = operands[loads[i]];
+    View& view = operands_[i];
+    view.data = static_cast<char*>(const_cast<void*>(given.data));
+    view.dtype = given.dtype;
+    view.bytes = fused::size_in_bytes(given.dtype);
+    for (int k = 0; k < rank_; ++k) view.strides[k] = given.strides[axes[k]];
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    const OutputView& given = outputs[i];
+    Output& view = outputs_[i];
+    view.data = static_cast<char*>(given.data);
+    view.dtype = given.dtype;
+    view.bytes = fused::size_in_bytes(given.dtype);
+    view.accumulate = given.accumulate;
+    view.reduced = 0;
+    for (int k = 0; k < rank_; ++k) {
+      bool reduced = program.outputs()[i].reduced >> axes[k] & 1;
+      view.reduced |= static_cast<std::uint32_t>(reduced) << k;
+      view.strides[k] = reduced ? 0 : given.strides[axes[k]];
+    }
+  }
+  if (elements_ == 0) {
+    chunks_ = 0;
+    return;
+  }
+  order_loops();
+  merge_loops();
+  choose_chunks();
+}
+
+// Insertion sort, outer to inner by falling strides; outputs decide before operands, and views that do not move along both loops
+// have no say.
+void LoopNest::order_loops() {
+  auto inner_first = [&](int a, int b) {  // whether loop a should be inside loop b
+    auto vote = [&](const View& view) {
+      std::int64_t x = std::abs(view.strides[a]), y = std::abs(view.strides[b]);
+      return x == 0 || y == 0 || x == y ? 0 : x < y ? 1 : -1;
+    };
+    for (const Output& output : outputs_) {
+      if (int v = vote(output)) return v > 0;
+    }
+    for (const View& operand : operands_) {
+      if (int v = vote(operand)) return v > 0;
+    }
+    return false;
+  };
+  auto swap_loops = [&](int a, int b) {
+    std::swap(extents_[a], extents_[b]);
+    for (View& view : operands_) std::swap(view.strides[a], view.strides[b]);
+    for (Output& view : outputs_) {
+      std::swap(view.strides[a], view.strides[b]);
+      std::uint32_t difference = (view.reduced >> a ^ view.reduced >> b) & 1;
+      view.reduced ^= difference << a | difference << b;
+    }
+  };
+  for (int k = 1; k < rank_; ++k) {
+    for (int j = k; j > 0 && inner_first(j - 1, j); --j) swap_loops(j - 1, j);
+  }
+}
+
+void LoopNest::merge_loops() {
+  if (rank_ == 0) return;
+  int last = 0;
+  auto mergeable = [&](const View& view, int outer, int inner) {
+    return view.strides[outer] == view.strides[inner] * extents_[inner];
+  };
+  for (int k = 1; k < rank_; ++k) {
+    bool merge = true;
+    for (const View& view : operands_) merge = merge && mergeable(view, last, k);
+    for (const Output& view : outputs_) {
+      merge = merge && mergeable(view, last, k) && (view.reduced >> last & 1) == (view.reduced >> k & 1);
+    }
+    int target = merge ? last : last + 1;
+    extents_[target] = merge ? extents_[last] * extents_[k] : extents_[k];
+    for (View& view : operands_) view.strides[target] = view.strides[k];
+    for (Output& view : outputs_) {
+      view.strides[target] = view.strides[k];
+      std::uint32_t bit = view.reduced >> k & 1;
+      view.reduced = (view.reduced & ~(std::uint32_t{1} << target)) | bit << target;
+    }
+    last = target;
+  }
+  rank_ = last + 1;
+  for (Output& view : outputs_) view.reduced &= rank_ == 32 ? ~std::uint32_t{0} : (std::uint32_t{1} << rank_) - 1;
+}
+
+void LoopNest::choose_chunks() {
+  if (rank_ == 0) {
+    rank_ = 1;
+    extents_[0] = 1;
+    for (View& view : operands_) view.strides[0] = 0;
+    for (Output& view : outputs_) view.strides[0] = 0;
+  }
+  const int inner = rank_ - 1;
+  std::uint32_t summed = 0;
+  for (const Output& output : outputs_) summed |= output.reduced;
+  // Prefer a loop nobody sums over; among those an outer one, unless it is too short to share out.
+  chunked_ = -1;
+  for (int pass = 0; pass < 2 && chunked_ < 0; ++pass) {
+    const std::int64_t enough = pass == 0 ? 16 : 2;
+    for (int k = 0; k < rank_ && chunked_ < 0; ++k) {
+      if (!(summed >> k & 1) && extents_[k] >= (k == inner && rank_ > 1 ? enough * kShortRow : enough)) chunked_ = k;
+    }
+  }
+  if (chunked_ < 0) chunked_ = static_cast<int>(std::max_element(extents_, extents_ + rank_) - extents_);
+  const std::int64_t extent = extents_[chunked_];
+  std::int64_t length = std::max<std::int64_t>(1, kChunkWork / std::max<std::int64_t>(1, elements_ / extent));
+
+  std::int64_t kept_elements = 0;  // sums a chunk must leave behind when the chunked loop is summed over
+  for (Output& output : outputs_) {
+    if (!(output.reduced >> chunked_ & 1)) continue;
+    std::int64_t size = 1;
+    for (int k = 0; k < rank_; ++k) size *= output.reduced >> k & 1 ? 1 : extents_[k];
+    kept_elements += size;
+  }
+  if (kept_elements > 0) {
+    std::int64_t most = std::max<std::int64_t>(1, std::min(kPartialLimit, std::max<std::int64_t>(elements_ / 8, 1)) / kept_elements);
+    length = std::max(length, (extent + most - 1) / most);
+  }
+  if (chunked_ == inner) length = (length + 1023) / 1024 * 1024;  // whole tiles
+  chunk_length_ = std::min(length, extent);
+  chunks_ = (extent + chunk_length_ - 1) / chunk_length_;
+
+  thread_sums_ = partial_sums_ = 0;
+  for (Output& output : outputs_) {
+    output.sums = 0;
+    output.partials = false;
+    if (output.reduced == 0) continue;
+    output.partials = (output.reduced >> chunked_ & 1) && chunks_ > 1;
+    std::int64_t size = 1;
+    for (int k = rank_ - 1; k >= 0; --k) {
+      bool reduced = output.reduced >> k & 1;
+      output.sum_strides[k] = reduced ? 0 : size;
+      if (!reduced) size *= k == chunked_ ? chunk_length_ : extents_[k];
+    }
+    output.sums = size;
+    std::int64_t& total = output.partials ? partial_sums_ : thread_sums_;
+    output.offset = total;
+    total += size;
+  }
+  if (partial_sums_ > 0) partials_.resize(chunks_ * partial_sums_);
+}
+
+// Everything about a chunk that does not change from tile to tile.
+struct LoopNest::Chunk {
+  const LoopNest& nest;
+  Scratch& scratch;
+  std::int64_t index;                // of the chunk
+  std::int64_t first, length;        // its part of the chunked loop
+  std::int64_t lengths[kMaxLoops];
+  int tile, lanes, element;          // elements of a tile and of a vector, bytes of an element
+  char* memory;
+  bool rows;                         // tiles are pieces of rows (long inner loop)
+
+  double* sums_of(const Output& output) const {
+    if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
+    return scratch.sums.data() + output.offset;
+  }
+  char* tile_at(std::size_t which) const { return memory + which * kTileBytes; }
+  char* base_of(const View& view) const { return view.data + first * view.strides[nest.chunked_] * view.bytes; }
+
+  void setup(bool fresh);
+  void fill_tail(char* tile_data, int n) const;
+  void execute(int n) const;
+  const char* output_tile(std::size_t i, int n) const;
+  void run_rows();
+  void run_packed();
+};
+
+// Decides which registers vary along a tile and lays out the scratch memory: [tile of each register][tile for stores].
+void LoopNest::Chunk::setup(bool fresh) {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  const std::size_t loads = code.loads.size(), constants = code.constants.size();
+  const std::size_t registers = loads + constants + code.slots;
+  const int inner = nest.rank_ - 1;
+  for (int k = 0; k < nest.rank_; ++k) lengths[k] = nest.extents_[k];
+  lengths[nest.chunked_] = length;
+  std::int64_t row_count = 1;
+  for (int k = 0; k < inner; ++k) row_count *= lengths[k];
+  rows = lengths[inner] >= kShortRow || row_count == 1;
+  element = nest.wide_ ? 8 : 4;
+  tile = kTileBytes / element;
+  lanes = nest.backend_->vector_bytes / element;
+  if (fresh) {
+    memory = scratch.reserve((registers + 1) * kTileBytes);
+    scratch.registers.resize(registers);
+    for (std::size_t r = 0; r < registers; ++r) scratch.registers[r] = tile_at(r);
+    for (std::size_t c = 0; c < constants; ++c) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        double value = code.constants[c];
+        if (nest.wide_) {
+          reinterpret_cast<double*>(tile_at(loads + c))[lane] = value;
+        } else {
+          reinterpret_cast<float*>(tile_at(loads + c))[lane] = static_cast<float>(value);
+        }
+      }
+    }
+  }
+  scratch.varying.assign(registers, 0);
+  scratch.walks.resize(loads + nest.outputs_.size());
+  for (std::size_t i = 0; i < loads; ++i) {
+    const View& view = nest.operands_[i];
+    if (rows) {
+      scratch.varying[i] = view.strides[inner] != 0;
+    } else {
+      Walk& walk = scratch.walks[i];
+      walk.start(nest.rank_, lengths, view.strides);
+      scratch.varying[i] = walk.rank > 1 || walk.strides[0] != 0;
+    }
+  }
+  if (!rows) {
+    for (std::size_t i = 0; i < nest.outputs_.size(); ++i) {
+      const Output& output = nest.outputs_[i];
+      scratch.walks[loads + i].start(nest.rank_, lengths, output.sums ? output.sum_strides : output.strides);
+    }
+  }
+  scratch.masks.clear();
+  for (const fused::Instruction& instruction : code.instructions) {
+    unsigned mask = 0;
+    for (int k = 0; k < fused::info(instruction.prim).arity; ++k) {
+      mask |= static_cast<unsigned>(scratch.varying[instruction.args[k]]) << k;
+    }
+    scratch.varying[instruction.result] = mask != 0;
+    scratch.masks.push_back(mask);
+  }
+  for (const Output& output : nest.outputs_) {
+    if (output.sums) std::fill_n(sums_of(output), output.sums, 0.0);
+  }
+}
+
+// Kernels run over whole vectors; the rest of the last one repeats a value of the tile, so that it can neither trap nor be slow.
+void LoopNest::Chunk::fill_tail(char* tile_data, int n) const {
+  for (int i = n; i % lanes != 0; ++i) std::memcpy(tile_data + i * element, tile_data + (n - 1) * element, element);
+}
+
+void LoopNest::Chunk::execute(int n) const {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  const Kernel* kernels = nest.backend_->kernels[nest.wide_];
+  const int whole = (n + lanes - 1) / lanes * lanes;
+  const char* const* registers = scratch.registers.data();
+  const unsigned* mask = scratch.masks.data();
+  for (const fused::Instruction& instruction : code.instructions) {
+    const void* args[fused::kMaxArity];
+    for (int k = 0; k < fused::kMaxArity; ++k) args[k] = registers[instruction.args[k]];
+    kernels[static_cast<int>(instruction.prim)](const_cast<char*>(registers[instruction.result]), args, *mask,
+                                                *mask ? whole : lanes);
+    ++mask;
+  }
+}
+
+// The n elements of an output; a value that does not vary is spread over the spare tile.
+const char* LoopNest::Chunk::output_tile(std::size_t i, int n) const {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  const std::uint16_t r = code.outputs[i];
+  if (scratch.varying[r]) return scratch.registers[r];
+  char* spare = tile_at(code.loads.size() + code.constants.size() + code.slots);
+  const Dtype compute = nest.wide_ ? Dtype::f64 : Dtype::f32;
+  nest.backend_->loads[nest.wide_][static_cast<int>(compute)](spare, scratch.registers[r], 0, n);
+  return spare;
+}
+
+void LoopNest::Chunk::run_rows() {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  const Backend& backend = *nest.backend_;
+  const int wide = nest.wide_, inner = nest.rank_ - 1;
+  const Dtype compute = wide ? Dtype::f64 : Dtype::f32;
+  const std::size_t loads = code.loads.size(), outputs = nest.outputs_.size();
+  const std::int64_t row = lengths[inner];
+  scratch.offsets.assign(loads + outputs, 0);  // bytes for operands and stores, elements for sums
+  std::int64_t* offsets = scratch.offsets.data();
+  auto stride_of = [&](std::size_t v, int k) -> std::int64_t {
+    if (v < loads) return nest.operands_[v].strides[k] * nest.operands_[v].bytes;
+    const Output& output = nest.outputs_[v - loads];
+    return output.sums ? output.sum_strides[k] : output.strides[k] * output.bytes;
+  };
+  std::int64_t index[kMaxLoops] = {};
+  while (true) {
+    for (std::int64_t start = 0; start < row; start += tile) {
+      const int n = static_cast<int>(std::min<std::int64_t>(tile, row - start));
+      for (std::size_t i = 0; i < loads; ++i) {
+        const View& view = nest.operands_[i];
+        const std::int64_t stride = view.strides[inner];
+        const char* source = base_of(view) + offsets[i] + start * stride * view.bytes;
+        if (stride == 1 && view.dtype == compute && n % lanes == 0) {
+          scratch.registers[i] = source;
+          continue;
+        }
+        scratch.registers[i] = tile_at(i);
+        const int count = stride == 0 ? lanes : n;
+        backend.loads[wide][static_cast<int>(view.dtype)](tile_at(i), source, stride, count);
+        fill_tail(tile_at(i), count);
+      }
+      execute(n);
+      for (std::size_t i = 0; i < outputs; ++i) {
+        const Output& output = nest.outputs_[i];
+        const char* values = output_tile(i, n);
+        if (output.sums == 0) {
+          char* target = base_of(output) + offsets[loads + i] + start * output.strides[inner] * output.bytes;
+          backend.stores[wide][static_cast<int>(output.dtype)](target, output.strides[inner], values, n, output.accumulate);
+        } else {
+          double* sums = sums_of(output) + offsets[loads + i];
+          if (output.sum_strides[inner] == 0) {
+            *sums += backend.sum[wide](values, n);
+          } else {
+            backend.add_into[wide](sums + start, values, n);  // the innermost kept loop of the buffer: unit stride
+          }
+        }
+      }
+    }
+    int k = inner - 1;
+    for (; k >= 0; --k) {
+      bool carry = ++index[k] == lengths[k];
+      const std::int64_t steps = carry ? 1 - lengths[k] : 1;
+      for (std::size_t v = 0; v < loads + outputs; ++v) offsets[v] += steps * stride_of(v, k);
+      if (!carry) break;
+      index[k] = 0;
+    }
+    if (k < 0) return;
+  }
+}
+
+void LoopNest::Chunk::run_packed() {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  const Backend& backend = *nest.backend_;
+  const int wide = nest.wide_;
+  const Dtype compute = wide ? Dtype::f64 : Dtype::f32;
+  const std::size_t loads = code.loads.size();
+  std::int64_t total = 1;
+  for (int k = 0; k < nest.rank_; ++k) total *= lengths[k];
+  for (std::int64_t start = 0; start < total; start += tile) {
+    const int n = static_cast<int>(std::min<std::int64_t>(tile, total - start));
+    for (std::size_t i = 0; i < loads; ++i) {
+      const View& view = nest.operands_[i];
+      const Walk& walk = scratch.walks[i];
+      const char* base = base_of(view);
+      if (walk.rank == 1 && walk.strides[0] == 1 && view.dtype == compute && n % lanes == 0) {
+        scratch.registers[i] = base + start * view.bytes;
+        continue;
+      }
+      scratch.registers[i] = tile_at(i);
+      const Load load = backend.loads[wide][static_cast<int>(view.dtype)];
+      if (!scratch.varying[i]) {
+        load(tile_at(i), base, 0, lanes);
+        continue;
+      }
+      walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
+        load(tile_at(i) + position * element, base + offset * view.bytes, stride, static_cast<int>(count));
+      });
+      fill_tail(tile_at(i), n);
+    }
+    execute(n);
+    for (std::size_t i = 0; i < nest.outputs_.size(); ++i) {
+      const Output& output = nest.outputs_[i];
+      const Walk& walk = scratch.walks[loads + i];
+      const char* values = output_tile(i, n);
+      auto piece = [&](std::int64_t position) { return values + position * element; };
+      if (output.sums == 0) {
+        const Store store = backend.stores[wide][static_cast<int>(output.dtype)];
+        char* base = base_of(output);
+        walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
+          store(base + offset * output.bytes, stride, piece(position), static_cast<int>(count), output.accumulate);
+        });
+      } else {
+        double* sums = sums_of(output);
+        walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
+          if (stride == 0) {
+            sums[offset] += backend.sum[wide](piece(position), static_cast<int>(count));
+          } else if (stride == 1) {
+            backend.add_into[wide](sums + offset, piece(position), static_cast<int>(count));
+          } else {
+            for (std::int64_t k = 0; k < count; ++k) {
+              sums[offset + k * stride] += wide ? reinterpret_cast<const double*>(piece(position))[k]
+                                                : static_cast<double>(reinterpret_cast<const float*>(piece(position))[k]);
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+void LoopNest::run(std::int64_t first_chunk, std::int64_t last_chunk) const {
+  thread_local Scratch scratch;
+  if (static_cast<std::int64_t>(scratch.sums.size()) < thread_sums_) scratch.sums.resize(thread_sums_);
+  Chunk chunk{.nest = *this, .scratch = scratch};
+  for (std::int64_t c = first_chunk; c < last_chunk; ++c) {
+    chunk.index = c;
+    chunk.first = c * chunk_length_;
+    chunk.length = std::min(chunk_length_, extents_[chunked_] - chunk.first);
+    chunk.setup(c == first_chunk);
+    if (chunk.rows) {
+      chunk.run_rows();
+    } else {
+      chunk.run_packed();
+    }
+    for (const Output& output : outputs_) {
+      if (output.sums && !output.partials) flush(output, chunk.sums_of(output), chunk.first, chunk.length);
+    }
+  }
+}
+
+// Writes a buffer of sums to its output: the kept loops, with the chunked one from `first` on.
+void LoopNest::flush(const Output& output, const double* sums, std::int64_t first, std::int64_t length) const {
+  std::int64_t lengths[kMaxLoops], index[kMaxLoops] = {};
+  for (int k = 0; k < rank_; ++k) lengths[k] = output.reduced >> k & 1 ? 1 : k == chunked_ ? length : extents_[k];
+  char* base = output.data + (output.reduced >> chunked_ & 1 ? 0 : first * output.strides[chunked_] * output.bytes);
+  const Store store = backend_->stores[1][static_cast<int>(output.dtype)];
+  const int inner = rank_ - 1;
+  // Row by row over the innermost loop; a summed one is a row of one element.
+  while (true) {
+    std::int64_t from = 0, to = 0;
+    for (int k = 0; k < inner; ++k) {
+      from += index[k] * output.sum_strides[k];
+      to += index[k] * output.strides[k];
+    }
+    constexpr std::int64_t kPiece = 1 << 20;
+    for (std::int64_t start = 0; start < lengths[inner]; start += kPiece) {
+      std::int64_t n = std::min(kPiece, lengths[inner] - start);
+      store(base + (to + start * output.strides[inner]) * output.bytes, output.strides[inner], sums + from + start,
+            static_cast<int>(n), output.accumulate);
+    }
+    int k = inner - 1;
+    for (; k >= 0; --k) {
+      if (++index[k] < lengths[k]) break;
+      index[k] = 0;
+    }
+    if (k < 0) return;
+  }
+}
+
+void LoopNest::finish() {
+  if (elements_ == 0) {
+    fill_zero();
+    return;
+  }
+  if (partial_sums_ == 0) return;
+  double* total = partials_.data();
+  for (std::int64_t c = 1; c < chunks_; ++c) {
+    const double* part = partials_.data() + c * partial_sums_;
+    for (std::int64_t i = 0; i < partial_sums_; ++i) total[i] += part[i];
+  }
+  for (const Output& output : outputs_) {
+    if (output.sums && output.partials) flush(output, total + output.offset, 0, extents_[chunked_]);
+  }
+}
+
+// An empty nest: sums over nothing are 0, outputs without elements are left alone.
+void LoopNest::fill_zero() {
+  for (const Output& output : outputs_) {
+    if (output.reduced == 0 || output.accumulate) continue;
+    std::int64_t lengths[kMaxLoops], count = 1;
+    for (int k = 0; k < rank_; ++k) {
+      lengths[k] = output.reduced >> k & 1 ? 1 : extents_[k];
+      count *= lengths[k];
+    }
+    if (count == 0) continue;
+    Walk walk;
+    walk.start(rank_, lengths, output.strides);
+    const double zero = 0;
+    walk.runs(0, count, [&](std::int64_t offset, std::int64_t stride, std::int64_t, std::int64_t n) {
+      for (std::int64_t k = 0; k < n; ++k) {
+        backend_->stores[1][static_cast<int>(output.dtype)](output.data + (offset + k * stride) * output.bytes, 1, &zero, 1, false);
+      }
+    });
+  }
+}
+
+}  // namespace wengert::kernels

@@ -1,0 +1,235 @@
+// The functions of a Backend (backend.h) for the instruction set of the including file, which defines WENGERT_SIMD_NAMESPACE,
+// WENGERT_VECTOR_BYTES and, where Sleef has it, WENGERT_SLEEF_F32/F64 (Sleef's name for the vector types).
+#include <string.h>
+
+#include "fused/primitive_ops.h"
+#include "kernels/cpu/backend.h"
+#include "kernels/cpu/simd.h"
+
+namespace wengert::kernels::WENGERT_SIMD_NAMESPACE {
+namespace {
+
+using fused::Dtype;
+using fused::Prim;
+
+// ------------------------------------------------------------------------------------------------------------------ primitives
+template <class T, class Op, int... K>
+struct TileKernel {
+  static void run(void* result, const void* const* args, unsigned varying, int n) {
+    constexpr int kLanes = Vec<T>::kLanes;
+    T* out = static_cast<T*>(result);
+    const T* in[] = {static_cast<const T*>(args[K])...};
+    const std::ptrdiff_t step[] = {(varying >> K & 1 ? kLanes : 0)...};
+    for (int i = 0; i < n; i += kLanes) {
+      Op::value(Vec<T>::load(in[K])...).store(out + i);
+      ((in[K] += step[K]), ...);
+    }
+  }
+};
+template <class T, class Op>
+constexpr Kernel kernel_for() {
+  if constexpr (Op::kArity == 1) return TileKernel<T, Op, 0>::run;
+  if constexpr (Op::kArity == 2) return TileKernel<T, Op, 0, 1>::run;
+  if constexpr (Op::kArity == 3) return TileKernel<T, Op, 0, 1, 2>::run;
+  if constexpr (Op::kArity == 4) return TileKernel<T, Op, 0, 1, 2, 3>::run;
+}
+
+// ----------------------------------------------------------------------------------------------------------- element conversion
+// Storage types of the 16-bit floats and bool; conversions round to nearest even, as PyTorch's do.
+struct Bf16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+struct Bool {
+  std::uint8_t byte;
+};
+
+WENGERT_HD float from_bits(std::uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+WENGERT_HD std::uint32_t to_bits(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+template <class T, class S>
+WENGERT_HD T widen(S s) {
+  return static_cast<T>(s);
+}
+template <class T>
+WENGERT_HD T widen(Bool s) {
+  return static_cast<T>(s.byte != 0);
+}
+template <class T>
+WENGERT_HD T widen(Bf16 s) {
+  return static_cast<T>(from_bits(static_cast<std::uint32_t>(s.bits) << 16));
+}
+template <class T>
+WENGERT_HD T widen(F16 s) {
+#if defined(__F16C__)
+  return static_cast<T>(_cvtsh_ss(s.bits));
+#else
+  std::uint32_t sign = static_cast<std::uint32_t>(s.bits & 0x8000) << 16;
+  std::uint32_t exponent = s.bits >> 10 & 31, fraction = s.bits & 1023;
+  if (exponent == 31) return static_cast<T>(from_bits(sign | 0x7f800000 | fraction << 13));
+  if (exponent == 0) return static_cast<T>((sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f);
+  return static_cast<T>(from_bits(sign | (exponent + 112) << 23 | fraction << 13));
+#endif
+}
+
+template <class S>
+struct Narrow {
+  template <class T>
+  WENGERT_HD static S from(T value) {
+    return static_cast<S>(value);
+  }
+};
+template <>
+struct Narrow<Bool> {
+  template <class T>
+  WENGERT_HD static Bool from(T value) {
+    return {static_cast<std::uint8_t>(value != 0)};
+  }
+};
+template <>
+struct Narrow<Bf16> {
+  template <class T>
+  WENGERT_HD static Bf16 from(T value) {
+    std::uint32_t bits = to_bits(static_cast<float>(value));
+    if (value != value) return {0x7fc0};
+    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  }
+};
+template <>
+struct Narrow<F16> {
+  template <class T>
+  WENGERT_HD static F16 from(T value) {
+#if defined(__F16C__)
+    return {_cvtss_sh(static_cast<float>(value), 0)};
+#else
+    std::uint32_t bits = to_bits(static_cast<float>(value));
+    std::uint16_t sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return {static_cast<std::uint16_t>(sign | 0x7e00)};
+    if (bits >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // rounds up to 2^16 or is beyond
+    if (bits < 0x38800000) {  // subnormal: adding 0.5 aligns the last place at 2^-24
+      std::uint32_t aligned = to_bits(from_bits(bits) + 0.5f) - 0x3f000000;
+      return {static_cast<std::uint16_t>(sign | aligned)};
+    }
+    bits += 0xfff + (bits >> 13 & 1);
+    return {static_cast<std::uint16_t>(sign | (bits - 0x38000000) >> 13)};
+#endif
+  }
+};
+
+template <class T, class S>
+struct Convert {
+  static void load(void* tile, const void* source, std::int64_t stride, int n) {
+    T* out = static_cast<T*>(tile);
+    const S* in = static_cast<const S*>(source);
+    if (stride == 1) {
+      for (int i = 0; i < n; ++i) out[i] = widen<T>(in[i]);
+    } else if (stride == 0) {
+      T value = widen<T>(in[0]);
+      for (int i = 0; i < n; ++i) out[i] = value;
+    } else {
+      for (int i = 0; i < n; ++i, in += stride) out[i] = widen<T>(*in);
+    }
+  }
+  static void store(void* target, std::int64_t stride, const void* tile, int n, bool accumulate) {
+    S* out = static_cast<S*>(target);
+    const T* in = static_cast<const T*>(tile);
+    if (accumulate) {
+      for (int i = 0; i < n; ++i, out += stride) *out = Narrow<S>::from(widen<T>(*out) + in[i]);
+    } else if (stride == 1) {
+      for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(in[i]);
+    } else {
+      for (int i = 0; i < n; ++i, out += stride) *out = Narrow<S>::from(in[i]);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------------- reductions
+// Sums are carried in double: a tile into as many partial sums as a vector has lanes, then across.
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef double UnalignedDoubles __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+constexpr int kDoubles = kVectorBytes / 8;
+
+WENGERT_HD Doubles wide_load(const double* p) { return *reinterpret_cast<const UnalignedDoubles*>(p); }
+WENGERT_HD Doubles wide_load(const float* p) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Doubles);
+}
+
+template <class T>
+double sum_tile(const void* tile, int n) {
+  const T* in = static_cast<const T*>(tile);
+  Doubles a{}, b{};
+  int i = 0;
+  for (; i + 2 * kDoubles <= n; i += 2 * kDoubles) {
+    a += wide_load(in + i);
+    b += wide_load(in + i + kDoubles);
+  }
+  a += b;
+  double total = 0;
+  for (; i < n; ++i) total += in[i];
+  for (int half = kDoubles / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) a[k] += a[k + half];
+  }
+  return total + a[0];
+}
+
+template <class T>
+void add_tile(double* sums, const void* tile, int n) {
+  const T* in = static_cast<const T*>(tile);
+  int i = 0;
+  for (; i + kDoubles <= n; i += kDoubles) {
+    *reinterpret_cast<UnalignedDoubles*>(sums + i) = wide_load(sums + i) + wide_load(in + i);
+  }
+  for (; i < n; ++i) sums[i] += in[i];
+}
+
+}  // namespace
+
+#define WENGERT_ROW(name) kernel_for<T, fused::prim::Op<Prim::name>>(),
+#define WENGERT_STORAGE(what)                                                                                               \
+  {Convert<T, float>::what,        Convert<T, double>::what,       Convert<T, Bf16>::what,         Convert<T, F16>::what,   \
+   Convert<T, std::int64_t>::what, Convert<T, std::int32_t>::what, Convert<T, std::int16_t>::what, Convert<T, std::int8_t>::what, \
+   Convert<T, std::uint8_t>::what, Convert<T, Bool>::what}
+namespace {
+template <class T>
+struct Tables {
+  static constexpr Kernel kernels[] = {WENGERT_FOR_EACH_PRIM(WENGERT_ROW)};
+  static constexpr Load loads[] = WENGERT_STORAGE(load);
+  static constexpr Store stores[] = WENGERT_STORAGE(store);
+};
+
+template <class T>
+constexpr void fill(Backend& backend, int which) {
+  for (int i = 0; i < fused::kPrimCount; ++i) backend.kernels[which][i] = Tables<T>::kernels[i];
+  for (int i = 0; i < fused::kDtypeCount; ++i) {
+    backend.loads[which][i] = Tables<T>::loads[i];
+    backend.stores[which][i] = Tables<T>::stores[i];
+  }
+  backend.sum[which] = sum_tile<T>;
+  backend.add_into[which] = add_tile<T>;
+}
+
+constexpr Backend make_backend(const char* name) {
+  Backend backend{};
+  backend.name = name;
+  backend.vector_bytes = kVectorBytes;
+  fill<float>(backend, 0);
+  fill<double>(backend, 1);
+  return backend;
+}
+}  // namespace
+#undef WENGERT_ROW
+#undef WENGERT_STORAGE
+
+}  // namespace wengert::kernels::WENGERT_SIMD_NAMESPACE

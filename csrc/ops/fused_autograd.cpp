@@ -1,0 +1,223 @@
+#include "ops/fused_autograd.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#include "ops/fused.h"
+
+namespace wengert::ops {
+
+namespace ag = torch::autograd;
+
+namespace {
+
+// Derived programs by program and question, bounded: when full it starts afresh.
+class DerivedCache {
+ public:
+  template <class Build>
+  std::shared_ptr<const DerivedProgram> get(const std::shared_ptr<const fused::Program>& program, std::vector<std::uint32_t> key,
+                                            Build build) {
+    auto full_key = std::make_pair(program, std::move(key));
+    {
+      std::lock_guard lock(mutex_);
+      if (auto found = entries_.find(full_key); found != entries_.end()) return found->second;
+    }
+    std::shared_ptr<const DerivedProgram> derived;
+    try {
+      derived = std::make_shared<const DerivedProgram>(build());
+    } catch (const std::domain_error& error) {
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "wengert::fused: ", error.what());
+    }
+    std::lock_guard lock(mutex_);
+    if (entries_.size() >= 2048) entries_.clear();
+    return entries_.try_emplace(std::move(full_key), std::move(derived)).first->second;
+  }
+
+ private:
+  using Key = std::pair<std::shared_ptr<const fused::Program>, std::vector<std::uint32_t>>;  // keeps the program, so its address, alive
+  std::mutex mutex_;
+  std::map<Key, std::shared_ptr<const DerivedProgram>> entries_;
+};
+
+// Never destroyed: threads may outlive static destructors.
+DerivedCache& vjp_cache() {
+  static auto* instance = new DerivedCache;
+  return *instance;
+}
+DerivedCache& jvp_cache() {
+  static auto* instance = new DerivedCache;
+  return *instance;
+}
+
+std::vector<fused::ExprId> leaves(fused::ExprPool& pool, int count) {
+  std::vector<fused::ExprId> ids;
+  for (int i = 0; i < count; ++i) ids.push_back(pool.operand(i));
+  return ids;
+}
+
+// Appends an output unless it is the structural zero; returns its index or -1.
+int add_output(fused::ProgramSpec& spec, fused::ExprId expr, fused::Dtype dtype, std::uint32_t reduced) {
+  if (expr == fused::kZero) return -1;
+  spec.outputs.push_back({expr, dtype, reduced});
+  return static_cast<int>(spec.outputs.size()) - 1;
+}
+
+DerivedProgram finish(const fused::ExprPool& pool, const fused::ProgramSpec& spec, std::vector<int> outputs) {
+  return {.text = spec.outputs.empty() ? std::string() : fused::to_text(pool, spec), .outputs = std::move(outputs)};
+}
+
+// Axes along which the operand was broadcast over the nest (where the extent is 1 too, summing is the identity).
+std::uint32_t broadcast_axes(const at::Tensor& operand) {
+  std::uint32_t mask = 0;
+  for (int k = 0; k < operand.dim(); ++k) mask |= static_cast<std::uint32_t>(operand.sym_size(k) == 1) << k;
+  return mask;
+}
+
+bool is_floating(fused::Dtype dtype) { return dtype <= fused::Dtype::f16; }
+
+}  // namespace
+
+std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
+                                                  const std::vector<bool>& wanted, const std::vector<bool>& given) {
+  std::vector<std::uint32_t> key;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    key.push_back(wanted[i] ? 1 + static_cast<std::uint32_t>(to_dtype(operands[i].scalar_type())) : 0);
+    if (wanted[i]) key.push_back(broadcast_axes(operands[i]));
+  }
+  for (bool g : given) key.push_back(g);
+  return vjp_cache().get(program, key, [&] {
+    fused::ExprPool pool;
+    fused::ProgramSpec spec{.rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
+    const std::vector<fused::ExprId> same = leaves(pool, program->operands());
+    std::vector<fused::ExprId> exprs, cotangents;
+    for (std::size_t j = 0; j < given.size(); ++j) {
+      if (!given[j]) continue;
+      exprs.push_back(pool.substitute(program->pool(), program->outputs()[j].expr, same));
+      cotangents.push_back(pool.operand(spec.operands++));
+    }
+    std::vector<int> outputs(wanted.size(), -1);
+    for (auto [operand, gradient] : pool.pullback(exprs, cotangents)) {
+      if (operand >= program->operands() || !wanted[operand]) continue;
+      outputs[operand] =
+          add_output(spec, gradient, to_dtype(operands[operand].scalar_type()), broadcast_axes(operands[operand]));
+    }
+    return finish(pool, spec, std::move(outputs));
+  });
+}
+
+std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program,
+                                                  const std::vector<bool>& given) {
+  return jvp_cache().get(program, {given.begin(), given.end()}, [&] {
+    fused::ExprPool pool;
+    fused::ProgramSpec spec{.rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
+    const std::vector<fused::ExprId> same = leaves(pool, program->operands());
+    std::vector<fused::ExprId> tangents;
+    for (bool g : given) tangents.push_back(g ? pool.operand(spec.operands++) : fused::kZero);
+    std::vector<int> outputs;
+    for (const fused::OutputSpec& output : program->outputs()) {
+      fused::ExprId expr = pool.substitute(program->pool(), output.expr, same);
+      fused::ExprId tangent = is_floating(output.dtype) ? pool.pushforward(expr, tangents) : fused::kZero;
+      outputs.push_back(add_output(spec, tangent, output.dtype, output.reduced));
+    }
+    return finish(pool, spec, std::move(outputs));
+  });
+}
+
+ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
+  std::vector<at::Tensor> operands;
+  operands.reserve(operands_.size() + cotangents.size());
+  {
+    std::lock_guard lock(mutex_);
+    for (const ag::SavedVariable& saved : operands_) operands.push_back(saved.unpack());
+  }
+  std::vector<bool> wanted, given;
+  for (std::size_t i = 0; i < operands_.size(); ++i) wanted.push_back(task_should_compute_output(i));
+  for (const at::Tensor& cotangent : cotangents) given.push_back(cotangent.defined());
+  auto derived = vjp_program(program_, operands, wanted, given);
+  ag::variable_list gradients(operands_.size());
+  if (derived->text.empty()) return gradients;
+  for (at::Tensor& cotangent : cotangents) {
+    if (cotangent.defined()) operands.push_back(std::move(cotangent));
+  }
+  std::vector<at::Tensor> results = fused(operands, derived->text);
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    if (derived->outputs[i] >= 0) gradients[i] = results[derived->outputs[i]];
+  }
+  return gradients;
+}
+
+void FusedBackward::release_variables() {
+  std::lock_guard lock(mutex_);
+  for (ag::SavedVariable& saved : operands_) saved.reset_data();
+}
+
+namespace {
+
+std::vector<at::Tensor> below_autograd(at::TensorList operands, std::string_view text) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("wengert::fused", "")
+                       .typed<std::vector<at::Tensor>(at::TensorList, std::string_view)>();
+  return op.call(operands, text);
+}
+
+// Tangents of the results where operands carry forward-mode tangents.
+void set_tangents(const std::shared_ptr<const fused::Program>& program, at::TensorList operands, std::vector<at::Tensor>& results) {
+  std::vector<bool> given;
+  std::vector<at::Tensor> arguments;
+  for (const at::Tensor& operand : operands) {
+    const bool has = ag::isFwGradDefined(operand);
+    given.push_back(has);
+    arguments.push_back(has ? operand._fw_primal(0) : operand);
+  }
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    if (given[i]) arguments.push_back(operands[i]._fw_grad(0));
+  }
+  auto derived = jvp_program(program, given);
+  if (derived->text.empty()) return;
+  std::vector<at::Tensor> tangents = fused(arguments, derived->text);
+  for (std::size_t j = 0; j < results.size(); ++j) {
+    if (derived->outputs[j] >= 0) results[j]._set_fw_grad(tangents[derived->outputs[j]], 0, /*is_inplace_op=*/false);
+  }
+}
+
+std::vector<at::Tensor> fused_autograd(at::TensorList operands, std::string_view text) {
+  bool requires_grad = false, tangents = false;
+  for (const at::Tensor& operand : operands) {
+    requires_grad = requires_grad || operand.requires_grad();
+    tangents = tangents || ag::isFwGradDefined(operand);
+  }
+  requires_grad = requires_grad && at::GradMode::is_enabled();
+  if (!requires_grad && !tangents) return below_autograd(operands, text);
+  std::shared_ptr<const fused::Program> program = load(text);
+  std::vector<at::Tensor> results = below_autograd(operands, text);
+  if (requires_grad) {
+    auto node = c10::make_intrusive<FusedBackward>();
+    for (const at::Tensor& operand : operands) {
+      node->add_next_edge(at::isFloatingType(operand.scalar_type()) ? ag::impl::gradient_edge(operand) : ag::Edge());
+      node->operands_.emplace_back(operand, /*is_output=*/false);
+    }
+    node->program_ = program;
+    for (const at::Tensor& result : results) {
+      if (at::isFloatingType(result.scalar_type())) {
+        ag::set_history(result, node);
+      } else {
+        node->add_input_metadata(ag::Node::undefined_input());
+      }
+    }
+  }
+  if (tangents) set_tangents(program, operands, results);
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wengert, Autograd, m) { m.impl("fused", fused_autograd); }
+
+}  // namespace wengert::ops
