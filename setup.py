@@ -76,13 +76,20 @@ def simd_flags(source: str) -> list[str]:
     return AVX2 if source.endswith("_avx2.cpp") else []
 
 
+def quote(words: list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(cxx: str, build: Path, library: str) -> str:
     """The text of build.ninja, which makes the shared object `library` in the folder `build`."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    quote = lambda words: " ".join(shlex.quote(str(word)) for word in words)  # noqa: E731
-    escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
-    base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare", f"-I{CSRC}", f"-I{CSRC}/common/compat"]
+    base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
+    base += [f"-I{CSRC}", f"-I{CSRC}/common/compat"]
     base += shlex.split(os.environ.get("CXXFLAGS", ""))
     torch_flags = [word for path in include_paths() for word in ("-isystem", path)]
     torch_flags += ["-isystem", sysconfig.get_path("include"), "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]

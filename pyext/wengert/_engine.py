@@ -29,6 +29,9 @@ _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _strided = torch.strided
 
 
+HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change no derivative
+
+
 def refusal() -> str | None:
     """Why no call of this moment can run on the engine, or None.  Costs well below a microsecond."""
     if DISABLED:
@@ -37,7 +40,7 @@ def refusal() -> str | None:
         return "inside a torch.func transform"
     if _len_torch_dispatch_stack():
         return "a torch dispatch mode is active"
-    if _len_torch_function_stack() and not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack()):
+    if _len_torch_function_stack() and not all(type(m) in HARMLESS_MODES for m in _get_current_function_mode_stack()):
         return "a torch function mode is active"
     if _is_anomaly_enabled():
         return "anomaly mode"

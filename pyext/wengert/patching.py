@@ -4,7 +4,7 @@ What is replaced: ``torch.autograd.functional.*``, ``torch.func.*``, ``torch.vma
 in torch's public modules and in every module outside torch that holds one of them as a global name (after
 ``from torch.func import jacrev``, say).
 
-What cannot be: references kept elsewhere (a default argument, a closure, an attribute of an object or class, a functools.partial), and
+What cannot be: references kept elsewhere (default arguments, closures, attributes of classes or objects, functools.partial), and
 transforms that were built before, such as ``g = jacrev(f)`` at the top of a module.  They stay PyTorch's, and so stay right.
 The replacement is global to the process: while it lasts, other threads see it too.
 """

@@ -21,6 +21,7 @@ from torch._functorch.eager_transforms import (
     assert_non_empty_tensor_output,
     error_if_complex,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .. import _engine
@@ -33,6 +34,7 @@ _torch_grad, _torch_grad_and_value = _torch.grad, _torch.grad_and_value  # kept 
 _torch_jacrev, _torch_jacfwd, _torch_hessian, _torch_vmap = _torch.jacrev, _torch.jacfwd, _torch.hessian, _torch.vmap
 _is_grad_enabled = torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
+_register_hook = Tensor.register_hook
 _is_plain = _engine.is_plain
 
 
@@ -48,6 +50,22 @@ class Wrapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+class ForwardWatch(TorchFunctionMode):
+    """Sees what forward and reverse mode treat differently: torch.no_grad stops only reverse mode, hooks run only there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.differs = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (func is _set_grad_enabled and not args[0]) or func is _register_hook:
+            self.differs = True
+        return func(*args, **(kwargs or {}))
+
+
+_engine.HARMLESS_MODES.add(ForwardWatch)
 
 
 class Leaves:
@@ -97,6 +115,7 @@ class Transform(Wrapped):
 
     name = ""
     takes_kwargs = False
+    forward = False  # stands for a transform that is forward mode in torch
 
     def __init__(self, func: Callable[..., Any], argnums: Argnums, has_aux: bool, **options: Any) -> None:
         super().__init__(func)
@@ -137,6 +156,16 @@ class Transform(Wrapped):
                 return "arguments that are not plain real tensors"
         return None
 
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What `func` returns; raises Refused where PyTorch's forward mode would not compute what the graph says."""
+        if not self.forward:
+            return func(*args, **kwargs)
+        with ForwardWatch() as watch:
+            out = func(*args, **kwargs)
+        if watch.differs:
+            raise Refused("forward mode through torch.no_grad or a hook")
+        return out
+
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason = _engine.refusal()
@@ -150,7 +179,7 @@ class Transform(Wrapped):
             _set_grad_enabled(True)
             try:
                 leaves = Leaves(flat, spec, self.argnums, grad_mode)
-                out = self.check(self.func(*tree_unflatten(leaves.flat, spec), **kwargs))
+                out = self.check(self.run(self.func, tree_unflatten(leaves.flat, spec), kwargs))
                 result = self.derive(out, leaves, grad_mode)
                 _engine.count(self.name, leaves.refused)
                 return result
@@ -176,11 +205,12 @@ class Transform(Wrapped):
         """
         leaves = Leaves(flat, spec, self.argnums, grad_mode)
         if isinstance(self.func, Transform):
-            out, leaves.refused = self.func.run_batch(leaves.flat, spec, dims, kwargs, randomness)
+            inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
+            out, leaves.refused = self.run(inner, (leaves.flat,), {})
         else:
             sample = functools.wraps(self.func, updated=())(lambda *a, **k: self.check(self.func(*a, **k)))
             in_dims = tree_unflatten(list(dims), spec)
-            out = _torch_vmap(sample, in_dims, 0, randomness)(*tree_unflatten(leaves.flat, spec), **kwargs)
+            out = self.run(_torch_vmap(sample, in_dims, 0, randomness), tree_unflatten(leaves.flat, spec), kwargs)
         result = self.derive_batch(out, leaves, [dims[k] for k in leaves.positions], grad_mode)
         return result, leaves.refused
 
@@ -358,6 +388,7 @@ class _HessianAtPoint(Transform):
     """The Hessian at one point: runs the scalar function itself instead of the inner Jacobian."""
 
     name = "func.hessian"
+    forward = True
 
     def __init__(self, hessian: Hessian) -> None:
         self.func = hessian.scalar_func
