@@ -249,7 +249,7 @@ def _(r):
     return f, r.positive(5)
 
 
-@zoo.case("dtype changes", skip=("float32",))
+@zoo.case("dtype changes", skip=("float32", "forward"))  # float32 inside: forward and reverse round differently
 def _(r):
     return lambda x: (x.float().sin().double() * x).to(torch.float32).double() + x, r(5)
 
@@ -322,7 +322,8 @@ def _(r):
     return f, r(4)
 
 
-@zoo.case("infinities off the structure")
+# Beyond the first derivative torch's 0 * inf spreads its nan into sums.
+@zoo.case("infinities off the structure", skip=("hessian", "create_graph"))
 def _(r):
     x = torch.tensor([0.0, 1.0, 2.0]).to(r(1))
     return lambda x: x.sqrt() * torch.ones_like(x), x

@@ -228,7 +228,18 @@ def _check_hessian(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
     argnums = tuple(range(len(as_tuple(plain))))
     reference = Outcome.of(lambda: torch.func.hessian(scalar, argnums)(*as_tuple(plain)))
     if reference.error is None:
-        assert_same(wengert.func.hessian(scalar, argnums)(*as_tuple(plain)), reference.value, "func.hessian", tol)
+        got = wengert.func.hessian(scalar, argnums)(*as_tuple(plain))
+        # torch's two families disagree in places (forward over reverse of an affine layer norm is wrong): either will do.
+        if Outcome.of(lambda: assert_same(reference.value, _nested(expected), "", tol)).error is None:
+            assert_same(got, reference.value, "func.hessian", tol)
+        else:
+            accepted = (Outcome.of(lambda: assert_same(got, r, "", tol)).error for r in (reference.value, _nested(expected)))
+            assert not all(accepted), "func.hessian agrees with neither torch.func.hessian nor functional.hessian"
+
+
+def _nested(hessian: Any) -> Any:
+    """functional.hessian's nesting for one tensor, in the nesting of a tuple of argnums."""
+    return ((hessian,),) if isinstance(hessian, torch.Tensor) else hessian
 
 
 def _check_products(fn: Function, inputs: Inputs, tol: Tolerance) -> None:

@@ -11,7 +11,10 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Element bounds; the absolute one is relative to the largest finite reference entry (or 1)."""
+    """Element bounds; the absolute one is relative to the largest finite reference entry (or 1).
+
+    Never tighter than a few units in the last place of the compared dtype.
+    """
 
     rtol: float = 1e-8
     atol: float = 1e-10
@@ -27,9 +30,9 @@ def assert_tensor(ours: torch.Tensor, ref: torch.Tensor, where: str, tol: Tolera
     b = torch.where(b.isnan() & (a == 0), torch.zeros_like(b), b)
     finite = b[b.isfinite()]
     scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    torch.testing.assert_close(
-        a, b, rtol=tol.rtol, atol=tol.atol * scale, equal_nan=True, msg=lambda text: f"{where}: {text}"
-    )
+    eps = torch.finfo(b.dtype).eps if b.is_floating_point() or b.is_complex() else 0.0
+    rtol, atol = max(tol.rtol, 32 * eps), max(tol.atol, 8 * eps) * scale
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{where}: {text}")
 
 
 def assert_same(ours: Any, ref: Any, where: str = "result", tol: Tolerance = Tolerance()) -> None:
