@@ -6,7 +6,7 @@ when the engine refuses, the same graph is differentiated by PyTorch, so a user'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -200,6 +200,16 @@ def vjp(
         allow_unused=True,
         is_grads_batched=is_grads_batched,
     )
+
+
+def check_used(gradients: Iterable[Tensor | None]) -> None:
+    """Raise as torch.autograd.grad does without `allow_unused` if a gradient is None."""
+    for index, gradient in enumerate(gradients):
+        if gradient is None:
+            raise RuntimeError(
+                f"The differentiated Tensor at index {index} appears to not have been used in the graph. "
+                "Set allow_unused=True if this is the desired behavior."
+            )
 
 
 def zeros(output: Tensor, wrt: Tensor) -> Tensor:

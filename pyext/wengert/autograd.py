@@ -74,6 +74,10 @@ def grad(
         # Contradictory or deprecated options: PyTorch raises or warns.
         if not only_inputs or (materialize_grads and allow_unused is False):
             reason = "unusual options"
+    if reason is None:
+        cotangents = _make_grads(outs, _tensor_or_tensors_to_tuple(grad_outputs, len(outs)), is_grads_batched)
+        if len(cotangents) != len(outs):
+            reason = "fewer cotangents than outputs"
     if reason is not None:
         _engine.count_fallback("grad", reason)
         return _engine.torch_grad(
@@ -87,16 +91,12 @@ def grad(
             is_grads_batched,
             materialize_grads,
         )
-    cotangents = _make_grads(outs, _tensor_or_tensors_to_tuple(grad_outputs, len(outs)), is_grads_batched)
     retain = create_graph if retain_graph is None else retain_graph
     result = _engine.vjp("grad", outs, ins, cotangents, retain, create_graph, is_grads_batched)
     if materialize_grads:
         result = [torch.zeros_like(x, requires_grad=create_graph) if g is None else g for g, x in zip(result, ins)]
-    elif not allow_unused and any(g is None for g in result):
-        raise RuntimeError(
-            "One of the differentiated Tensors appears to not have been used in the graph. "
-            "Set allow_unused=True if this is the desired behavior."
-        )
+    elif not allow_unused:
+        _engine.check_used(result)
     return dict(zip(inputs, result)) if type(inputs) is dict else tuple(result)
 
 

@@ -96,9 +96,7 @@ def _blocks(
     outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool, strict: bool, vectorize: bool = False
 ) -> list[list[Tensor]]:
     """Blocks without gaps, with the complaints of strict mode."""
-    reason = None
-    if not vectorize and not all(out.numel() for out in outputs):
-        reason = "an output without elements"  # which PyTorch's rows refuse
+    reason = None if all(out.numel() for out in outputs) else "an output without elements"  # which PyTorch refuses
     blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=reason, vectorize=vectorize)
     for i, (row, out) in enumerate(zip(blocks, outputs)):
         for j, block in enumerate(row):
@@ -187,7 +185,7 @@ def hessian(
             _check_requires_grad(gradient, "jacobian", strict)
             blocks = _blocks(tuple(gradient), inputs, create_graph, True)
         else:
-            reason = None if all(x.numel() for x in inputs) or vectorize else "an input without elements"
+            reason = None if all(x.numel() for x in inputs) else "an input without elements"
             found = _engine.hessian("hessian", out, inputs, create_graph, reason=reason, vectorize=vectorize)
             blocks = _fill(found, inputs, inputs, create_graph)
         return _nest(blocks, is_inputs_tuple, is_inputs_tuple)
@@ -219,7 +217,7 @@ def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused:
     try:
         blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=_refusal())
         if not allow_unused:
-            _check_used(zip(*blocks))
+            _engine.check_used(next((block for block in column if block is not None), None) for column in zip(*blocks))
         return _nest(_fill(blocks, outputs, inputs, create_graph), is_outputs_tuple, is_inputs_tuple)
     finally:
         _set_grad_enabled(grad_mode)
@@ -235,7 +233,7 @@ def _graph_hessian(output: Any, inputs: Any, create_graph: bool, allow_unused: b
     _set_grad_enabled(True)
     try:
         if not allow_unused:  # an input may well have no second derivative: it is the gradient that has to reach it
-            _check_used([g] for g in _engine.torch_grad(outputs[0].sum(), inputs, retain_graph=True, allow_unused=True))
+            _engine.torch_grad(outputs[0].sum(), inputs, retain_graph=True, allow_unused=False)
         blocks = _engine.hessian("hessian", outputs[0], inputs, create_graph, reason=_refusal())
         return _nest(_fill(blocks, inputs, inputs, create_graph), is_inputs_tuple, is_inputs_tuple)
     finally:
@@ -253,14 +251,6 @@ def _graph_arguments(outputs: Any, inputs: Any, name: str) -> tuple[bool, tuple[
     if not all(x.requires_grad for x in inputs):
         raise RuntimeError("One of the differentiated Tensors does not require grad")
     return is_outputs_tuple, outputs, is_inputs_tuple, inputs
-
-
-def _check_used(columns: Any) -> None:
-    if any(all(block is None for block in column) for column in columns):
-        raise RuntimeError(
-            "One of the differentiated Tensors appears to not have been used in the graph. "
-            "Set allow_unused=True if this is the desired behavior."
-        )
 
 
 def _with_our_gradient(name: str) -> Callable[..., Any]:
