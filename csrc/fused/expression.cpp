@@ -24,9 +24,9 @@ struct Handle {
   bool is_number(double* value) const { return id != kNone && pool->is_constant(id, value); }
 };
 
-#define WENGERT_HANDLE_OPERATOR(symbol, method)                                                                      \
-  inline Handle operator symbol(Handle a, Handle b) { return {a.pool, a.pool->method(a.id, b.id)}; }                 \
-  inline Handle operator symbol(double a, Handle b) { return b.num(a) symbol b; }                                    \
+#define WENGERT_HANDLE_OPERATOR(symbol, method)                                                      \
+  inline Handle operator symbol(Handle a, Handle b) { return {a.pool, a.pool->method(a.id, b.id)}; } \
+  inline Handle operator symbol(double a, Handle b) { return b.num(a) symbol b; }                    \
   inline Handle operator symbol(Handle a, double b) { return a symbol a.num(b); }
 WENGERT_HANDLE_OPERATOR(+, add)
 WENGERT_HANDLE_OPERATOR(-, sub)
@@ -35,11 +35,11 @@ WENGERT_HANDLE_OPERATOR(/, div)
 #undef WENGERT_HANDLE_OPERATOR
 inline Handle operator-(Handle a) { return {a.pool, a.pool->neg(a.id)}; }
 
-#define WENGERT_HANDLE_FUNCTION(name)                                 \
-  template <class... Rest>                                            \
-  Handle name(Handle first, Rest... rest) {                           \
-    const ExprId ids[] = {first.id, rest.id...};                      \
-    return {first.pool, first.pool->apply(Prim::name, ids)};          \
+#define WENGERT_HANDLE_FUNCTION(name)                        \
+  template <class... Rest>                                   \
+  Handle name(Handle first, Rest... rest) {                  \
+    const ExprId ids[] = {first.id, rest.id...};             \
+    return {first.pool, first.pool->apply(Prim::name, ids)}; \
   }
 WENGERT_FOR_EACH_PRIM(WENGERT_HANDLE_FUNCTION)
 #undef WENGERT_HANDLE_FUNCTION
@@ -196,15 +196,31 @@ ExprId ExprPool::fold(Prim prim, std::span<const ExprId> args) {
   float narrow;
   auto f = [](double v) { return static_cast<float>(v); };
   switch (prim) {
-    case Prim::add: wide = x[0] + x[1], narrow = f(x[0]) + f(x[1]); break;
-    case Prim::sub: wide = x[0] - x[1], narrow = f(x[0]) - f(x[1]); break;
-    case Prim::mul: wide = x[0] * x[1], narrow = f(x[0]) * f(x[1]); break;
-    case Prim::div: wide = x[0] / x[1], narrow = f(x[0]) / f(x[1]); break;
-    case Prim::reciprocal: wide = 1 / x[0], narrow = 1 / f(x[0]); break;
-    case Prim::square: wide = x[0] * x[0], narrow = f(x[0]) * f(x[0]); break;
-    case Prim::sqrt: wide = std::sqrt(x[0]), narrow = std::sqrt(f(x[0])); break;
-    case Prim::neg: return constant(-x[0]);
-    default: return kNone;
+    case Prim::add:
+      wide = x[0] + x[1], narrow = f(x[0]) + f(x[1]);
+      break;
+    case Prim::sub:
+      wide = x[0] - x[1], narrow = f(x[0]) - f(x[1]);
+      break;
+    case Prim::mul:
+      wide = x[0] * x[1], narrow = f(x[0]) * f(x[1]);
+      break;
+    case Prim::div:
+      wide = x[0] / x[1], narrow = f(x[0]) / f(x[1]);
+      break;
+    case Prim::reciprocal:
+      wide = 1 / x[0], narrow = 1 / f(x[0]);
+      break;
+    case Prim::square:
+      wide = x[0] * x[0], narrow = f(x[0]) * f(x[0]);
+      break;
+    case Prim::sqrt:
+      wide = std::sqrt(x[0]), narrow = std::sqrt(f(x[0]));
+      break;
+    case Prim::neg:
+      return constant(-x[0]);
+    default:
+      return kNone;
   }
   return f(wide) == narrow ? constant(wide) : kNone;
 }
@@ -281,10 +297,13 @@ ExprId ExprPool::apply(Prim prim, std::span<const ExprId> given) {
   double value;
   switch (prim) {
     case Prim::add:
-    case Prim::sub: return simplify_sum(prim, args[0], args[1]);
+    case Prim::sub:
+      return simplify_sum(prim, args[0], args[1]);
     case Prim::mul:
-    case Prim::div: return simplify_product(prim, args[0], args[1]);
-    case Prim::pow: return simplify_power(args[0], args[1]);
+    case Prim::div:
+      return simplify_product(prim, args[0], args[1]);
+    case Prim::pow:
+      return simplify_power(args[0], args[1]);
     case Prim::neg: {
       if (args[0] == kZero) return kZero;
       if (is_neg(args[0], &inner)) return inner;
@@ -304,7 +323,8 @@ ExprId ExprPool::apply(Prim prim, std::span<const ExprId> given) {
       if (args[1] == args[2]) return args[1];
       return make(prim, args);
     }
-    default: return make(prim, args);
+    default:
+      return make(prim, args);
   }
 }
 
@@ -347,29 +367,35 @@ ExprId ExprPool::partial(Prim prim, int arg, std::span<const ExprId> args, ExprI
 
 std::vector<ExprId> ExprPool::reachable(std::span<const ExprId> roots) const {
   std::vector<ExprId> found;
-  walk(nodes_.size(), roots, [&](ExprId id) { return args(id); }, [&](ExprId id) {
-    found.push_back(id);
-    return true;
-  });
+  walk(
+      nodes_.size(), roots, [&](ExprId id) { return args(id); },
+      [&](ExprId id) {
+        found.push_back(id);
+        return true;
+      });
   std::sort(found.begin(), found.end());
   return found;
 }
 
 int ExprPool::size(ExprId expr) const {
   int count = 0;
-  walk(nodes_.size(), {&expr, 1}, [&](ExprId id) { return args(id); }, [&](ExprId id) {
-    count += nodes_[id].kind == Kind::apply;
-    return count < kSizeLimit;
-  });
+  walk(
+      nodes_.size(), {&expr, 1}, [&](ExprId id) { return args(id); },
+      [&](ExprId id) {
+        count += nodes_[id].kind == Kind::apply;
+        return count < kSizeLimit;
+      });
   return count;
 }
 
 std::vector<std::int32_t> ExprPool::operands(ExprId expr) const {
   std::vector<std::int32_t> found;
-  walk(nodes_.size(), {&expr, 1}, [&](ExprId id) { return args(id); }, [&](ExprId id) {
-    if (nodes_[id].kind == Kind::operand) found.push_back(nodes_[id].index);
-    return true;
-  });
+  walk(
+      nodes_.size(), {&expr, 1}, [&](ExprId id) { return args(id); },
+      [&](ExprId id) {
+        if (nodes_[id].kind == Kind::operand) found.push_back(nodes_[id].index);
+        return true;
+      });
   std::sort(found.begin(), found.end());
   return found;
 }
@@ -446,8 +472,12 @@ ExprId ExprPool::substitute(const ExprPool& from, ExprId expr, std::span<const E
   for (ExprId id : order) {
     const Node node = from.nodes_[id];
     switch (node.kind) {
-      case Kind::constant: image[id] = id == kZero ? kZero : constant(node.value); break;
-      case Kind::operand: image[id] = leaves[node.index]; break;
+      case Kind::constant:
+        image[id] = id == kZero ? kZero : constant(node.value);
+        break;
+      case Kind::operand:
+        image[id] = leaves[node.index];
+        break;
       case Kind::apply: {
         ExprId args[kMaxArity];
         for (int k = 0; k < node.arity; ++k) args[k] = image[node.args[k]];

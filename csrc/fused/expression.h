@@ -20,7 +20,7 @@ inline constexpr ExprId kOne = 1;    // the constant 1
 class ExprPool {
  public:
   ExprPool();
-  ExprId constant(double value);  // constant(0) is the number 0, not the structural zero
+  ExprId constant(double value);       // constant(0) is the number 0, not the structural zero
   ExprId operand(std::int32_t index);  // leaf: the index-th operand of the loop nest
   ExprId apply(Prim prim, std::span<const ExprId> args);
 
@@ -38,8 +38,8 @@ class ExprPool {
   ExprId partial(Prim prim, int arg, std::span<const ExprId> args, ExprId result);
   // d expr / d operand; throws std::domain_error where a formula is missing
   ExprId derivative(ExprId expr, std::int32_t operand);
-  // Reverse sweep: sum_j cotangents[j] * d exprs[j] / d operand, as (operand, expression) pairs by ascending operand, multiplied in
-  // the order PyTorch's engine multiplies.  Operands that receive nothing are left out.
+  // Reverse sweep: sum_j cotangents[j] * d exprs[j] / d operand, as (operand, expression) pairs by ascending operand, multiplied
+  // in the order PyTorch's engine multiplies.  Operands that receive nothing are left out.
   std::vector<std::pair<std::int32_t, ExprId>> pullback(std::span<const ExprId> exprs, std::span<const ExprId> cotangents);
   // Forward sweep: the tangent of expr where operand k has tangent tangents[k] (kZero: none).
   ExprId pushforward(ExprId expr, std::span<const ExprId> tangents);
@@ -51,7 +51,7 @@ class ExprPool {
   // Number of distinct non-leaf nodes below and with expr; counting stops at kSizeLimit.
   int size(ExprId expr) const;
   static constexpr int kSizeLimit = 1024;
-  std::vector<std::int32_t> operands(ExprId expr) const;           // distinct leaves, ascending
+  std::vector<std::int32_t> operands(ExprId expr) const;               // distinct leaves, ascending
   std::vector<ExprId> reachable(std::span<const ExprId> roots) const;  // all nodes below and with the roots, ascending
   Prim prim(ExprId expr) const;
   std::span<const ExprId> args(ExprId expr) const;

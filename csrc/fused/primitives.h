@@ -1,9 +1,9 @@
 // The table of elementwise primitives: names, arity, values and first partials side by side.
 //
 // A primitive's value is a template over the element type: float, double, or a SIMD vector of them (kernels/cpu/simd.h).  Its
-// partials are a template over an expression handle, so each is written as a formula; higher derivatives come from differentiating
-// these formulas.  They are PyTorch's own (derivatives.yaml), conventions at kinks and ties included, and read exactly what PyTorch
-// saves for the node: either arguments or the result.
+// partials are a template over an expression handle, so each is written as a formula; higher derivatives come from
+// differentiating these formulas.  They are PyTorch's own (derivatives.yaml), conventions at kinks and ties included, and read
+// exactly what PyTorch saves for the node: either arguments or the result.
 //
 // NOTE [Masks]
 // zero() is the structural zero: select(c, e, zero()) as a *right* factor selects instead of multiplying, as PyTorch's

@@ -20,7 +20,8 @@ constexpr DtypeInfo kDtypes[kDtypeCount] = {{"f32", 4}, {"f64", 8}, {"bf16", 2},
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("wengert::fused program: " + what); }
 
 void check(const ProgramSpec& spec) {
-  if (spec.rank < 0 || spec.rank > kMaxRank) fail("rank " + std::to_string(spec.rank) + " is not in 0.." + std::to_string(kMaxRank));
+  if (spec.rank < 0 || spec.rank > kMaxRank)
+    fail("rank " + std::to_string(spec.rank) + " is not in 0.." + std::to_string(kMaxRank));
   if (spec.operands < 0 || spec.operands > 4096) fail("too many operands");
   if (spec.compute != Dtype::f32 && spec.compute != Dtype::f64) fail("compute type must be f32 or f64");
   if (spec.outputs.empty()) fail("no outputs");
@@ -131,7 +132,8 @@ template <class Number>
 Number parse_number(std::string_view token, const char* what) {
   Number value{};
   auto [end, error] = std::from_chars(token.data(), token.data() + token.size(), value);
-  if (error != std::errc{} || end != token.data() + token.size() || token.empty()) fail(std::string("bad ") + what + " " + quote(token));
+  if (error != std::errc{} || end != token.data() + token.size() || token.empty())
+    fail(std::string("bad ") + what + " " + quote(token));
   return value;
 }
 
@@ -200,7 +202,8 @@ struct Parser {
   }
 
   void value(std::string_view name, std::string_view line) {
-    if (name != "t" + std::to_string(values.size())) fail("expected t" + std::to_string(values.size()) + " or out, found " + quote(name));
+    if (name != "t" + std::to_string(values.size()))
+      fail("expected t" + std::to_string(values.size()) + " or out, found " + quote(name));
     if (next_token(line) != "=") fail("expected '=' after " + quote(name));
     std::string_view op = next_token(line);
     Prim prim;

@@ -30,24 +30,25 @@ struct OutputSpec {
 };
 
 struct ProgramSpec {
-  int rank = 0;       // number of loops of the nest
-  int operands = 0;   // operand i of the program is leaf i of the expressions
+  int rank = 0;                // number of loops of the nest
+  int operands = 0;            // operand i of the program is leaf i of the expressions
   Dtype compute = Dtype::f32;  // f32 or f64
   std::vector<OutputSpec> outputs;
 };
 
-// Registers hold a tile each.  The first are the operands the program reads, then its constants, then the slots temporaries share.
+// Registers hold a tile each.  The first are the operands the program reads, then its constants, then the slots temporaries
+// share.
 struct Instruction {
   Prim prim;
   std::uint16_t result;
   std::uint16_t args[kMaxArity];
 };
 struct Bytecode {
-  std::vector<std::int32_t> loads;      // register i holds operand loads[i]
-  std::vector<double> constants;        // register loads.size() + i
-  int slots = 0;                        // registers loads.size() + constants.size() + 0 .. slots - 1
+  std::vector<std::int32_t> loads;  // register i holds operand loads[i]
+  std::vector<double> constants;    // register loads.size() + i
+  int slots = 0;                    // registers loads.size() + constants.size() + 0 .. slots - 1
   std::vector<Instruction> instructions;
-  std::vector<std::uint16_t> outputs;   // the register of each output after the last instruction
+  std::vector<std::uint16_t> outputs;  // the register of each output after the last instruction
 };
 
 class Program {  // immutable
@@ -61,7 +62,7 @@ class Program {  // immutable
   Dtype compute() const { return spec_.compute; }
   const std::vector<OutputSpec>& outputs() const { return spec_.outputs; }
   const Bytecode& bytecode() const { return bytecode_; }
-  const std::string& text() const { return text_; }  // canonical
+  const std::string& text() const { return text_; }     // canonical
   std::string text_with_leading_axes(int count) const;  // the same program over a nest with `count` more outer loops
 
  private:

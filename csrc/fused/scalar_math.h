@@ -14,7 +14,7 @@ WENGERT_HD T select(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
-#define WENGERT_SCALAR_UNARY(name)                                     \
+#define WENGERT_SCALAR_UNARY(name)                                            \
   WENGERT_HD float name(float x) { return static_cast<float>(::name##f(x)); } \
   WENGERT_HD double name(double x) { return ::name(x); }
 WENGERT_SCALAR_UNARY(sqrt)
@@ -47,7 +47,7 @@ WENGERT_SCALAR_UNARY(rint)
 WENGERT_SCALAR_UNARY(trunc)
 #undef WENGERT_SCALAR_UNARY
 
-#define WENGERT_SCALAR_BINARY(name)                                \
+#define WENGERT_SCALAR_BINARY(name)                                   \
   WENGERT_HD float name(float a, float b) { return ::name##f(a, b); } \
   WENGERT_HD double name(double a, double b) { return ::name(a, b); }
 WENGERT_SCALAR_BINARY(pow)
@@ -65,7 +65,7 @@ double digamma_series(double x);
 double polygamma_series(double n, double x);
 double erfinv_series(double x);
 
-#define WENGERT_BY_SERIES(name)                                                            \
+#define WENGERT_BY_SERIES(name)                                                   \
   WENGERT_HD float name(float x) { return static_cast<float>(name##_series(x)); } \
   WENGERT_HD double name(double x) { return name##_series(x); }
 WENGERT_BY_SERIES(digamma)

@@ -7,25 +7,22 @@ constexpr double kPiDouble = 3.14159265358979323846;
 
 // B_2k / (2k)! for the Euler-Maclaurin tail of the Hurwitz zeta function
 constexpr double kBernoulliOverFactorial[] = {
-    1.0 / 12,
-    -1.0 / 720,
-    1.0 / 30240,
-    -1.0 / 1209600,
-    1.0 / 47900160,
-    -691.0 / 1307674368000,
-    1.0 / 74724249600,
-    -3617.0 / 10670622842880000,
+    1.0 / 12,          -1.0 / 720,
+    1.0 / 30240,       -1.0 / 1209600,
+    1.0 / 47900160,    -691.0 / 1307674368000,
+    1.0 / 74724249600, -3617.0 / 10670622842880000,
 };
 
-// zeta(s, q) = sum_k (q + k)^-s for s > 1, q > 0: direct terms up to q + k >= 12, then Euler-Maclaurin.
+// zeta(s, q) = sum_k (q + k)^-s for s > 1: direct terms up to q + k >= 12, then Euler-Maclaurin.
 double hurwitz_zeta(double s, double q) {
+  if (q == kInfinity) return 0;
   double sum = 0;
   while (q < 12) {
     sum += pow(q, -s);
     q += 1;
   }
   double power = pow(q, -s);
-  sum += power * q / (s - 1) + 0.5 * power;
+  sum += pow(q, 1 - s) / (s - 1) + 0.5 * power;
   double factor = s;
   power /= q;
   int k = 0;
@@ -58,12 +55,13 @@ double digamma_series(double x) {
   if (x == kInfinity) return x;
   // log x - 1/2x - sum_k B_2k / (2k x^2k)
   double z = 1 / (x * x);
-  double tail = z * (1.0 / 12 -
-                     z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z * (1.0 / 12)))))));
+  double tail =
+      z *
+      (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132 - z * (691.0 / 32760 - z * (1.0 / 12)))))));
   return result + log(x) - 0.5 / x - tail;
 }
 
-// Order 1 is defined on the whole axis (by reflection), as torch.polygamma is; higher orders for positive x only (nan below).
+// Below 0 the direct terms of the sum cross the poles: order 1 by reflection, higher ones (of integer order) term by term.
 double polygamma_series(double n, double x) {
   if (n == 0) return digamma_series(x);
   if (n == 1) {
@@ -72,7 +70,7 @@ double polygamma_series(double n, double x) {
     return (kPiDouble * kPiDouble) / (s * s) - hurwitz_zeta(2, 1 - x);
   }
   if (x == 0) return kInfinity;
-  if (x < 0) return x == floor(x) ? kInfinity : kNan;
+  if (x < 0 && x == floor(x)) return kInfinity;
   double sign = fmod(n, 2.0) == 0 ? -1 : 1;
   return sign * exp(lgamma(n + 1)) * hurwitz_zeta(n + 1, x);
 }

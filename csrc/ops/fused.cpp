@@ -87,8 +87,7 @@ std::vector<at::Tensor> fused_meta(at::TensorList operands, std::string_view tex
   auto extents = infer_extents<c10::SymInt>(*program, operands, [](const at::Tensor& t) { return t.sym_sizes(); });
   std::vector<at::Tensor> results;
   for (const fused::OutputSpec& output : program->outputs()) {
-    results.push_back(
-        at::empty_symint(output_sizes(extents, output), at::device(at::kMeta).dtype(to_scalar_type(output.dtype))));
+    results.push_back(at::empty_symint(output_sizes(extents, output), at::device(at::kMeta).dtype(to_scalar_type(output.dtype))));
   }
   return results;
 }
@@ -134,9 +133,7 @@ std::vector<at::Tensor> fused(at::TensorList operands, const std::string& progra
   return op.call(operands, program);
 }
 
-TORCH_LIBRARY(wengert, m) {
-  m.def("fused(Tensor[] operands, str program) -> Tensor[]", {at::Tag::pt2_compliant_tag});
-}
+TORCH_LIBRARY(wengert, m) { m.def("fused(Tensor[] operands, str program) -> Tensor[]", {at::Tag::pt2_compliant_tag}); }
 TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_cpu); }
 TORCH_LIBRARY_IMPL(wengert, Meta, m) { m.impl("fused", fused_meta); }
 

@@ -21,8 +21,8 @@ using OperandView = kernels::OperandView;
 using OutputView = kernels::OutputView;
 
 // Evaluates the program over the nest on CPU memory, straight from and into the given windows; below autograd, threaded through
-// at::parallel_for, deterministic for any number of threads.  Windows of different outputs must not overlap, nor an output's window
-// and an operand's.
+// at::parallel_for, deterministic for any number of threads.  Windows of different outputs must not overlap, nor an output's
+// window and an operand's.
 void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
               std::span<const OutputView> outputs);
 

@@ -40,7 +40,8 @@ class DerivedCache {
   }
 
  private:
-  using Key = std::pair<std::shared_ptr<const fused::Program>, std::vector<std::uint32_t>>;  // keeps the program, so its address, alive
+  using Key =
+      std::pair<std::shared_ptr<const fused::Program>, std::vector<std::uint32_t>>;  // keeps the program, so its address, alive
   std::mutex mutex_;
   std::map<Key, std::shared_ptr<const DerivedProgram>> entries_;
 };
@@ -93,7 +94,8 @@ std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fu
   for (bool g : given) key.push_back(g);
   return vjp_cache().get(program, key, [&] {
     fused::ExprPool pool;
-    fused::ProgramSpec spec{.rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
+    fused::ProgramSpec spec{
+        .rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
     const std::vector<fused::ExprId> same = leaves(pool, program->operands());
     std::vector<fused::ExprId> exprs, cotangents;
     for (std::size_t j = 0; j < given.size(); ++j) {
@@ -104,8 +106,7 @@ std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fu
     std::vector<int> outputs(wanted.size(), -1);
     for (auto [operand, gradient] : pool.pullback(exprs, cotangents)) {
       if (operand >= program->operands() || !wanted[operand]) continue;
-      outputs[operand] =
-          add_output(spec, gradient, to_dtype(operands[operand].scalar_type()), broadcast_axes(operands[operand]));
+      outputs[operand] = add_output(spec, gradient, to_dtype(operands[operand].scalar_type()), broadcast_axes(operands[operand]));
     }
     return finish(pool, spec, std::move(outputs));
   });
@@ -115,7 +116,8 @@ std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fu
                                                   const std::vector<bool>& given) {
   return jvp_cache().get(program, {given.begin(), given.end()}, [&] {
     fused::ExprPool pool;
-    fused::ProgramSpec spec{.rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
+    fused::ProgramSpec spec{
+        .rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
     const std::vector<fused::ExprId> same = leaves(pool, program->operands());
     std::vector<fused::ExprId> tangents;
     for (bool g : given) tangents.push_back(g ? pool.operand(spec.operands++) : fused::kZero);
@@ -168,7 +170,8 @@ std::vector<at::Tensor> below_autograd(at::TensorList operands, std::string_view
 }
 
 // Tangents of the results where operands carry forward-mode tangents.
-void set_tangents(const std::shared_ptr<const fused::Program>& program, at::TensorList operands, std::vector<at::Tensor>& results) {
+void set_tangents(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
+                  std::vector<at::Tensor>& results) {
   std::vector<bool> given;
   std::vector<at::Tensor> arguments;
   for (const at::Tensor& operand : operands) {

@@ -1,5 +1,5 @@
-// wengert::fused under the vmap of is_grads_batched and vectorize=True, whose headers exclude functorch's: batch axes become leading
-// loops of the nest.
+// wengert::fused under the vmap of is_grads_batched and vectorize=True, whose headers exclude functorch's: batch axes become
+// leading loops of the nest.
 #include <ATen/LegacyVmapTransforms.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>

@@ -17,7 +17,7 @@ using Store = void (*)(void* target, std::int64_t stride, const void* tile, int 
 struct Backend {
   const char* name;
   int vector_bytes;
-  Kernel kernels[2][fused::kPrimCount];       // [compute type f32, f64]
+  Kernel kernels[2][fused::kPrimCount];  // [compute type f32, f64]
   Load loads[2][fused::kDtypeCount];
   Store stores[2][fused::kDtypeCount];
   double (*sum[2])(const void* tile, int n);  // n any number

@@ -13,7 +13,9 @@ namespace {
 
 constexpr int kTileBytes = 2048;            // about 16 live registers fit the L1 cache
 constexpr std::int64_t kChunkWork = 32768;  // elements: some 20 us of work, far above the cost of handing it to a thread
-constexpr std::int64_t kShortRow = 64;
+constexpr std::int64_t kShortRow = 256;     // rows shorter than this share a tile
+constexpr std::int64_t kTinyRow = 8;
+constexpr std::int64_t kRowSums = 2048;          // doubles: sums along a row stay in the L1 cache
 constexpr std::int64_t kPartialLimit = 1 << 16;  // doubles kept for all chunks of a sum over the chunked loop
 
 // Walks a window in row-major order over the loops that are left when neighbours with compatible strides are merged.
@@ -132,6 +134,7 @@ void LoopNest::prepare(const fused::Program& program, std::span<const std::int64
   }
   order_loops();
   merge_loops();
+  lengthen_rows();
   choose_chunks();
 }
 
@@ -151,17 +154,28 @@ void LoopNest::order_loops() {
     }
     return false;
   };
-  auto swap_loops = [&](int a, int b) {
-    std::swap(extents_[a], extents_[b]);
-    for (View& view : operands_) std::swap(view.strides[a], view.strides[b]);
-    for (Output& view : outputs_) {
-      std::swap(view.strides[a], view.strides[b]);
-      std::uint32_t difference = (view.reduced >> a ^ view.reduced >> b) & 1;
-      view.reduced ^= difference << a | difference << b;
-    }
-  };
   for (int k = 1; k < rank_; ++k) {
     for (int j = k; j > 0 && inner_first(j - 1, j); --j) swap_loops(j - 1, j);
+  }
+}
+
+void LoopNest::swap_loops(int a, int b) {
+  std::swap(extents_[a], extents_[b]);
+  for (View& view : operands_) std::swap(view.strides[a], view.strides[b]);
+  for (Output& view : outputs_) {
+    std::swap(view.strides[a], view.strides[b]);
+    std::uint32_t difference = (view.reduced >> a ^ view.reduced >> b) & 1;
+    view.reduced ^= difference << a | difference << b;
+  }
+}
+
+// Very short rows cost more than strided access: the innermost long loop goes inside.
+void LoopNest::lengthen_rows() {
+  if (rank_ < 2 || extents_[rank_ - 1] > kTinyRow) return;
+  for (int k = rank_ - 2; k >= 0; --k) {
+    if (extents_[k] < kShortRow) continue;
+    for (; k < rank_ - 1; ++k) swap_loops(k, k + 1);
+    return;
   }
 }
 
@@ -221,9 +235,11 @@ void LoopNest::choose_chunks() {
     kept_elements += size;
   }
   if (kept_elements > 0) {
-    std::int64_t most = std::max<std::int64_t>(1, std::min(kPartialLimit, std::max<std::int64_t>(elements_ / 8, 1)) / kept_elements);
+    std::int64_t most =
+        std::max<std::int64_t>(1, std::min(kPartialLimit, std::max<std::int64_t>(elements_ / 8, 1)) / kept_elements);
     length = std::max(length, (extent + most - 1) / most);
   }
+  if (chunked_ == inner && summed && kept_elements == 0) length = std::min(length, kRowSums);
   if (chunked_ == inner) length = (length + 1023) / 1024 * 1024;  // whole tiles
   chunk_length_ = std::min(length, extent);
   chunks_ = (extent + chunk_length_ - 1) / chunk_length_;
@@ -252,12 +268,12 @@ void LoopNest::choose_chunks() {
 struct LoopNest::Chunk {
   const LoopNest& nest;
   Scratch& scratch;
-  std::int64_t index;                // of the chunk
-  std::int64_t first, length;        // its part of the chunked loop
+  std::int64_t index;          // of the chunk
+  std::int64_t first, length;  // its part of the chunked loop
   std::int64_t lengths[kMaxLoops];
-  int tile, lanes, element;          // elements of a tile and of a vector, bytes of an element
+  int tile, lanes, element;  // elements of a tile and of a vector, bytes of an element
   char* memory;
-  bool rows;                         // tiles are pieces of rows (long inner loop)
+  bool rows;  // tiles are pieces of rows (long inner loop)
 
   double* sums_of(const Output& output) const {
     if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
@@ -270,6 +286,8 @@ struct LoopNest::Chunk {
   void fill_tail(char* tile_data, int n) const;
   void execute(int n) const;
   const char* output_tile(std::size_t i, int n) const;
+  void aim(std::size_t i, char* target, std::int64_t stride, int n) const;
+  void reset_registers() const;
   void run_rows();
   void run_packed();
 };
@@ -366,6 +384,24 @@ const char* LoopNest::Chunk::output_tile(std::size_t i, int n) const {
   return spare;
 }
 
+// Lets the instructions write an output straight to its place where that is a contiguous run of whole vectors.
+void LoopNest::Chunk::aim(std::size_t i, char* target, std::int64_t stride, int n) const {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  const Output& output = nest.outputs_[i];
+  const std::uint16_t r = code.outputs[i];
+  const bool computed = r >= code.loads.size() + code.constants.size() && scratch.varying[r];
+  if (!computed || stride != 1 || output.accumulate || n % lanes != 0 || scratch.registers[r] != tile_at(r)) return;
+  if (output.dtype != (nest.wide_ ? Dtype::f64 : Dtype::f32)) return;
+  scratch.registers[r] = target;
+}
+
+void LoopNest::Chunk::reset_registers() const {
+  const fused::Bytecode& code = nest.program_->bytecode();
+  for (std::uint16_t r : code.outputs) {
+    if (r >= code.loads.size()) scratch.registers[r] = tile_at(r);
+  }
+}
+
 void LoopNest::Chunk::run_rows() {
   const fused::Bytecode& code = nest.program_->bytecode();
   const Backend& backend = *nest.backend_;
@@ -397,12 +433,20 @@ void LoopNest::Chunk::run_rows() {
         backend.loads[wide][static_cast<int>(view.dtype)](tile_at(i), source, stride, count);
         fill_tail(tile_at(i), count);
       }
+      auto target_of = [&](std::size_t i) {
+        const Output& output = nest.outputs_[i];
+        return base_of(output) + offsets[loads + i] + start * output.strides[inner] * output.bytes;
+      };
+      for (std::size_t i = 0; i < outputs; ++i) {
+        if (nest.outputs_[i].sums == 0) aim(i, target_of(i), nest.outputs_[i].strides[inner], n);
+      }
       execute(n);
       for (std::size_t i = 0; i < outputs; ++i) {
         const Output& output = nest.outputs_[i];
         const char* values = output_tile(i, n);
         if (output.sums == 0) {
-          char* target = base_of(output) + offsets[loads + i] + start * output.strides[inner] * output.bytes;
+          char* target = target_of(i);
+          if (values == target) continue;
           backend.stores[wide][static_cast<int>(output.dtype)](target, output.strides[inner], values, n, output.accumulate);
         } else {
           double* sums = sums_of(output) + offsets[loads + i];
@@ -413,6 +457,7 @@ void LoopNest::Chunk::run_rows() {
           }
         }
       }
+      reset_registers();
     }
     int k = inner - 1;
     for (; k >= 0; --k) {
@@ -455,12 +500,18 @@ void LoopNest::Chunk::run_packed() {
       });
       fill_tail(tile_at(i), n);
     }
+    auto target_of = [&](std::size_t i) { return base_of(nest.outputs_[i]) + start * nest.outputs_[i].bytes; };
+    for (std::size_t i = 0; i < nest.outputs_.size(); ++i) {
+      const Walk& walk = scratch.walks[loads + i];
+      if (nest.outputs_[i].sums == 0 && walk.rank == 1) aim(i, target_of(i), walk.strides[0], n);
+    }
     execute(n);
     for (std::size_t i = 0; i < nest.outputs_.size(); ++i) {
       const Output& output = nest.outputs_[i];
       const Walk& walk = scratch.walks[loads + i];
       const char* values = output_tile(i, n);
       auto piece = [&](std::int64_t position) { return values + position * element; };
+      if (values == target_of(i)) continue;
       if (output.sums == 0) {
         const Store store = backend.stores[wide][static_cast<int>(output.dtype)];
         char* base = base_of(output);
@@ -483,6 +534,7 @@ void LoopNest::Chunk::run_packed() {
         });
       }
     }
+    reset_registers();
   }
 }
 
@@ -566,7 +618,8 @@ void LoopNest::fill_zero() {
     const double zero = 0;
     walk.runs(0, count, [&](std::int64_t offset, std::int64_t stride, std::int64_t, std::int64_t n) {
       for (std::int64_t k = 0; k < n; ++k) {
-        backend_->stores[1][static_cast<int>(output.dtype)](output.data + (offset + k * stride) * output.bytes, 1, &zero, 1, false);
+        backend_->stores[1][static_cast<int>(output.dtype)](output.data + (offset + k * stride) * output.bytes, 1, &zero, 1,
+                                                            false);
       }
     });
   }

@@ -1,9 +1,10 @@
 // Evaluates a program over a strided loop nest in CPU memory.
 //
 // NOTE [Chunks]
-// One loop of the nest (the chunked loop) is cut into chunks that may run on any thread in any order.  Their number depends on the
-// extents only.  A reduced output is summed in double, in a buffer of its chunk's own; where the chunked loop itself is summed over,
-// the chunks' buffers are kept and added in chunk order at the end.  So results have the same bits for any number of threads.
+// One loop of the nest (the chunked loop) is cut into chunks that may run on any thread in any order.  Their number depends on
+// the extents only.  A reduced output is summed in double, in a buffer of its chunk's own; where the chunked loop itself is
+// summed over, the chunks' buffers are kept and added in chunk order at the end.  So results have the same bits for any number of
+// threads.
 //
 // NOTE [Tiles]
 // A chunk is run tile by tile, every instruction over a whole tile, so that dispatch is paid once per ~512 elements.  Where the
@@ -38,7 +39,7 @@ class LoopNest {
   void prepare(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
                std::span<const OutputView> outputs);
   std::int64_t chunks() const { return chunks_; }
-  std::int64_t elements() const { return elements_; }  // iterations of the whole nest
+  std::int64_t elements() const { return elements_; }                 // iterations of the whole nest
   void run(std::int64_t first_chunk, std::int64_t last_chunk) const;  // any thread; disjoint ranges may run at the same time
   void finish();                                                      // after all chunks
 
@@ -52,8 +53,8 @@ class LoopNest {
   };
   struct Output : View {
     bool accumulate;
-    std::uint32_t reduced;  // bit per loop of loops_
-    bool partials;          // the chunked loop is summed over and there are several chunks
+    std::uint32_t reduced;                // bit per loop of loops_
+    bool partials;                        // the chunked loop is summed over and there are several chunks
     std::int64_t sum_strides[kMaxLoops];  // of the chunk's buffer of sums; 0 on reduced loops
     std::int64_t sums;                    // elements of that buffer
     std::int64_t offset;                  // of that buffer in a thread's (or, for partials, in a chunk's) buffers
@@ -62,7 +63,9 @@ class LoopNest {
   struct Scratch;
 
   void order_loops();
+  void swap_loops(int a, int b);
   void merge_loops();
+  void lengthen_rows();
   void choose_chunks();
   void fill_zero();
   void flush(const Output& output, const double* sums, std::int64_t first, std::int64_t length) const;

@@ -1,7 +1,7 @@
 // A SIMD vector of N elements with the operations the primitives are written in.  Included once per instruction set, inside a
 // namespace of its own (no code may be shared between objects built for different machines).
-// Arithmetic uses the compiler's vector extension; elementary functions come from Sleef where the instruction set has it (libtorch
-// exports it), and from libm element by element otherwise.
+// Arithmetic uses the compiler's vector extension; elementary functions come from Sleef where the instruction set has it
+// (libtorch exports it), and from libm element by element otherwise.
 #ifndef WENGERT_SIMD_NAMESPACE
 #error "include from an instruction set's source file"
 #endif
@@ -52,7 +52,9 @@ struct MaskOf {
   typename Vec<T>::Mask m;
 };
 
-#define WENGERT_VEC template <class T> WENGERT_HD
+#define WENGERT_VEC  \
+  template <class T> \
+  WENGERT_HD
 WENGERT_VEC Vec<T> operator+(Vec<T> a, Vec<T> b) { return a.v + b.v; }
 WENGERT_VEC Vec<T> operator-(Vec<T> a, Vec<T> b) { return a.v - b.v; }
 WENGERT_VEC Vec<T> operator*(Vec<T> a, Vec<T> b) { return a.v * b.v; }
@@ -94,10 +96,14 @@ WENGERT_HD Vec<T> by_lane(F f, Vec<T> a, Vec<T> b) {
   return a;
 }
 
-#define WENGERT_BY_LANE_1(name) \
-  WENGERT_VEC Vec<T> name(Vec<T> x) { return by_lane([](T a) { return fused::prim::name(a); }, x); }
-#define WENGERT_BY_LANE_2(name) \
-  WENGERT_VEC Vec<T> name(Vec<T> x, Vec<T> y) { return by_lane([](T a, T b) { return fused::prim::name(a, b); }, x, y); }
+#define WENGERT_BY_LANE_1(name)                                  \
+  WENGERT_VEC Vec<T> name(Vec<T> x) {                            \
+    return by_lane([](T a) { return fused::prim::name(a); }, x); \
+  }
+#define WENGERT_BY_LANE_2(name)                                             \
+  WENGERT_VEC Vec<T> name(Vec<T> x, Vec<T> y) {                             \
+    return by_lane([](T a, T b) { return fused::prim::name(a, b); }, x, y); \
+  }
 
 // --------------------------------------------------------------------------------------- roots and rounding: one instruction
 #if defined(__AVX512F__)
@@ -107,8 +113,8 @@ WENGERT_HD Vec<T> by_lane(F f, Vec<T> a, Vec<T> b) {
 WENGERT_HD Vec<float> sqrt(Vec<float> x) { return _mm512_sqrt_ps(x.v); }
 WENGERT_HD Vec<double> sqrt(Vec<double> x) { return _mm512_sqrt_pd(x.v); }
 #elif defined(__AVX2__)
-#define WENGERT_ROUNDING(name, mode)                                                                   \
-  WENGERT_HD Vec<float> name(Vec<float> x) { return _mm256_round_ps(x.v, mode | _MM_FROUND_NO_EXC); }  \
+#define WENGERT_ROUNDING(name, mode)                                                                  \
+  WENGERT_HD Vec<float> name(Vec<float> x) { return _mm256_round_ps(x.v, mode | _MM_FROUND_NO_EXC); } \
   WENGERT_HD Vec<double> name(Vec<double> x) { return _mm256_round_pd(x.v, mode | _MM_FROUND_NO_EXC); }
 WENGERT_HD Vec<float> sqrt(Vec<float> x) { return _mm256_sqrt_ps(x.v); }
 WENGERT_HD Vec<double> sqrt(Vec<double> x) { return _mm256_sqrt_pd(x.v); }
@@ -131,20 +137,16 @@ WENGERT_BY_LANE_1(rint)
 #if defined(WENGERT_SLEEF_F32)
 #define WENGERT_PASTE3(a, b, c) a##b##c
 #define WENGERT_SLEEF_NAME(name, lanes, ulp) WENGERT_PASTE3(Sleef_##name, lanes, ulp)
-#define WENGERT_SLEEF_1(name, ulp)                                                                                            \
-  extern "C" Vec<float>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(Vec<float>::Native);                         \
-  extern "C" Vec<double>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(Vec<double>::Native);                       \
-  WENGERT_HD Vec<float> name(Vec<float> x) { return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(x.v); }                  \
+#define WENGERT_SLEEF_1(name, ulp)                                                                           \
+  extern "C" Vec<float>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(Vec<float>::Native);        \
+  extern "C" Vec<double>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(Vec<double>::Native);      \
+  WENGERT_HD Vec<float> name(Vec<float> x) { return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(x.v); } \
   WENGERT_HD Vec<double> name(Vec<double> x) { return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(x.v); }
-#define WENGERT_SLEEF_2(name, ulp)                                                                                            \
-  extern "C" Vec<float>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(Vec<float>::Native, Vec<float>::Native);     \
-  extern "C" Vec<double>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(Vec<double>::Native, Vec<double>::Native);  \
-  WENGERT_HD Vec<float> name(Vec<float> x, Vec<float> y) {                                                                    \
-    return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(x.v, y.v);                                                        \
-  }                                                                                                                           \
-  WENGERT_HD Vec<double> name(Vec<double> x, Vec<double> y) {                                                                 \
-    return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(x.v, y.v);                                                        \
-  }
+#define WENGERT_SLEEF_2(name, ulp)                                                                                              \
+  extern "C" Vec<float>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(Vec<float>::Native, Vec<float>::Native);       \
+  extern "C" Vec<double>::Native WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(Vec<double>::Native, Vec<double>::Native);    \
+  WENGERT_HD Vec<float> name(Vec<float> x, Vec<float> y) { return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F32, ulp)(x.v, y.v); } \
+  WENGERT_HD Vec<double> name(Vec<double> x, Vec<double> y) { return WENGERT_SLEEF_NAME(name, WENGERT_SLEEF_F64, ulp)(x.v, y.v); }
 #else
 #define WENGERT_SLEEF_1(name, ulp) WENGERT_BY_LANE_1(name)
 #define WENGERT_SLEEF_2(name, ulp) WENGERT_BY_LANE_2(name)
@@ -163,8 +165,6 @@ WENGERT_SLEEF_1(tan, _u10)
 WENGERT_SLEEF_1(asin, _u10)
 WENGERT_SLEEF_1(acos, _u10)
 WENGERT_SLEEF_1(atan, _u10)
-WENGERT_SLEEF_1(sinh, _u10)
-WENGERT_SLEEF_1(cosh, _u10)
 WENGERT_SLEEF_1(tanh, _u10)
 WENGERT_SLEEF_1(erf, _u10)
 WENGERT_SLEEF_1(erfc, _u15)
@@ -172,7 +172,9 @@ WENGERT_SLEEF_1(lgamma, _u10)
 WENGERT_SLEEF_2(pow, _u10)
 WENGERT_SLEEF_2(atan2, _u10)
 WENGERT_SLEEF_2(hypot, _u05)
-// Sleef's asinh, acosh and atanh overflow to inf or nan long before the true result does.
+// Sleef's versions of these overflow to inf or nan before the true result does.
+WENGERT_BY_LANE_1(sinh)
+WENGERT_BY_LANE_1(cosh)
 WENGERT_BY_LANE_1(asinh)
 WENGERT_BY_LANE_1(acosh)
 WENGERT_BY_LANE_1(atanh)

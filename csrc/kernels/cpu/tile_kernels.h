@@ -2,6 +2,8 @@
 // WENGERT_VECTOR_BYTES and, where Sleef has it, WENGERT_SLEEF_F32/F64 (Sleef's name for the vector types).
 #include <string.h>
 
+#include <type_traits>
+
 #include "fused/primitive_ops.h"
 #include "kernels/cpu/backend.h"
 #include "kernels/cpu/simd.h"
@@ -127,12 +129,18 @@ struct Narrow<F16> {
   }
 };
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O3")  // -O2 does not vectorise these loops
+#endif
 template <class T, class S>
 struct Convert {
   static void load(void* tile, const void* source, std::int64_t stride, int n) {
     T* out = static_cast<T*>(tile);
     const S* in = static_cast<const S*>(source);
-    if (stride == 1) {
+    if (std::is_same_v<T, S> && stride == 1) {
+      memcpy(tile, source, n * sizeof(T));
+    } else if (stride == 1) {
       for (int i = 0; i < n; ++i) out[i] = widen<T>(in[i]);
     } else if (stride == 0) {
       T value = widen<T>(in[0]);
@@ -144,8 +152,12 @@ struct Convert {
   static void store(void* target, std::int64_t stride, const void* tile, int n, bool accumulate) {
     S* out = static_cast<S*>(target);
     const T* in = static_cast<const T*>(tile);
-    if (accumulate) {
+    if (accumulate && stride == 1) {
+      for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(widen<T>(out[i]) + in[i]);
+    } else if (accumulate) {
       for (int i = 0; i < n; ++i, out += stride) *out = Narrow<S>::from(widen<T>(*out) + in[i]);
+    } else if (std::is_same_v<T, S> && stride == 1) {
+      memcpy(target, tile, n * sizeof(T));
     } else if (stride == 1) {
       for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(in[i]);
     } else {
@@ -153,6 +165,10 @@ struct Convert {
     }
   }
 };
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 // ------------------------------------------------------------------------------------------------------------------- reductions
 // Sums are carried in double: a tile into as many partial sums as a vector has lanes, then across.
@@ -197,10 +213,12 @@ void add_tile(double* sums, const void* tile, int n) {
 }  // namespace
 
 #define WENGERT_ROW(name) kernel_for<T, fused::prim::Op<Prim::name>>(),
-#define WENGERT_STORAGE(what)                                                                                               \
-  {Convert<T, float>::what,        Convert<T, double>::what,       Convert<T, Bf16>::what,         Convert<T, F16>::what,   \
-   Convert<T, std::int64_t>::what, Convert<T, std::int32_t>::what, Convert<T, std::int16_t>::what, Convert<T, std::int8_t>::what, \
-   Convert<T, std::uint8_t>::what, Convert<T, Bool>::what}
+#define WENGERT_STORAGE(what)                                                                           \
+  {                                                                                                     \
+    Convert<T, float>::what, Convert<T, double>::what, Convert<T, Bf16>::what, Convert<T, F16>::what,   \
+        Convert<T, std::int64_t>::what, Convert<T, std::int32_t>::what, Convert<T, std::int16_t>::what, \
+        Convert<T, std::int8_t>::what, Convert<T, std::uint8_t>::what, Convert<T, Bool>::what           \
+  }
 namespace {
 template <class T>
 struct Tables {

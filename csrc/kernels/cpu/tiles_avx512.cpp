@@ -1,4 +1,7 @@
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own intrinsics
+#endif
 #define WENGERT_SIMD_NAMESPACE avx512
 #define WENGERT_VECTOR_BYTES 64
 #define WENGERT_SLEEF_F32 f16
