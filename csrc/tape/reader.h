@@ -57,6 +57,8 @@ class Take {
   void real(double value) { node_.reals.push_back(value); }
   void real(const at::Scalar& value);
 
+  void program(std::shared_ptr<const fused::Program> program) { node_.program = std::move(program); }
+
   static std::int64_t concrete(const c10::SymInt& value);
 
  private:
@@ -126,8 +128,15 @@ class Table {
 
 // The families.
 void add_elementwise(Table& table);
+void add_activations(Table& table);
 void add_views(Table& table);
+void add_reductions(Table& table);
 void add_matmul(Table& table);
+void add_index(Table& table);
+void add_shape(Table& table);
+void add_local(Table& table);
+void add_losses(Table& table);
+void add_fused(Table& table);
 
 const Table& table();
 const Reader& opaque_reader();

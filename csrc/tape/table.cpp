@@ -12,8 +12,15 @@ const Table& table() {
   static const Table rows = [] {
     Table table;
     add_elementwise(table);
+    add_activations(table);
     add_views(table);
+    add_reductions(table);
     add_matmul(table);
+    add_index(table);
+    add_shape(table);
+    add_local(table);
+    add_losses(table);
+    add_fused(table);
     return table;
   }();
   return rows;

@@ -1,0 +1,66 @@
+// The node of wengert::fused: a loop nest whose factor is the symbolic derivative of its expression.
+#include <stdexcept>
+#include <string>
+
+#include "ops/fused_autograd.h"
+#include "tape/build.h"
+
+namespace wengert::tape {
+
+namespace {
+
+using fused::ExprId;
+
+void read_fused(Take& k, const ops::FusedBackward& n) {
+  const fused::Program& program = *n.program_;
+  k.program(n.program_);
+  k.integer(static_cast<std::int64_t>(std::hash<std::string>()(program.text())));
+  k.integer(static_cast<std::int64_t>(program.text().size()));
+  std::vector<at::Tensor> operands;
+  for (const SavedVariable& saved : n.operands_) operands.push_back(k.unpack(saved));
+  for (int a = 0; a < program.rank(); ++a) {
+    std::int64_t extent = 1;
+    for (const at::Tensor& operand : operands) extent = operand.size(a) == 1 ? extent : operand.size(a);
+    k.integer(extent);
+  }
+  for (at::Tensor& operand : operands) k.derived(std::move(operand));
+}
+
+Pullback describe_fused(const Site& s) {
+  const fused::Program& program = *s.node.program;
+  const fused::OutputSpec& output = program.outputs()[s.output];
+  const int rank = program.rank();
+  std::vector<std::int64_t> loops;
+  Axes nest;  // coordinates of the nest by axes of the output and new loops
+  for (int a = 0; a < rank; ++a) {
+    const std::int64_t extent = s.integer(2 + a);
+    if ((output.reduced >> a & 1) != 0 && extent != 1) {
+      nest.push_back(along(rank + static_cast<int>(loops.size())));
+      loops.push_back(extent);
+    } else {
+      nest.push_back(along(a));
+    }
+  }
+  const auto restricted = [&](at::IntArrayRef sizes) {
+    Axes axes = nest;
+    for (int a = 0; a < rank; ++a) {
+      if (sizes[a] == 1) axes[a] = at_start(0);
+    }
+    return axes;
+  };
+  FactorBuilder f(s);
+  std::vector<ExprId> leaves;
+  for (int k = 0; k < program.operands(); ++k) leaves.push_back(f.read(k, restricted(s.slot(k).sizes())));
+  try {
+    const ExprId expr = s.pool.substitute(program.pool(), output.expr, leaves);
+    return f.finish(s.pool.derivative(expr, s.input), std::move(loops), restricted(s.x()));
+  } catch (const std::domain_error&) {
+    return opaque();  // a primitive without the partial this needs
+  }
+}
+
+}  // namespace
+
+void add_fused(Table& t) { t.add<ops::FusedBackward>("wengert::FusedBackward", read_fused, describe_fused); }
+
+}  // namespace wengert::tape

@@ -1,0 +1,215 @@
+// Ops that stay PyTorch's own: the node is called, with the axes it does not couple carried along.
+#include <torch/csrc/autograd/generated/Functions.h>
+
+#include <algorithm>
+
+#include "tape/build.h"
+
+namespace wengert::tape {
+
+namespace {
+
+namespace gen = torch::autograd::generated;
+
+int rank(const Shape& shape) { return static_cast<int>(shape.size()); }
+
+// Everything but one axis is carried along; ints: dim.
+Pullback along_one_axis(const Site& s) {
+  const int n = rank(s.x());
+  if (n == 0 || n != rank(s.y())) return opaque();
+  const int axis = wrap_axis(s.integer(0), n);
+  std::vector<std::pair<int, int>> tied;
+  for (int a = 0; a < n; ++a) {
+    if (a != axis) tied.emplace_back(a, a);
+  }
+  return local(s, tied);
+}
+
+template <class N>
+void add_scan(Table& t, const char* name) {
+  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
+}
+
+Pullback leading(const Site& s, int count) {
+  std::vector<std::pair<int, int>> tied;
+  for (int a = 0; a < std::min({count, rank(s.x()), rank(s.y())}); ++a) tied.emplace_back(a, a);
+  return local(s, tied);
+}
+
+// Edge 0 is the data, the others are parameters, which every sample meets.
+Pullback normalized(const Site& s) {  // ints: number of normalised axes
+  if (s.input != 0 || s.output != 0) return opaque();
+  return leading(s, rank(s.x()) - static_cast<int>(s.integer(0)));
+}
+Pullback batch_norm(const Site& s) {  // ints: training
+  if (s.input != 0 || s.output != 0) return opaque();
+  if (s.integer(0) != 0) return local(s, {{1, 1}});
+  return leading(s, rank(s.x()));
+}
+Pullback by_sample(const Site& s) { return s.input == 0 && s.output == 0 ? leading(s, 1) : opaque(); }
+Pullback convolution(const Site& s) { return s.input == 0 ? leading(s, 1) : opaque(); }
+
+template <class N>
+void add_batch_norm(Table& t, const char* name) {
+  t.add<N>(
+      name,
+      [](Take& k, const N& n) {
+        if constexpr (requires { n.training; }) {
+          k.integer(n.training);
+        } else {
+          k.integer(std::int64_t{0});
+        }
+      },
+      batch_norm);
+}
+
+// Pooling, padding and resizing work on the last axes of each channel.
+template <int Core>
+Pullback by_channel(const Site& s) {
+  return s.output == 0 ? local_batch(s, Core, Core) : opaque();
+}
+
+// max pooling kept the position of every maximum within the flattened plane; slot 0.
+template <int Core>
+Pullback max_pool(const Site& s) {
+  if (s.output != 0 || !s.has(0) || s.slot(0).sizes() != at::IntArrayRef(s.y()) || rank(s.x()) < Core) return opaque();
+  const int batch = rank(s.x()) - Core;
+  Gather gather;
+  gather.axes = own_axes(batch);
+  gather.in_shape.assign(s.x().begin(), s.x().begin() + batch);
+  gather.in_shape.push_back(product(s.x()) / std::max<std::int64_t>(product(gather.in_shape), 1));
+  gather.axes.push_back(looked_up(s.node.slots[0], own_axes(rank(s.y()))));
+  return terms({Term{Step(std::move(gather)), Step(Reshape{s.x()})}});
+}
+
+// The backward ops of the above are linear in grad_output (edge 0), channel by channel; the other edge only gives a shape or a choice.
+template <int Core>
+Pullback backward_by_channel(const Site& s) {
+  return s.input == 0 ? by_channel<Core>(s) : zero();
+}
+
+// The gradient of the data follows sample by sample from grad_output (and from the data, where the op is not linear in it).
+Pullback normalized_backward(const Site& s) {  // ints: number of normalised axes
+  return s.output == 0 && s.input < 2 ? leading(s, rank(s.x()) - static_cast<int>(s.integer(0))) : opaque();
+}
+
+template <class N, int Core>
+void add_max_pool(Table& t, const char* name) {
+  t.add<N>(name, [](Take& k, const N& n) { k.result(n.result1_); }, max_pool<Core>);
+}
+
+// Matrices: batch axes stand before the last two.
+Pullback matrix(const Site& s) { return local_batch(s, 2, 2); }
+Pullback determinant(const Site& s) { return local_batch(s, 0, 2); }
+// Decompositions give vectors and matrices: whatever follows the batch axes of the input belongs to the matrix.
+Pullback decomposition(const Site& s) { return leading(s, rank(s.x()) - 2); }
+// Solutions of equations: y and the right-hand side are matrices, or vectors where they lack an axis of A.
+Pullback solution(const Site& s) {  // ints: rank of A
+  const int core = rank(s.y()) < s.integer(0) ? 1 : 2;
+  return local_batch(s, core, s.input == 0 ? 2 : core);
+}
+
+void add_linear_algebra(Table& t) {
+  t.add<gen::LinalgDetBackward0>("LinalgDetBackward0", [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
+  t.add<gen::LinalgSlogdetBackward0>("LinalgSlogdetBackward0", [](const Site& s) { return s.output < 2 ? determinant(s) : opaque(); });
+  t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
+  t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);
+  t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", matrix);
+  t.add<gen::CholeskyBackward0>("CholeskyBackward0", matrix);
+  t.add<gen::CholeskyInverseBackward0>("CholeskyInverseBackward0", matrix);
+  t.add<gen::CholeskySolveBackward0>("CholeskySolveBackward0", matrix);
+  t.add<gen::TriangularSolveBackward0>("TriangularSolveBackward0", [](const Site& s) { return s.output == 0 ? matrix(s) : opaque(); });
+  t.add<gen::LinalgSolveTriangularBackward0>("LinalgSolveTriangularBackward0", matrix);
+  t.add<gen::LinalgMatrixExpBackward0>("LinalgMatrixExpBackward0", matrix);
+  t.add<gen::LinalgLuSolveBackward0>("LinalgLuSolveBackward0", matrix);
+  t.add<gen::LinalgSvdBackward0>("LinalgSvdBackward0", decomposition);
+  t.add<gen::LinalgEighBackward0>("LinalgEighBackward0", decomposition);
+  t.add<gen::LinalgQrBackward0>("LinalgQrBackward0", matrix);
+  t.add<gen::LinalgSolveExBackward0>(
+      "LinalgSolveExBackward0",
+      [](Take& k, const gen::LinalgSolveExBackward0& n) { k.integer(k.unpack(n.LU_, /*is_result=*/true).dim()); }, solution);
+}
+
+void add_normalizations(Table& t) {
+  t.add<gen::NativeLayerNormBackward0>(
+      "NativeLayerNormBackward0",
+      [](Take& k, const gen::NativeLayerNormBackward0& n) { k.integer(std::ssize(n.normalized_shape)); }, normalized);
+  t.add<gen::FusedRmsNormBackward0>(
+      "FusedRmsNormBackward0", [](Take& k, const gen::FusedRmsNormBackward0& n) { k.integer(std::ssize(n.normalized_shape)); },
+      normalized);
+  t.add<gen::NativeGroupNormBackward0>("NativeGroupNormBackward0", by_sample);
+  t.add<gen::NativeLayerNormBackwardBackward0>(
+      "NativeLayerNormBackwardBackward0",
+      [](Take& k, const gen::NativeLayerNormBackwardBackward0& n) { k.integer(std::ssize(n.normalized_shape)); }, normalized_backward);
+  add_batch_norm<gen::NativeBatchNormBackward0>(t, "NativeBatchNormBackward0");
+  add_batch_norm<gen::NativeBatchNormLegitBackward0>(t, "NativeBatchNormLegitBackward0");
+  add_batch_norm<gen::NativeBatchNormLegitBackward1>(t, "NativeBatchNormLegitBackward1");
+  add_batch_norm<gen::NativeBatchNormLegitNoTrainingBackward0>(t, "NativeBatchNormLegitNoTrainingBackward0");
+}
+
+void add_images(Table& t) {
+  t.add<gen::ConvolutionBackward0>("ConvolutionBackward0", convolution);
+  t.add<gen::ConvolutionBackward1>("ConvolutionBackward1", convolution);
+  t.add<gen::SlowConv2DBackward0>("SlowConv2DBackward0", convolution);
+  t.add<gen::SlowConvDilated2DBackward0>("SlowConvDilated2DBackward0", convolution);
+  t.add<gen::SlowConvTranspose2DBackward0>("SlowConvTranspose2DBackward0", convolution);
+  t.add<gen::SlowConvTranspose3DBackward0>("SlowConvTranspose3DBackward0", convolution);
+  t.add<gen::AvgPool2DBackward0>("AvgPool2DBackward0", by_channel<2>);
+  t.add<gen::AvgPool3DBackward0>("AvgPool3DBackward0", by_channel<3>);
+  t.add<gen::AdaptiveAvgPool2DBackward0>("AdaptiveAvgPool2DBackward0", by_channel<2>);
+  t.add<gen::AdaptiveAvgPool3DBackward0>("AdaptiveAvgPool3DBackward0", by_channel<3>);
+  t.add<gen::ReflectionPad1DBackward0>("ReflectionPad1DBackward0", by_channel<1>);
+  t.add<gen::ReflectionPad2DBackward0>("ReflectionPad2DBackward0", by_channel<2>);
+  t.add<gen::ReflectionPad3DBackward0>("ReflectionPad3DBackward0", by_channel<3>);
+  t.add<gen::ReplicationPad1DBackward0>("ReplicationPad1DBackward0", by_channel<1>);
+  t.add<gen::ReplicationPad2DBackward0>("ReplicationPad2DBackward0", by_channel<2>);
+  t.add<gen::ReplicationPad3DBackward0>("ReplicationPad3DBackward0", by_channel<3>);
+  t.add<gen::UpsampleLinear1DBackward0>("UpsampleLinear1DBackward0", by_channel<1>);
+  t.add<gen::UpsampleBilinear2DBackward0>("UpsampleBilinear2DBackward0", by_channel<2>);
+  t.add<gen::UpsampleBicubic2DBackward0>("UpsampleBicubic2DBackward0", by_channel<2>);
+  t.add<gen::UpsampleTrilinear3DBackward0>("UpsampleTrilinear3DBackward0", by_channel<3>);
+  t.add<gen::UpsampleNearest1DBackward0>("UpsampleNearest1DBackward0", by_channel<1>);
+  t.add<gen::UpsampleNearest2DBackward0>("UpsampleNearest2DBackward0", by_channel<2>);
+  t.add<gen::UpsampleNearest3DBackward0>("UpsampleNearest3DBackward0", by_channel<3>);
+  t.add<gen::PixelShuffleBackward0>("PixelShuffleBackward0", by_channel<3>);
+  t.add<gen::PixelUnshuffleBackward0>("PixelUnshuffleBackward0", by_channel<3>);
+  t.add<gen::ConvolutionBackwardBackward0>("ConvolutionBackwardBackward0",
+                                           [](const Site& s) { return s.output == 0 ? convolution(s) : opaque(); });
+  t.add<gen::AvgPool2DBackwardBackward0>("AvgPool2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::AvgPool3DBackwardBackward0>("AvgPool3DBackwardBackward0", backward_by_channel<3>);
+  t.add<gen::AdaptiveAvgPool2DBackwardBackward0>("AdaptiveAvgPool2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::AdaptiveAvgPool3DBackwardBackward0>("AdaptiveAvgPool3DBackwardBackward0", backward_by_channel<3>);
+  t.add<gen::MaxPool2DWithIndicesBackwardBackward0>("MaxPool2DWithIndicesBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::MaxPool3DWithIndicesBackwardBackward0>("MaxPool3DWithIndicesBackwardBackward0", backward_by_channel<3>);
+  t.add<gen::AdaptiveMaxPool2DBackwardBackward0>("AdaptiveMaxPool2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::AdaptiveMaxPool3DBackwardBackward0>("AdaptiveMaxPool3DBackwardBackward0", backward_by_channel<3>);
+  t.add<gen::ReflectionPad1DBackwardBackward0>("ReflectionPad1DBackwardBackward0", backward_by_channel<1>);
+  t.add<gen::ReflectionPad2DBackwardBackward0>("ReflectionPad2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::ReplicationPad1DBackwardBackward0>("ReplicationPad1DBackwardBackward0", backward_by_channel<1>);
+  t.add<gen::ReplicationPad2DBackwardBackward0>("ReplicationPad2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::UpsampleBilinear2DBackwardBackward0>("UpsampleBilinear2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::UpsampleNearest2DBackwardBackward0>("UpsampleNearest2DBackwardBackward0", backward_by_channel<2>);
+  add_max_pool<gen::MaxPool2DWithIndicesBackward0, 2>(t, "MaxPool2DWithIndicesBackward0");
+  add_max_pool<gen::MaxPool3DWithIndicesBackward0, 3>(t, "MaxPool3DWithIndicesBackward0");
+  add_max_pool<gen::AdaptiveMaxPool2DBackward0, 2>(t, "AdaptiveMaxPool2DBackward0");
+  add_max_pool<gen::AdaptiveMaxPool3DBackward0, 3>(t, "AdaptiveMaxPool3DBackward0");
+}
+
+}  // namespace
+
+void add_local(Table& t) {
+  add_scan<gen::CumsumBackward0>(t, "CumsumBackward0");
+  add_scan<gen::CumprodBackward0>(t, "CumprodBackward0");
+  add_scan<gen::LogcumsumexpBackward0>(t, "LogcumsumexpBackward0");
+  t.add<gen::LinalgCrossBackward0>("LinalgCrossBackward0", [](Take& k, const gen::LinalgCrossBackward0& n) { k.integer(n.dim); },
+                                   along_one_axis);
+  t.add<gen::CummaxBackward0>("CummaxBackward0", [](Take& k, const gen::CummaxBackward0& n) { k.integer(n.dim); },
+                              [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
+  t.add<gen::CumminBackward0>("CumminBackward0", [](Take& k, const gen::CumminBackward0& n) { k.integer(n.dim); },
+                              [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
+  add_normalizations(t);
+  add_images(t);
+  add_linear_algebra(t);
+}
+
+}  // namespace wengert::tape

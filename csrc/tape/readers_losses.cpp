@@ -1,0 +1,173 @@
+// Losses: reductions over all elements unless reduction is none.
+#include <ATen/Functions.h>
+#include <torch/csrc/autograd/generated/Functions.h>
+
+#include "tape/build.h"
+
+namespace wengert::tape {
+
+namespace {
+
+namespace gen = torch::autograd::generated;
+using fused::ExprId;
+
+constexpr std::int64_t kNoReduction = 0, kMean = 1;
+
+// Coordinates over the elements of a loss: axes of the output, or new loops when it was reduced; the same numbers either way.
+Pullback over_elements(const Site& s, FactorBuilder& f, ExprId expr) {
+  std::vector<std::int64_t> loops;
+  if (s.integer(0) != kNoReduction) loops = s.x();
+  return f.finish(expr, std::move(loops), own_axes(static_cast<int>(s.x().size())));
+}
+
+// ints: reduction; one table for each edge.
+Pullback table_of_elements(const Site& s) {
+  if (!s.has(s.input) || s.slot(s.input).sizes() != at::IntArrayRef(s.x())) return opaque();
+  if (s.integer(0) == kNoReduction && s.x() != s.y()) return opaque();
+  FactorBuilder f(s);
+  return over_elements(s, f, f.read(s.input, own_axes(static_cast<int>(s.x().size()))));
+}
+
+template <class N>
+void add_tabulated(Table& t, const char* name) {
+  t.add<N>(
+      name,
+      [](Take& k, const N& n) {
+        k.integer(n.reduction);
+        tabulate(k, 2);
+      },
+      table_of_elements);
+}
+
+// Backward ops of losses are elementwise in (grad_output, self, target).
+template <class N>
+void add_tabulated_backward(Table& t, const char* name) {
+  t.add<N>(name, [](Take& k, const N&) { tabulate(k, 3); }, tabulated);
+}
+
+// slots self, target
+Pullback mse(const Site& s) {
+  for (const int slot : {0, 1}) {
+    if (!s.has(slot) || s.slot(slot).sizes() != at::IntArrayRef(s.x())) return opaque();
+  }
+  if (s.integer(0) == kNoReduction && s.x() != s.y()) return opaque();
+  const Axes axes = own_axes(static_cast<int>(s.x().size()));
+  FactorBuilder f(s);
+  const ExprId own = f.read(s.input, axes), other = f.read(1 - s.input, axes);
+  const double scale = s.integer(0) == kMean ? 2.0 / static_cast<double>(product(s.x())) : 2.0;
+  return over_elements(s, f, s.pool.mul(s.pool.sub(own, other), f.constant(scale)));
+}
+
+// y = scale (self - target) grad_output; slots self, target, grad_output
+Pullback mse_backward(const Site& s) {
+  const double scale = s.integer(0) == kMean ? 2.0 / static_cast<double>(product(s.y())) : 2.0;
+  FactorBuilder f(s);
+  if (s.input != 0) {
+    const ExprId g = f.read(2);
+    return f.complete() ? f.finish(s.pool.mul(g, f.constant(s.input == 1 ? scale : -scale))) : opaque();
+  }
+  const ExprId self = f.read(0), target = f.read(1);
+  return f.complete() ? f.finish(s.pool.mul(s.pool.sub(self, target), f.constant(scale))) : opaque();
+}
+
+// Negative log likelihood: slots are the target with ignored entries made harmless, and the factor of each sample.
+struct Likelihood {
+  at::Tensor target, scale;
+};
+
+Likelihood likelihood(const at::Tensor& target, const at::Tensor& weight, std::int64_t ignored, std::int64_t reduction,
+                      at::ScalarType dtype) {
+  const at::Tensor absent = target == ignored;
+  Likelihood result;
+  result.target = target.to(at::kLong).masked_fill(absent, 0);
+  at::Tensor weights = weight.defined() ? weight.take(result.target) : at::ones(target.sizes(), target.options().dtype(dtype));
+  weights = weights.masked_fill(absent, 0);
+  result.scale = reduction == kMean ? weights / -weights.sum() : -weights;
+  return result;
+}
+
+template <class N>
+void take_likelihood(Take& k, const N& n) {
+  const Likelihood terms = likelihood(k.unpack(n.target_), k.unpack(n.weight_), Take::concrete(n.ignore_index), n.reduction,
+                                      k.node().outputs[0].dtype);
+  k.integer(n.reduction);
+  k.derived(terms.target);
+  k.derived(terms.scale);
+}
+
+// The class axis stands after the first axis, or alone.
+Pullback nll(const Site& s) {
+  if (!s.has(0) || s.output != 0) return opaque();
+  const Shape samples = s.slot(0).sizes().vec();
+  const int depth = static_cast<int>(samples.size());
+  if (static_cast<int>(s.x().size()) != depth + 1) return opaque();
+  const Axes where = own_axes(depth);
+  Axes axes = where;
+  axes.insert(axes.begin() + (depth == 0 ? 0 : 1), looked_up(s.node.slots[0], where));
+  FactorBuilder f(s);
+  const ExprId scale = f.read(1, where);
+  return f.finish(scale, s.integer(0) == kNoReduction ? Shape() : samples, std::move(axes));
+}
+
+template <class N>
+void take_likelihood_backward(Take& k, const N& n) {
+  take_likelihood(k, n);
+  const Shape& y = k.node().outputs[0].shape;
+  if (y.size() > 2) return k.no_slot();
+  const at::Tensor target = k.unpack(n.target_).to(at::kLong);
+  const at::Tensor harmless = target.masked_fill(target == Take::concrete(n.ignore_index), 0);
+  k.derived(y.size() < 2 ? harmless.reshape({1}) : at::arange(y[0], target.options()) * y[1] + harmless);
+}
+
+// y[n, target[n]] = scale[n] grad_output[n]
+Pullback nll_backward(const Site& s) {
+  if (s.input != 0) return zero();
+  if (!s.has(1) || !s.has(2)) return opaque();
+  const Shape samples = s.slot(1).sizes().vec();
+  Gather spread;
+  spread.in_shape = s.x();
+  spread.axes = broadcast(s.x(), samples);
+  FactorBuilder f(s);
+  spread.factor = f.factor(f.read(1, own_axes(static_cast<int>(samples.size()))));
+  Term term = {Step(Reshape{{product(s.y())}}), Step(IndexScatter{{product(samples)}, 0, s.node.slots[2]})};
+  if (samples.size() != 1) term.push_back(Reshape{samples});
+  term.push_back(std::move(spread));
+  return terms({std::move(term)});
+}
+
+}  // namespace
+
+void add_losses(Table& t) {
+  t.add<gen::MseLossBackward0>(
+      "MseLossBackward0",
+      [](Take& k, const gen::MseLossBackward0& n) {
+        k.integer(n.reduction);
+        k.slot(n.self_);
+        k.slot(n.target_);
+      },
+      mse);
+  t.add<gen::MseLossBackwardBackward0>(
+      "MseLossBackwardBackward0",
+      [](Take& k, const gen::MseLossBackwardBackward0& n) {
+        k.integer(n.reduction);
+        k.slot(n.self_, k.needs(0));
+        k.slot(n.target_, k.needs(0));
+        k.slot(n.grad_output_, k.needs(1) || k.needs(2));
+      },
+      mse_backward);
+  add_tabulated<gen::SmoothL1LossBackward0>(t, "SmoothL1LossBackward0");
+  add_tabulated<gen::HuberLossBackward0>(t, "HuberLossBackward0");
+  add_tabulated<gen::SoftMarginLossBackward0>(t, "SoftMarginLossBackward0");
+  add_tabulated<gen::BinaryCrossEntropyBackward0>(t, "BinaryCrossEntropyBackward0");
+  add_tabulated<gen::BinaryCrossEntropyWithLogitsBackward0>(t, "BinaryCrossEntropyWithLogitsBackward0");
+  add_tabulated_backward<gen::SmoothL1LossBackwardBackward0>(t, "SmoothL1LossBackwardBackward0");
+  add_tabulated_backward<gen::HuberLossBackwardBackward0>(t, "HuberLossBackwardBackward0");
+  add_tabulated_backward<gen::SoftMarginLossBackwardBackward0>(t, "SoftMarginLossBackwardBackward0");
+  add_tabulated_backward<gen::BinaryCrossEntropyBackwardBackward0>(t, "BinaryCrossEntropyBackwardBackward0");
+  t.add<gen::NllLossBackward0>("NllLossBackward0", take_likelihood<gen::NllLossBackward0>, nll);
+  t.add<gen::NllLoss2DBackward0>("NllLoss2DBackward0", take_likelihood<gen::NllLoss2DBackward0>, nll);
+  t.add<gen::NllLossBackwardBackward0>("NllLossBackwardBackward0", take_likelihood_backward<gen::NllLossBackwardBackward0>,
+                                       nll_backward);
+}
+
+}  // namespace wengert::tape

@@ -1,0 +1,371 @@
+// Reductions: new loops run over the reduced axes; softmax and its kin are a diagonal plus an outer product.
+#include <ATen/Functions.h>
+#include <torch/csrc/autograd/generated/Functions.h>
+
+#include "tape/build.h"
+
+namespace wengert::tape {
+
+namespace {
+
+namespace gen = torch::autograd::generated;
+using fused::ExprId;
+using fused::kOne;
+using fused::kZero;
+using fused::Prim;
+
+// Every reduction row takes: ints keepdim, then the reduced axes (none = all).
+Reduction geometry(const Site& s) {
+  const std::int64_t rank = std::ssize(s.x());
+  std::vector<int> axes = wrapped_axes(std::span(s.node.ints).subspan(1), rank);
+  if (s.node.ints.size() == 1) {
+    for (int a = 0; a < rank; ++a) axes.push_back(a);
+  }
+  return reduction(s.x(), axes, s.integer(0) != 0);
+}
+
+void take_axes(Take& k, bool keepdim, const std::vector<std::int64_t>& axes) {
+  k.integer(keepdim);
+  k.integers(axes);
+}
+void take_axes(Take& k, bool keepdim, const c10::OptionalArray<std::int64_t>& axes) {
+  take_axes(k, keepdim, axes.list.value_or(std::vector<std::int64_t>()));
+}
+
+double count(const Reduction& r) {
+  double n = 1;
+  for (const std::int64_t extent : r.loops) n *= static_cast<double>(extent);
+  return n;
+}
+
+std::vector<std::int64_t> concrete_axes(const Take& k, std::int64_t rank) {
+  std::vector<std::int64_t> axes;
+  for (const int a : wrapped_axes(std::span(k.node().ints).subspan(1), rank)) axes.push_back(a);
+  if (k.node().ints.size() == 1) {
+    for (std::int64_t a = 0; a < rank; ++a) axes.push_back(a);
+  }
+  return axes;
+}
+
+at::Tensor mean_of(const Take& k, const at::Tensor& self) {
+  return self.dim() == 0 ? self : at::mean(self, concrete_axes(k, self.dim()), /*keepdim=*/true);
+}
+
+// The result of a reduction over the taken axes, with these axes back in place.
+at::Tensor restored(const Take& k, at::Tensor result, std::int64_t rank) {
+  if (k.node().ints[0] != 0 || rank == 0) return result;
+  for (const std::int64_t axis : concrete_axes(k, rank)) result = result.unsqueeze(axis);
+  return result;
+}
+
+Pullback sum(const Site& s) {
+  Reduction r = geometry(s);
+  return FactorBuilder(s).finish(kOne, std::move(r.loops), std::move(r.axes));
+}
+
+Pullback mean(const Site& s) {
+  Reduction r = geometry(s);
+  FactorBuilder f(s);
+  const ExprId share = f.constant(1 / count(r));
+  return f.finish(share, std::move(r.loops), std::move(r.axes));
+}
+
+// d var / dx = 2 (x - mean) / (n - correction); slots self, mean, result (of std).
+Pullback spread(const Site& s, bool is_std) {
+  Reduction r = geometry(s);
+  const double freedom = count(r) - s.real(0);
+  if (freedom <= 0) return opaque();
+  FactorBuilder f(s);
+  const ExprId self = f.read(0, r.axes), mean = f.read(1, r.kept);
+  const ExprId result = is_std ? f.read(2) : fused::kNone;
+  if (!f.complete()) return opaque();
+  ExprId expr = s.pool.mul(s.pool.sub(self, mean), f.constant(2 / freedom));
+  if (is_std) {
+    const ExprId slope = s.pool.div(kOne, s.pool.mul(result, f.constant(2)));
+    expr = s.pool.mul(expr, f.select(f.compare(Prim::eq, result, f.constant(0)), f.constant(0), slope));
+  }
+  return f.finish(expr, std::move(r.loops), std::move(r.axes));
+}
+
+template <class N>
+void take_spread(Take& k, const N& n) {
+  take_axes(k, n.keepdim, n.dim);
+  k.real(n.correction.value_or(at::Scalar(1)));
+  const at::Tensor self = k.unpack(n.self_);
+  k.derived(self);
+  k.derived(mean_of(k, self));
+}
+
+// Two terms: y's own coordinate, and a new loop over the axis.  Slot 0 is the result.
+Pullback softmax(const Site& s, bool logarithm) {
+  const int rank = static_cast<int>(s.x().size());
+  if (rank == 0) return opaque();
+  const int axis = wrap_axis(s.integer(0), rank);
+  Axes along_loop = own_axes(rank);
+  along_loop[axis] = along(rank);
+  FactorBuilder diagonal(s), outer(s);
+  const ExprId own = diagonal.read(0), at_loop = outer.read(0, along_loop);
+  const ExprId at_output = outer.read(0);
+  if (!diagonal.complete()) return opaque();
+  Pullback first, second;
+  if (logarithm) {
+    first = identity();
+    second = outer.finish(s.pool.neg(outer.apply(Prim::exp, at_loop)), {s.x()[axis]}, along_loop);
+  } else {
+    first = diagonal.finish(own);
+    second = outer.finish(s.pool.neg(s.pool.mul(at_output, at_loop)), {s.x()[axis]}, along_loop);
+  }
+  first.terms.push_back(std::move(second.terms[0]));
+  return first;
+}
+
+// The ops that softmax's backward is made of; slots grad_output (g), output (o).
+//   softmax:      y = (g - sum_k g_k o_k) o       log_softmax:  y = g - exp(o) sum_k g_k
+Pullback softmax_backward(const Site& s, bool logarithm) {
+  const int rank = static_cast<int>(s.x().size());
+  if (rank == 0) return opaque();
+  const int axis = wrap_axis(s.integer(0), rank);
+  const std::vector<std::int64_t> loops = {s.x()[axis]};
+  Axes at_loop = own_axes(rank);
+  at_loop[axis] = along(rank);
+  Pullback result = terms({});
+  const auto add = [&](Pullback part) { result.terms.push_back(std::move(part.terms.at(0))); };
+  if (s.input == 0) {
+    if (!s.has(1)) return opaque();
+    FactorBuilder outer(s);
+    const ExprId o = outer.read(1);
+    if (logarithm) {
+      add(identity());
+      add(outer.finish(s.pool.neg(outer.apply(Prim::exp, o)), loops, at_loop));
+    } else {
+      FactorBuilder diagonal(s);
+      add(diagonal.finish(diagonal.read(1)));
+      add(outer.finish(s.pool.neg(s.pool.mul(o, outer.read(1, at_loop))), loops, at_loop));
+    }
+    return result;
+  }
+  if (!s.has(0) || !s.has(1)) return opaque();
+  FactorBuilder total(s);
+  const ExprId g_loop = total.read(0, at_loop);
+  if (logarithm) {
+    add(total.finish(s.pool.neg(s.pool.mul(g_loop, total.apply(Prim::exp, total.read(1)))), loops, own_axes(rank)));
+    return result;
+  }
+  FactorBuilder diagonal(s), outer(s);
+  add(diagonal.finish(diagonal.read(0)));
+  add(total.finish(s.pool.neg(s.pool.mul(g_loop, total.read(1, at_loop))), loops, own_axes(rank)));
+  const ExprId o = outer.read(1);
+  add(outer.finish(s.pool.neg(s.pool.mul(o, outer.read(0, at_loop))), loops, at_loop));
+  return result;
+}
+
+template <class N>
+void add_softmax(Table& t, const char* name, Describe describe) {
+  t.add<N>(
+      name,
+      [](Take& k, const N& n) {
+        k.integer(n.dim);
+        k.result(n.result_);
+      },
+      describe);
+}
+
+template <class N>
+void take_softmax_backward(Take& k, const N& n) {
+  k.integer(n.dim);
+  k.slot(n.grad_output_, k.needs(1));
+  k.slot(n.output_);
+}
+
+Pullback logsumexp(const Site& s) {
+  if (s.node.ints.size() == 1 && !s.x().empty()) return opaque();
+  Reduction r = geometry(s);
+  FactorBuilder f(s);
+  const ExprId self = f.read(0, r.axes), result = f.read(1);
+  if (!f.complete()) return opaque();
+  return f.finish(f.apply(Prim::exp, s.pool.sub(self, result)), std::move(r.loops), std::move(r.axes));
+}
+
+// amax and amin split evenly between ties; slots self, result, number of ties.
+Pullback extreme(const Site& s) {
+  Reduction r = geometry(s);
+  FactorBuilder f(s);
+  const ExprId self = f.read(0, r.axes), result = f.read(1), ties = f.read(2, r.kept);
+  if (!f.complete()) return opaque();
+  return f.finish(s.pool.div(f.compare(Prim::eq, self, result), ties), std::move(r.loops), std::move(r.axes));
+}
+
+template <class N>
+void take_extreme(Take& k, const N& n) {
+  take_axes(k, n.keepdim, n.dim);
+  const at::Tensor self = k.unpack(n.self_), result = k.unpack(n.result_, /*is_result=*/true);
+  const at::Tensor ties = self.detach() == restored(k, result.detach(), self.dim());
+  k.derived(self);
+  k.derived(result);
+  k.derived(self.dim() == 0 ? ties : at::sum(ties, concrete_axes(k, self.dim()), /*keepdim=*/true));
+}
+
+// Reductions to one number by choice: the gradient is spread evenly over the chosen ones; slots chosen, number of them.
+Pullback spread_evenly(const Site& s) {
+  Reduction r = geometry(s);
+  FactorBuilder f(s);
+  const ExprId chosen = f.read(0, r.axes), ties = f.read(1);
+  if (!f.complete()) return opaque();
+  return f.finish(f.select(chosen, s.pool.div(kOne, ties), kZero), std::move(r.loops), std::move(r.axes));
+}
+
+template <class N>
+void take_spread_evenly(Take& k, const N& n) {
+  k.integer(std::int64_t{0});
+  const at::Tensor self = k.unpack(n.self_).detach(), result = k.unpack(n.result_, /*is_result=*/true).detach();
+  const at::Tensor chosen = at::where(result.isnan(), self.isnan(), self == result);
+  k.derived(chosen);
+  k.derived(chosen.sum());
+}
+
+// p = 2 and p = 1 have a formula (PyTorch's, 0 at the kink); other norms are tabulated.
+Pullback norm(const Site& s) {
+  Reduction r = geometry(s);
+  FactorBuilder f(s);
+  const ExprId self = f.read(0, r.axes);
+  if (!f.complete()) return opaque();
+  if (s.real(0) == 1) return f.finish(f.apply(Prim::sign, self), std::move(r.loops), std::move(r.axes));
+  if (s.real(0) != 2) return s.slot(0).sizes() == at::IntArrayRef(s.x()) ? f.finish(self, std::move(r.loops), std::move(r.axes)) : opaque();
+  const ExprId result = f.read(1);
+  if (!f.complete()) return opaque();
+  const ExprId slope = f.select(f.compare(Prim::eq, result, f.constant(0)), f.constant(0), s.pool.div(self, result));
+  return f.finish(slope, std::move(r.loops), std::move(r.axes));
+}
+
+void take_norm(Take& k, const SavedVariable& self, const SavedVariable& result, const at::Scalar& p) {
+  k.real(p);
+  const double order = k.node().reals[0];
+  if (order != 1 && order != 2) {
+    tabulate(k, 1);
+    return;
+  }
+  k.slot(self);
+  k.result(result, order == 2);
+}
+
+Pullback table_over_input(const Site& s) {
+  Reduction r = geometry(s);
+  if (!s.has(s.input) || s.slot(s.input).sizes() != at::IntArrayRef(s.x())) return opaque();
+  FactorBuilder f(s);
+  const ExprId table = f.read(s.input, r.axes);
+  return f.finish(table, std::move(r.loops), std::move(r.axes));
+}
+
+void add_norms(Table& t) {
+  t.add<gen::LinalgVectorNormBackward0>(
+      "LinalgVectorNormBackward0",
+      [](Take& k, const gen::LinalgVectorNormBackward0& n) {
+        take_axes(k, n.keepdim, n.dim);
+        take_norm(k, n.self_, n.result_, n.ord);
+      },
+      norm);
+  t.add<gen::NormBackward0>(
+      "NormBackward0",
+      [](Take& k, const gen::NormBackward0& n) {
+        k.integer(std::int64_t{0});
+        take_norm(k, n.self_, n.result_, n.p);
+      },
+      norm);
+  t.add<gen::NormBackward1>(
+      "NormBackward1",
+      [](Take& k, const gen::NormBackward1& n) {
+        take_axes(k, n.keepdim, n.dim);
+        take_norm(k, n.self_, n.result_, n.p.value_or(at::Scalar(2)));
+      },
+      norm);
+  t.add<gen::DistBackward0>(
+      "DistBackward0",
+      [](Take& k, const gen::DistBackward0&) {
+        k.integer(std::int64_t{0});
+        tabulate(k, 2);
+      },
+      table_over_input);
+}
+
+void add_choices(Table& t) {
+  t.add<gen::AmaxBackward0>("AmaxBackward0", take_extreme<gen::AmaxBackward0>, extreme);
+  t.add<gen::AminBackward0>("AminBackward0", take_extreme<gen::AminBackward0>, extreme);
+  t.add<gen::MaxBackward1>("MaxBackward1", take_spread_evenly<gen::MaxBackward1>, spread_evenly);
+  t.add<gen::MinBackward1>("MinBackward1", take_spread_evenly<gen::MinBackward1>, spread_evenly);
+  t.add<gen::MedianBackward0>("MedianBackward0", take_spread_evenly<gen::MedianBackward0>, spread_evenly);
+  t.add<gen::NanmedianBackward0>("NanmedianBackward0", take_spread_evenly<gen::NanmedianBackward0>, spread_evenly);
+}
+
+}  // namespace
+
+void add_reductions(Table& t) {
+  t.add<gen::SumBackward0>("SumBackward0", [](Take& k, const gen::SumBackward0&) { k.integer(std::int64_t{0}); }, sum);
+  t.add<gen::SumBackward1>("SumBackward1", [](Take& k, const gen::SumBackward1& n) { take_axes(k, n.keepdim, n.dim); }, sum);
+  t.add<gen::MeanBackward0>("MeanBackward0", [](Take& k, const gen::MeanBackward0&) { k.integer(std::int64_t{0}); }, mean);
+  t.add<gen::MeanBackward1>("MeanBackward1", [](Take& k, const gen::MeanBackward1& n) { take_axes(k, n.keepdim, n.dim); }, mean);
+  t.add<gen::NansumBackward0>(
+      "NansumBackward0",
+      [](Take& k, const gen::NansumBackward0& n) {
+        take_axes(k, n.keepdim, n.dim);
+        k.slot(n.self_);
+      },
+      [](const Site& s) {
+        Reduction r = geometry(s);
+        FactorBuilder f(s);
+        const ExprId self = f.read(0, r.axes);
+        if (!f.complete()) return opaque();
+        const ExprId counted = f.apply(Prim::logical_not, f.apply(Prim::isnan, self));
+        return f.finish(counted, std::move(r.loops), std::move(r.axes));
+      });
+  t.add<gen::VarBackward0>("VarBackward0", take_spread<gen::VarBackward0>, [](const Site& s) { return spread(s, false); });
+  t.add<gen::VarMeanBackward0>("VarMeanBackward0", take_spread<gen::VarMeanBackward0>,
+                               [](const Site& s) { return s.output == 0 ? spread(s, false) : mean(s); });
+  t.add<gen::StdBackward0>(
+      "StdBackward0",
+      [](Take& k, const gen::StdBackward0& n) {
+        take_spread(k, n);
+        k.result(n.result_);
+      },
+      [](const Site& s) { return spread(s, true); });
+  t.add<gen::StdMeanBackward0>(
+      "StdMeanBackward0",
+      [](Take& k, const gen::StdMeanBackward0& n) {
+        take_spread(k, n);
+        k.result(n.result0_);
+      },
+      [](const Site& s) { return s.output == 0 ? spread(s, true) : mean(s); });
+  add_softmax<gen::SoftmaxBackward0>(t, "SoftmaxBackward0", [](const Site& s) { return softmax(s, false); });
+  add_softmax<gen::SafeSoftmaxBackward0>(t, "SafeSoftmaxBackward0", [](const Site& s) { return softmax(s, false); });
+  add_softmax<gen::LogSoftmaxBackward0>(t, "LogSoftmaxBackward0", [](const Site& s) { return softmax(s, true); });
+  t.add<gen::SoftmaxBackwardDataBackward0>("SoftmaxBackwardDataBackward0", take_softmax_backward<gen::SoftmaxBackwardDataBackward0>,
+                                           [](const Site& s) { return softmax_backward(s, false); });
+  t.add<gen::LogSoftmaxBackwardDataBackward0>("LogSoftmaxBackwardDataBackward0",
+                                              take_softmax_backward<gen::LogSoftmaxBackwardDataBackward0>,
+                                              [](const Site& s) { return softmax_backward(s, true); });
+  t.add<gen::LogsumexpBackward0>(
+      "LogsumexpBackward0",
+      [](Take& k, const gen::LogsumexpBackward0& n) {
+        take_axes(k, n.keepdim, n.dim);
+        k.slot(n.self_);
+        k.result(n.result_);
+      },
+      logsumexp);
+  t.add<gen::ProdBackward0>(
+      "ProdBackward0",
+      [](Take& k, const gen::ProdBackward0&) {
+        k.integer(std::int64_t{0});
+        tabulate(k, 1);
+      },
+      table_over_input);
+  t.add<gen::ProdBackward1>(
+      "ProdBackward1",
+      [](Take& k, const gen::ProdBackward1& n) {
+        take_axes(k, n.keepdim, std::vector{n.dim});
+        tabulate(k, 1);
+      },
+      table_over_input);
+  add_norms(t);
+  add_choices(t);
+}
+
+}  // namespace wengert::tape
