@@ -86,7 +86,11 @@ at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
     grad = at::sum_to(std::move(grad), c10::IntArrayRef(shape));
   }
   const at::ScalarType dtype = c10::typeMetaToScalarType(metadata.dtype());
+  if (grad.layout() != at::kStrided) throw tape::Unsupported(edge.function->name() + " receives a gradient that is not strided");
+  // Programs read memory: lazily zero, conjugated or negated tensors have to be written out.
+  if (grad._is_zerotensor()) return at::zeros(shape, metadata.options());
   if (grad.is_complex() && !at::isComplexType(dtype)) grad = at::real(grad);
+  grad = grad.resolve_conj().resolve_neg();
   return grad.scalar_type() == dtype ? grad : grad.to(dtype);
 }
 
