@@ -33,6 +33,8 @@ from torch.autograd import functional as torch_functional  # noqa: E402
 SAMPLES, ELEMENTS, LOOKED_AT, OUTPUTS = 6, 64, 120, 700
 HESSIAN_ELEMENTS = 12
 TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)
+# torch's own backward is only single precision here (the derivative in the weights of a covariance).
+LOOSE = {"cov": Tolerance(rtol=1e-5, atol=2e-5)}
 
 # Results are unspecified memory or drawn anew on every call: there is nothing to compare.
 UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_"}
@@ -150,7 +152,41 @@ def scalar_of(f: Callable[..., Any]) -> Callable[..., torch.Tensor]:
     return g
 
 
-def compare(report: OpReport, label: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
+def without_spread_nan(ours: Any, ref: Any, f: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Any:
+    """torch's Jacobian with our entries where torch has nan and ours is confirmed by a difference quotient.
+
+    A pass with a one-hot cotangent multiplies other outputs' infinite partials by zero; where such a nan is summed
+    into an axis that several outputs share, torch loses finite entries too. Ours are right, not merely zero.
+    """
+    return tuple(
+        tuple(_confirmed(a, b, lambda *xs, i=i: f(*xs)[i], inputs, k) for k, (a, b) in enumerate(zip(ours[i], row)))
+        for i, row in enumerate(ref)
+    )
+
+
+def _confirmed(
+    ours: torch.Tensor, ref: torch.Tensor, f: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], k: int
+) -> torch.Tensor:
+    mended = ref.clone()
+    x = inputs[k]
+    for place in (ref.isnan() & ours.isfinite() & (ours != 0)).nonzero().tolist():
+        row, column = tuple(place[: ref.dim() - x.dim()]), tuple(place[ref.dim() - x.dim() :])
+        step = torch.zeros_like(x)
+        step[column] = 1e-6 * max(1.0, float(x[column].abs()))
+        high, low = (f(*inputs[:k], (x + sign * step).requires_grad_(), *inputs[k + 1 :])[row] for sign in (1, -1))
+        quotient = (high - low).detach() / (2 * step[column])
+        if torch.isclose(ours[tuple(place)], quotient, rtol=1e-5, atol=1e-7):
+            mended[tuple(place)] = ours[tuple(place)]
+    return mended
+
+
+def compare(
+    report: OpReport,
+    label: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    mend: Callable[[Any, Any], Any] = lambda ours, ref: ref,
+) -> None:
     expected = Outcome.of(theirs)
     if isinstance(expected.error, NoOutput):
         return
@@ -177,7 +213,9 @@ def compare(report: OpReport, label: str, ours: Callable[[], Any], theirs: Calla
         report.failures.append(f"{label}: {got.describe()} (at {pathlib.Path(tail.filename).name}:{tail.lineno})")
         return
     try:
-        assert_same(got.value, expected.value, label, TOLERANCE)
+        tol = LOOSE.get(report.op, TOLERANCE)
+        if Outcome.of(lambda: assert_same(got.value, expected.value, label, tol)).error is not None:
+            assert_same(got.value, mend(got.value, expected.value), label, tol)
         report.agreed += 1
     except AssertionError as error:
         report.failures.append(" ".join(str(error).split())[:400])
@@ -199,7 +237,13 @@ def sweep_op(op: Any, full: bool) -> OpReport:
         first = Outcome.of(lambda: f(*(x.clone().requires_grad_() for x in inputs)))
         if first.error is not None or (not full and sum(y.numel() for y in first.value) > OUTPUTS):
             continue
-        compare(report, f"sample {k}", lambda: wengert.jacobian(f, inputs), lambda: torch_functional.jacobian(f, inputs))
+        compare(
+            report,
+            f"sample {k}",
+            lambda: wengert.jacobian(f, inputs),
+            lambda: torch_functional.jacobian(f, inputs),
+            lambda ours, ref: without_spread_nan(ours, ref, f, inputs),
+        )
         elements = sum(x.numel() for x in inputs)
         if op.supports_gradgrad and elements <= (ELEMENTS if full else HESSIAN_ELEMENTS) and (full or k < 2):
             g = scalar_of(f)
