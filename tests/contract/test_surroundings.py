@@ -1,0 +1,260 @@
+"""torch.compile, processes, threads, interrupts, stats and reports."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from support.compare import assert_same
+from torch.autograd import functional as F
+
+import wengert
+from wengert import func
+
+
+def f(x):
+    return x.sin() * x.prod()
+
+
+def compiled(g, x):
+    """Result, and the number of graph breaks."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.utils import counters
+
+    dynamo.reset()
+    counters.clear()
+    try:
+        return torch.compile(g, backend="eager")(x), sum(counters["graph_break"].values())
+    finally:
+        dynamo.reset()
+
+
+COMPILED = {
+    "jacobian": lambda x: wengert.jacobian(f, x * 2).sum(0) + 1,
+    "hessian": lambda x: wengert.hessian(lambda x: f(x).sum(), x * 2).sum(0) + 1,
+    "jacrev": lambda x: func.jacrev(f)(x * 2).sum(0) + 1,
+    "func.hessian": lambda x: func.hessian(lambda x: f(x).sum())(x * 2).sum(0) + 1,
+    "func.grad": lambda x: func.grad(lambda x: f(x).sum())(x * 2) + 1,
+    "vmap": lambda x: func.vmap(func.jacrev(f))((x * 2)[None].expand(2, 3)).sum(0) + 1,
+    "batch_jacobian": lambda x: wengert.batch_jacobian(torch.sin, x * 2) + 1,
+    "vjp": lambda x: wengert.vjp(f, x * 2, x)[1] + 1,
+}
+
+
+@pytest.mark.parametrize("g", COMPILED.values(), ids=COMPILED)
+def test_compiled_code_breaks_once_and_is_right(g):
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    result, breaks = compiled(g, x)
+    assert_same(result, g(x))
+    assert breaks == 1
+
+
+@pytest.mark.parametrize(
+    "g",
+    [
+        lambda x: F.jacobian(f, x * 2).sum(0) + 1,
+        lambda x: torch.func.jacrev(f)(x * 2).sum(0) + 1,
+        lambda x: torch.func.vmap(torch.func.jacrev(f))((x * 2)[None]).sum(0) + 1,
+    ],
+)
+def test_compiled_code_inside_patched(g):
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    expected = g(x)
+    with wengert.patched():
+        result, breaks = compiled(g, x)
+    assert_same(result, expected)
+    assert breaks == 1
+
+
+def test_differentiating_compiled_functions():
+    import torch._dynamo as dynamo
+
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    try:
+        assert_same(wengert.jacobian(torch.compile(f, backend="eager"), x), F.jacobian(f, x))
+    finally:
+        dynamo.reset()
+
+
+def expected_and_ours():
+    x = torch.linspace(0.5, 1.5, 50, dtype=torch.float64)
+    g = lambda x: torch.roll(x, 1) * x.sin()
+    return wengert.jacobian(g, x), F.jacobian(g, x)
+
+
+def in_child(queue):
+    ours, theirs = expected_and_ours()
+    queue.put(bool(torch.allclose(ours, theirs)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_a_child_process(method):
+    expected_and_ours()  # the engine's caches are warm when the process forks
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's own limit: its threads do not survive a fork
+    try:
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        child = context.Process(target=in_child, args=(queue,))
+        child.start()
+        assert queue.get(timeout=120)
+        child.join(timeout=60)
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, k):
+        x = torch.full((3,), k + 1.0)
+        return wengert.jacobian(torch.sin, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_in_dataloader_workers():
+    for k, row in enumerate(torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=2)):
+        assert_same(row, torch.diag(torch.full((3,), k + 1.0).cos()))
+
+
+def test_threads_share_the_engine_and_keep_their_grad_mode():
+    errors = []
+    expected = expected_and_ours()[1]
+
+    def work(k):
+        try:
+            torch.set_grad_enabled(bool(k % 2))
+            for _ in range(10):
+                assert_same(expected_and_ours()[0], expected)
+                assert torch.is_grad_enabled() == bool(k % 2)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors[0]
+
+
+def test_several_threads_on_one_graph():
+    x = torch.linspace(0.5, 1.5, 20, dtype=torch.float64, requires_grad=True)
+    y = x.sin() * x.sum()
+    expected, results = wengert.jacobian(y, x), []
+    threads = [threading.Thread(target=lambda: results.append(wengert.jacobian(y, x))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 4
+    for result in results:
+        assert_same(result, expected)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_keyboard_interrupt():
+    """An interrupt in a long call arrives, and everything works afterwards."""
+
+    def slow(x):
+        time.sleep(0.2)
+        for _ in range(200):
+            x = x.sin() * x.sum()
+        return x
+
+    def raise_interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raise_interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            wengert.jacobian(slow, torch.ones(50))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert torch.is_grad_enabled()
+    assert_same(*expected_and_ours())
+
+
+def test_stats():
+    x = torch.ones(3)
+    wengert.reset_stats()
+    assert wengert.stats().native == {} and wengert.stats().fallback == {}
+    wengert.jacobian(torch.sin, x)
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        wengert.jacobian(torch.sin, x)
+        func.grad(torch.sum)(x)
+    seen = wengert.stats()
+    assert seen.fallback["jacobian"]["anomaly mode"] == 1
+    assert seen.fallback["func.grad"] == {"anomaly mode": 1}
+    assert seen.native.get("jacobian", 0) + sum(seen.fallback["jacobian"].values()) == 2
+    assert "anomaly mode" in str(seen)
+    wengert.reset_stats()
+    assert seen.fallback["jacobian"]["anomaly mode"] == 1, "a snapshot changed"
+    assert wengert.stats().fallback == {}
+
+
+def test_the_main_job_runs_on_the_engine():
+    x = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    wengert.reset_stats()
+    wengert.jacobian(lambda x: x.sin() * x, x)
+    wengert.hessian(lambda x: (x[1:] * x[:-1] ** 2).sum(), x)
+    func.jacrev(torch.tanh)(x)
+    func.vmap(func.jacrev(lambda x: x.sin() * x.sum()))(x.reshape(2, 3))
+    wengert.batch_jacobian(torch.sin, x)
+    if os.environ.get("WENGERT_DISABLE"):
+        return
+    seen = wengert.stats()
+    assert seen.fallback == {}, str(seen)
+    assert seen.native == {"jacobian": 1, "hessian": 1, "func.jacrev": 1, "func.vmap(jacrev)": 1, "batch_jacobian": 1}
+
+
+def test_explain():
+    x = torch.linspace(0.5, 1.5, 10)
+    report = wengert.explain(lambda x: (x.sin() * x).sum(), x)
+    text = str(report)
+    if report.refused is None:
+        assert {"node", "kind", "structure", "blocks", "stored", "dense"} <= set(text.splitlines()[0].split())
+        assert len(report) == len(list(report)) >= 3
+        assert any("Mul" in row["node"] for row in report)
+    leaf = x.requires_grad_()
+    assert str(wengert.explain((leaf.sin() * leaf).sum(), leaf)) == text
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        assert "anomaly mode" in str(wengert.explain(torch.sin, x))
+    with pytest.raises(TypeError, match="must be either a Tensor or a tuple of Tensors"):
+        wengert.explain(lambda x: 3, x)
+
+
+def test_checkpointed_functions():
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    g = lambda x: checkpoint(f, x, use_reentrant=False) * x
+    assert_same(wengert.jacobian(g, x), F.jacobian(g, x))
+
+
+def test_results_keep_nothing_of_the_user_alive():
+    import gc
+    import weakref
+
+    class Holder:
+        pass
+
+    holder = Holder()
+    watch = weakref.ref(holder)
+
+    def g(x, holder=holder):
+        return x.sin()
+
+    wengert.jacobian(g, torch.ones(3))
+    func.vmap(func.jacrev(g))(torch.ones(2, 3))
+    del g, holder
+    gc.collect()
+    assert watch() is None
