@@ -136,6 +136,7 @@ void add_index(Table& table);
 void add_shape(Table& table);
 void add_local(Table& table);
 void add_losses(Table& table);
+void add_inplace(Table& table);
 void add_fused(Table& table);
 
 const Table& table();

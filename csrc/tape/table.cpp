@@ -20,6 +20,7 @@ const Table& table() {
     add_shape(table);
     add_local(table);
     add_losses(table);
+    add_inplace(table);
     add_fused(table);
     return table;
   }();
