@@ -187,7 +187,8 @@ void tabulate(Take& take, int edges, int output) {
   const Meta& meta = node.outputs[output];
   seeds[output] = at::ones(meta.shape, at::TensorOptions().dtype(meta.dtype).device(take.fn()->input_metadata(output).device()));
   const torch::autograd::variable_list grads = (*take.fn())(std::move(seeds));
-  for (int edge = 0; edge < edges; ++edge) take.derived(take.needs(edge) && edge < std::ssize(grads) ? grads[edge] : at::Tensor());
+  for (int edge = 0; edge < edges; ++edge)
+    take.derived(take.needs(edge) && edge < std::ssize(grads) ? grads[edge] : at::Tensor());
 }
 
 Pullback tabulated(const Site& site) {

@@ -15,16 +15,16 @@ Pullback zero();
 Pullback identity();
 Pullback terms(std::vector<Term> list);
 
-AxisMap at_start(std::int64_t start);                                          // fixed coordinate
-AxisMap along(int source, std::int64_t step = 1, std::int64_t start = 0);      // start + step * source
-AxisMap looked_up(int slot, Axes index_axes);                                  // an element of an integer tensor
+AxisMap at_start(std::int64_t start);                                      // fixed coordinate
+AxisMap along(int source, std::int64_t step = 1, std::int64_t start = 0);  // start + step * source
+AxisMap looked_up(int slot, Axes index_axes);                              // an element of an integer tensor
 
-Axes own_axes(int rank);                                    // coordinate a = source a
-Axes broadcast(const Shape& small, const Shape& big);       // right-aligned, axes of extent 1 stay at 0
+Axes own_axes(int rank);                               // coordinate a = source a
+Axes broadcast(const Shape& small, const Shape& big);  // right-aligned, axes of extent 1 stay at 0
 Axes broadcast(at::IntArrayRef small, const Shape& big);
 
 std::int64_t product(const Shape& shape);
-int wrap_axis(std::int64_t axis, std::int64_t rank);        // rank 0 counts as 1, as in PyTorch
+int wrap_axis(std::int64_t axis, std::int64_t rank);  // rank 0 counts as 1, as in PyTorch
 
 // Collects the saved tensors a factor reads.  A wanted tensor that the node did not save makes finish() answer opaque.
 class FactorBuilder {
@@ -42,7 +42,7 @@ class FactorBuilder {
   fused::ExprId apply(fused::Prim prim, fused::ExprId a) { return site_.pool.apply(prim, {&a, 1}); }
 
   bool complete() const { return complete_; }
-  Factor factor(fused::ExprId expr);                        // drops operands that simplification removed
+  Factor factor(fused::ExprId expr);  // drops operands that simplification removed
   // Elementwise with broadcasting of the input.
   Pullback finish(fused::ExprId expr);
   // One gather with the given geometry.
@@ -57,8 +57,8 @@ class FactorBuilder {
 // The geometry of a reduction over some axes: the input's coordinates by output axes and new loops.
 struct Reduction {
   std::vector<std::int64_t> loops;
-  Axes axes;        // of the input, and of saved tensors shaped like it
-  Axes kept;        // of saved tensors shaped like the input with the reduced axes of extent 1
+  Axes axes;  // of the input, and of saved tensors shaped like it
+  Axes kept;  // of saved tensors shaped like the input with the reduced axes of extent 1
 };
 Reduction reduction(const Shape& x, const std::vector<int>& reduced, bool keepdim);
 std::vector<int> wrapped_axes(std::span<const std::int64_t> axes, std::int64_t rank);  // sorted, empty stays empty
@@ -68,8 +68,8 @@ Pullback local(const Site& site, const std::vector<std::pair<int, int>>& tied);
 // All but the last `y_core` axes of the output and the last `x_core` axes of the input are batch axes, aligned from the right.
 Pullback local_batch(const Site& site, int y_core, int x_core);
 
-// Runs the node once on ones and takes what it gives for each needed edge as that edge's slot.  Where every input element moves at most
-// one output element, this is the whole derivative, with PyTorch's own numerics; it stands for ops without a primitive.
+// Runs the node once on ones and takes what it gives for each needed edge as that edge's slot.  Where every input element moves
+// at most one output element, this is the whole derivative, with PyTorch's own numerics; it stands for ops without a primitive.
 void tabulate(Take& take, int edges, int output = 0);
 Pullback tabulated(const Site& site);  // elementwise: the table has the shape of the output
 

@@ -60,8 +60,12 @@ struct Printer {
   }
   void pullback(const Pullback& pullback) {
     switch (pullback.kind) {
-      case Kind::zero: out << "zero"; return;
-      case Kind::opaque: out << "opaque"; return;
+      case Kind::zero:
+        out << "zero";
+        return;
+      case Kind::opaque:
+        out << "opaque";
+        return;
       case Kind::local:
         out << "local";
         list(pullback.local.tied);

@@ -90,10 +90,10 @@ using ErasedRead = void (*)(TypedRead, Take&, const torch::autograd::Node&);
 using Describe = Pullback (*)(const Site&);
 
 struct Reader {
-  const char* name;                    // PyTorch's name of the node
-  Describe describe = nullptr;         // null: opaque
+  const char* name;                     // PyTorch's name of the node
+  Describe describe = nullptr;          // null: opaque
   fused::Prim prim = fused::Prim::add;  // for rows that share a describe and differ in the primitive
-  ErasedRead erased = nullptr;         // null: nothing is taken
+  ErasedRead erased = nullptr;          // null: nothing is taken
   TypedRead typed = nullptr;
 
   void read(Take& take, const torch::autograd::Node& node) const {

@@ -90,22 +90,24 @@ void take_celu(Take& k, const N& n) {
 }
 
 // A row that takes parameters with `params` and slot 0 from self_.
-#define WENGERT_SELF_ROW(N, describe, prim, ...)  \
-  t.add<gen::N>(#N,                               \
-                [](Take& k, const gen::N& n) {    \
-                  __VA_ARGS__;                    \
-                  k.slot(n.self_);                \
-                },                                \
-                describe, prim)
+#define WENGERT_SELF_ROW(N, describe, prim, ...) \
+  t.add<gen::N>(                                 \
+      #N,                                        \
+      [](Take& k, const gen::N& n) {             \
+        __VA_ARGS__;                             \
+        k.slot(n.self_);                         \
+      },                                         \
+      describe, prim)
 // The same for a backward op's node, whose slot 1 is grad_output_.
 #define WENGERT_BACKWARD_ROW(N, field, describe, prim, ...) \
-  t.add<gen::N>(#N,                                         \
-                [](Take& k, const gen::N& n) {              \
-                  __VA_ARGS__;                              \
-                  k.slot(n.field);                          \
-                  k.slot(n.grad_output_, k.needs(1));       \
-                },                                          \
-                describe, prim)
+  t.add<gen::N>(                                            \
+      #N,                                                   \
+      [](Take& k, const gen::N& n) {                        \
+        __VA_ARGS__;                                        \
+        k.slot(n.field);                                    \
+        k.slot(n.grad_output_, k.needs(1));                 \
+      },                                                    \
+      describe, prim)
 
 void add_plain(Table& t) {
   WENGERT_SELF_ROW(SiluBackward0, activation<by_argument>, Prim::silu);
@@ -123,8 +125,8 @@ void add_plain(Table& t) {
   WENGERT_SELF_ROW(SoftshrinkBackward0, activation<shrunk>, Prim::relu, k.real(n.lambd));
   WENGERT_SELF_ROW(EluBackward0, activation<elu>, Prim::elu, k.integer(std::int64_t{0}); take_elu(k, n));
   WENGERT_SELF_ROW(CeluBackward0, activation<elu>, Prim::elu, k.integer(std::int64_t{0}); take_celu(k, n));
-  t.add<gen::ReluBackward0>("ReluBackward0", [](Take& k, const gen::ReluBackward0& n) { k.result(n.result_); }, activation<by_result>,
-                            Prim::relu);
+  t.add<gen::ReluBackward0>(
+      "ReluBackward0", [](Take& k, const gen::ReluBackward0& n) { k.result(n.result_); }, activation<by_result>, Prim::relu);
   t.add<gen::EluBackward1>(
       "EluBackward1",
       [](Take& k, const gen::EluBackward1& n) {
@@ -156,7 +158,8 @@ void add_backward_ops(Table& t) {
   WENGERT_BACKWARD_ROW(TanhBackwardBackward0, output_, activation_backward<by_result>, Prim::tanh);
   WENGERT_BACKWARD_ROW(HardswishBackwardBackward0, self_, activation_backward<by_argument>, Prim::hardswish);
   WENGERT_BACKWARD_ROW(LogSigmoidBackwardBackward0, self_, activation_backward<by_argument>, Prim::logsigmoid);
-  WENGERT_BACKWARD_ROW(GeluBackwardBackward0, self_, activation_backward<gelu>, Prim::gelu_erf, k.integer(n.approximate == "tanh"));
+  WENGERT_BACKWARD_ROW(GeluBackwardBackward0, self_, activation_backward<gelu>, Prim::gelu_erf,
+                       k.integer(n.approximate == "tanh"));
   WENGERT_BACKWARD_ROW(SoftplusBackwardBackward0, self_, activation_backward<with_two>, Prim::softplus, k.real(n.beta);
                        k.real(n.threshold));
   WENGERT_BACKWARD_ROW(EluBackwardBackward0, self_or_result_, activation_backward<elu>, Prim::elu, k.integer(n.is_result);
@@ -164,7 +167,8 @@ void add_backward_ops(Table& t) {
   // Piecewise linear: nothing flows to the argument, so grad_output is not saved.
   WENGERT_SELF_ROW(ThresholdBackwardBackward0, activation_backward<threshold>, Prim::relu, k.real(n.threshold));
   WENGERT_SELF_ROW(LeakyReluBackwardBackward0, activation_backward<with_one>, Prim::leaky_relu, k.real(n.negative_slope));
-  WENGERT_SELF_ROW(HardtanhBackwardBackward0, activation_backward<with_two>, Prim::hardtanh, k.real(n.min_val); k.real(n.max_val));
+  WENGERT_SELF_ROW(HardtanhBackwardBackward0, activation_backward<with_two>, Prim::hardtanh, k.real(n.min_val);
+                   k.real(n.max_val));
   WENGERT_SELF_ROW(HardshrinkBackwardBackward0, activation_backward<shrunk>, Prim::relu, k.real(n.lambd));
   WENGERT_SELF_ROW(SoftshrinkBackwardBackward0, activation_backward<shrunk>, Prim::relu, k.real(n.lambd));
 }

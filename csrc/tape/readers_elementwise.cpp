@@ -30,11 +30,13 @@ Pullback by_result(const Site& s) {
 }
 template <class N>
 void self_row(Table& t, const char* name, Prim prim) {
-  t.add<N>(name, [](Take& k, const N& n) { k.slot(n.self_); }, by_self, prim);
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.slot(n.self_); }, by_self, prim);
 }
 template <class N>
 void result_row(Table& t, const char* name, Prim prim) {
-  t.add<N>(name, [](Take& k, const N& n) { k.result(n.result_); }, by_result, prim);
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.result(n.result_); }, by_result, prim);
 }
 
 // Binary functions: slots are self, other, result; those not saved are not read by the partial.
@@ -72,15 +74,19 @@ void zero_rows(Table& t, std::initializer_list<const char*> names) {
 }
 
 void add_sums(Table& t) {
-  t.add<gen::AddBackward0>("AddBackward0", [](Take& k, const gen::AddBackward0& n) { k.real(n.alpha); },
-                           [](const Site& s) { return s.input == 0 ? sign_preserving(s) : scaled(s); });
+  t.add<gen::AddBackward0>(
+      "AddBackward0", [](Take& k, const gen::AddBackward0& n) { k.real(n.alpha); },
+      [](const Site& s) { return s.input == 0 ? sign_preserving(s) : scaled(s); });
   t.add<gen::AddBackward1>("AddBackward1", sign_preserving);
-  t.add<gen::SubBackward0>("SubBackward0", [](Take& k, const gen::SubBackward0& n) { k.real(-n.alpha); },
-                           [](const Site& s) { return s.input == 0 ? sign_preserving(s) : scaled(s); });
+  t.add<gen::SubBackward0>(
+      "SubBackward0", [](Take& k, const gen::SubBackward0& n) { k.real(-n.alpha); },
+      [](const Site& s) { return s.input == 0 ? sign_preserving(s) : scaled(s); });
   t.add<gen::SubBackward1>("SubBackward1", sign_preserving);
-  t.add<gen::RsubBackward0>("RsubBackward0", [](Take& k, const gen::RsubBackward0& n) { k.real(-n.alpha); },
-                            [](const Site& s) { return s.input == 0 ? scaled(s) : sign_preserving(s); });
-  t.add<gen::RsubBackward1>("RsubBackward1", [](Take& k, const gen::RsubBackward1& n) { k.real(-n.alpha); }, scaled);
+  t.add<gen::RsubBackward0>(
+      "RsubBackward0", [](Take& k, const gen::RsubBackward0& n) { k.real(-n.alpha); },
+      [](const Site& s) { return s.input == 0 ? scaled(s) : sign_preserving(s); });
+  t.add<gen::RsubBackward1>(
+      "RsubBackward1", [](Take& k, const gen::RsubBackward1& n) { k.real(-n.alpha); }, scaled);
   t.add<gen::NegBackward0>("NegBackward0", negated);
   t.add<gen::ToCopyBackward0>("ToCopyBackward0", sign_preserving);
   t.add<gen::CloneBackward0>("CloneBackward0", sign_preserving);
@@ -112,7 +118,8 @@ void add_products(Table& t) {
         FactorBuilder f(s);
         return f.finish(f.read(1 - s.input));
       });
-  t.add<gen::MulBackward1>("MulBackward1", [](Take& k, const gen::MulBackward1& n) { k.real(n.other); }, scaled);
+  t.add<gen::MulBackward1>(
+      "MulBackward1", [](Take& k, const gen::MulBackward1& n) { k.real(n.other); }, scaled);
   t.add<gen::DivBackward0>(
       "DivBackward0",
       [](Take& k, const gen::DivBackward0& n) {
@@ -120,11 +127,12 @@ void add_products(Table& t) {
         k.slot(n.other_);
       },
       by_both, Prim::div);
-  t.add<gen::DivBackward1>("DivBackward1", [](Take& k, const gen::DivBackward1& n) { k.real(n.other); },
-                           [](const Site& s) {
-                             FactorBuilder f(s);
-                             return f.finish(s.pool.div(kOne, f.real(0)));
-                           });
+  t.add<gen::DivBackward1>(
+      "DivBackward1", [](Take& k, const gen::DivBackward1& n) { k.real(n.other); },
+      [](const Site& s) {
+        FactorBuilder f(s);
+        return f.finish(s.pool.div(kOne, f.real(0)));
+      });
   // With a rounding mode the quotient is a step function.
   t.add<gen::DivBackward2>(
       "DivBackward2",
@@ -302,11 +310,12 @@ void add_binary(Table& t) {
         k.result(n.result_);
       },
       kCopysign);
-  t.add<gen::LerpBackward0>("LerpBackward0", [](Take& k, const gen::LerpBackward0& n) { k.real(n.weight); },
-                            [](const Site& s) {
-                              FactorBuilder f(s);
-                              return f.finish(f.constant(s.input == 0 ? 1 - s.real(0) : s.real(0)));
-                            });
+  t.add<gen::LerpBackward0>(
+      "LerpBackward0", [](Take& k, const gen::LerpBackward0& n) { k.real(n.weight); },
+      [](const Site& s) {
+        FactorBuilder f(s);
+        return f.finish(f.constant(s.input == 0 ? 1 - s.real(0) : s.real(0)));
+      });
   t.add<gen::LerpBackward1>(
       "LerpBackward1",
       [](Take& k, const gen::LerpBackward1& n) {
@@ -327,23 +336,24 @@ void add_binary(Table& t) {
 }
 
 void add_selections(Table& t) {
-  t.add<gen::WhereBackward0>("WhereBackward0", [](Take& k, const gen::WhereBackward0& n) { k.slot(n.condition_); },
-                             [](const Site& s) {
-                               FactorBuilder f(s);
-                               const ExprId condition = f.read(0);
-                               if (!f.complete()) return opaque();
-                               return f.finish(s.input == 0 ? f.select(condition, kOne, kZero) : f.select(condition, kZero, kOne));
-                             });
+  t.add<gen::WhereBackward0>(
+      "WhereBackward0", [](Take& k, const gen::WhereBackward0& n) { k.slot(n.condition_); },
+      [](const Site& s) {
+        FactorBuilder f(s);
+        const ExprId condition = f.read(0);
+        if (!f.complete()) return opaque();
+        return f.finish(s.input == 0 ? f.select(condition, kOne, kZero) : f.select(condition, kZero, kOne));
+      });
   static constexpr Describe kMaskedFill = [](const Site& s) {
     FactorBuilder f(s);
     const ExprId mask = f.read(0);
     if (!f.complete()) return opaque();
     return f.finish(s.input == 0 ? f.select(mask, kZero, kOne) : f.select(mask, kOne, kZero));
   };
-  t.add<gen::MaskedFillBackward0>("MaskedFillBackward0", [](Take& k, const gen::MaskedFillBackward0& n) { k.slot(n.mask_); },
-                                  kMaskedFill);
-  t.add<gen::MaskedFillBackward1>("MaskedFillBackward1", [](Take& k, const gen::MaskedFillBackward1& n) { k.slot(n.mask_); },
-                                  kMaskedFill);
+  t.add<gen::MaskedFillBackward0>(
+      "MaskedFillBackward0", [](Take& k, const gen::MaskedFillBackward0& n) { k.slot(n.mask_); }, kMaskedFill);
+  t.add<gen::MaskedFillBackward1>(
+      "MaskedFillBackward1", [](Take& k, const gen::MaskedFillBackward1& n) { k.slot(n.mask_); }, kMaskedFill);
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
   t.add<gen::ClampBackward1>(
       "ClampBackward1",
@@ -357,7 +367,8 @@ void add_selections(Table& t) {
         const ExprId args[] = {f.read(0), f.real(0), f.real(1)};
         return f.complete() ? f.finish(s.pool.partial(Prim::clamp, 0, args, kNone)) : opaque();
       });
-  t.add<gen::ClampBackward0>("ClampBackward0", [](Take& k, const gen::ClampBackward0&) { tabulate(k, 3); }, tabulated);
+  t.add<gen::ClampBackward0>(
+      "ClampBackward0", [](Take& k, const gen::ClampBackward0&) { tabulate(k, 3); }, tabulated);
   // One bound: a tensor or a number; the comparison that lets self through is the row's primitive.
   static constexpr Describe kTensorBound = [](const Site& s) {
     FactorBuilder f(s);
@@ -401,8 +412,8 @@ void add_selections(Table& t) {
         k.slot(n.max_);
       },
       kTensorBound, Prim::le);
-  zero_rows<gen::CeilBackward0, gen::FloorBackward0, gen::RoundBackward0, gen::RoundBackward1, gen::TruncBackward0, gen::SignBackward0,
-            gen::BernoulliBackward0, gen::FillBackward0, gen::ZeroBackward0>(
+  zero_rows<gen::CeilBackward0, gen::FloorBackward0, gen::RoundBackward0, gen::RoundBackward1, gen::TruncBackward0,
+            gen::SignBackward0, gen::BernoulliBackward0, gen::FillBackward0, gen::ZeroBackward0>(
       t, {"CeilBackward0", "FloorBackward0", "RoundBackward0", "RoundBackward1", "TruncBackward0", "SignBackward0",
           "BernoulliBackward0", "FillBackward0", "ZeroBackward0"});
 }
@@ -454,7 +465,8 @@ void add_functions(Table& t) {
 
 template <class N>
 void tabulated_row(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N&) { tabulate(k, 2); }, tabulated);
+  t.add<N>(
+      name, [](Take& k, const N&) { tabulate(k, 2); }, tabulated);
 }
 
 void add_tabulated(Table& t) {

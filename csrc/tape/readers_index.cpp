@@ -61,10 +61,10 @@ Pullback index_select(const Site& s) {  // ints: dim; slot 0: index, one-dimensi
 
 // x[i, :, j] and so on.  ints: one flag per axis of the indexed tensor; slots: the index tensors of the flagged axes.
 struct Indexing {
-  std::vector<int> axes;          // the indexed axes
-  Shape shape;                    // of the index tensors, broadcast
+  std::vector<int> axes;  // the indexed axes
+  Shape shape;            // of the index tensors, broadcast
   bool adjacent = true;
-  int first = 0;                  // where the broadcast index axes stand in the result
+  int first = 0;  // where the broadcast index axes stand in the result
 };
 
 Indexing indexing(const Site& s, int flags, int slots) {
@@ -298,9 +298,11 @@ void add_scatter(Table& t, const char* name, bool overwrites) {
     k.derived(index);
   };
   if (overwrites) {
-    t.add<N>(name, [](Take& k, const N& n) { read(k, n, true); }, scattered);
+    t.add<N>(
+        name, [](Take& k, const N& n) { read(k, n, true); }, scattered);
   } else {
-    t.add<N>(name, [](Take& k, const N& n) { read(k, n, false); }, scattered);
+    t.add<N>(
+        name, [](Take& k, const N& n) { read(k, n, false); }, scattered);
   }
 }
 
@@ -353,8 +355,9 @@ void add_masked(Table& t) {
         term.push_back(Reshape{s.x()});
         return terms({std::move(term)});
       });
-  t.add<gen::TakeBackward0>("TakeBackward0", [](Take& k, const gen::TakeBackward0& n) { k.derived(as_index(k.unpack(n.index_))); },
-                            [](const Site& s) { return picked_flat(s, s.x()); });
+  t.add<gen::TakeBackward0>(
+      "TakeBackward0", [](Take& k, const gen::TakeBackward0& n) { k.derived(as_index(k.unpack(n.index_))); },
+      [](const Site& s) { return picked_flat(s, s.x()); });
 }
 
 // Embedding: ints padding_idx, whether the node adds up plainly; slot 0 the indices.

@@ -48,9 +48,11 @@ std::optional<std::vector<ScatterAxis>> box(const at::TensorGeometry& base, cons
   return axes;
 }
 
-// ints: per axis of the base (moving axis of the view, offset, step), then the shape of the view.  slot 0: what is left of the base.
+// ints: per axis of the base (moving axis of the view, offset, step), then the shape of the view.  slot 0: what is left of the
+// base.
 void read_copy(Take& k, const CopySlices& n) {
-  if (!n.fn || dynamic_cast<const CopyBackwards*>(n.fn.get()) == nullptr || n.base.sym_numel() == 0 || n.view.sym_numel() == 0) return;
+  if (!n.fn || dynamic_cast<const CopyBackwards*>(n.fn.get()) == nullptr || n.base.sym_numel() == 0 || n.view.sym_numel() == 0)
+    return;
   const auto axes = box(n.base, n.view);
   if (!axes) return;
   for (const ScatterAxis& axis : *axes) {

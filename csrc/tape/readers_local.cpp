@@ -27,7 +27,8 @@ Pullback along_one_axis(const Site& s) {
 
 template <class N>
 void add_scan(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
 }
 
 Pullback leading(const Site& s, int count) {
@@ -82,7 +83,8 @@ Pullback max_pool(const Site& s) {
   return terms({Term{Step(std::move(gather)), Step(Reshape{s.x()})}});
 }
 
-// The backward ops of the above are linear in grad_output (edge 0), channel by channel; the other edge only gives a shape or a choice.
+// The backward ops of the above are linear in grad_output (edge 0), channel by channel; the other edge only gives a shape or a
+// choice.
 template <int Core>
 Pullback backward_by_channel(const Site& s) {
   return s.input == 0 ? by_channel<Core>(s) : zero();
@@ -95,7 +97,8 @@ Pullback normalized_backward(const Site& s) {  // ints: number of normalised axe
 
 template <class N, int Core>
 void add_max_pool(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.result(n.result1_); }, max_pool<Core>);
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.result(n.result1_); }, max_pool<Core>);
 }
 
 // Matrices: batch axes stand before the last two.
@@ -111,14 +114,16 @@ Pullback solution(const Site& s) {  // ints: rank of A
 
 void add_linear_algebra(Table& t) {
   t.add<gen::LinalgDetBackward0>("LinalgDetBackward0", [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
-  t.add<gen::LinalgSlogdetBackward0>("LinalgSlogdetBackward0", [](const Site& s) { return s.output < 2 ? determinant(s) : opaque(); });
+  t.add<gen::LinalgSlogdetBackward0>("LinalgSlogdetBackward0",
+                                     [](const Site& s) { return s.output < 2 ? determinant(s) : opaque(); });
   t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
   t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);
   t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", matrix);
   t.add<gen::CholeskyBackward0>("CholeskyBackward0", matrix);
   t.add<gen::CholeskyInverseBackward0>("CholeskyInverseBackward0", matrix);
   t.add<gen::CholeskySolveBackward0>("CholeskySolveBackward0", matrix);
-  t.add<gen::TriangularSolveBackward0>("TriangularSolveBackward0", [](const Site& s) { return s.output == 0 ? matrix(s) : opaque(); });
+  t.add<gen::TriangularSolveBackward0>("TriangularSolveBackward0",
+                                       [](const Site& s) { return s.output == 0 ? matrix(s) : opaque(); });
   t.add<gen::LinalgSolveTriangularBackward0>("LinalgSolveTriangularBackward0", matrix);
   t.add<gen::LinalgMatrixExpBackward0>("LinalgMatrixExpBackward0", matrix);
   t.add<gen::LinalgLuSolveBackward0>("LinalgLuSolveBackward0", matrix);
@@ -140,7 +145,8 @@ void add_normalizations(Table& t) {
   t.add<gen::NativeGroupNormBackward0>("NativeGroupNormBackward0", by_sample);
   t.add<gen::NativeLayerNormBackwardBackward0>(
       "NativeLayerNormBackwardBackward0",
-      [](Take& k, const gen::NativeLayerNormBackwardBackward0& n) { k.integer(std::ssize(n.normalized_shape)); }, normalized_backward);
+      [](Take& k, const gen::NativeLayerNormBackwardBackward0& n) { k.integer(std::ssize(n.normalized_shape)); },
+      normalized_backward);
   add_batch_norm<gen::NativeBatchNormBackward0>(t, "NativeBatchNormBackward0");
   add_batch_norm<gen::NativeBatchNormLegitBackward0>(t, "NativeBatchNormLegitBackward0");
   add_batch_norm<gen::NativeBatchNormLegitBackward1>(t, "NativeBatchNormLegitBackward1");
@@ -201,12 +207,14 @@ void add_local(Table& t) {
   add_scan<gen::CumsumBackward0>(t, "CumsumBackward0");
   add_scan<gen::CumprodBackward0>(t, "CumprodBackward0");
   add_scan<gen::LogcumsumexpBackward0>(t, "LogcumsumexpBackward0");
-  t.add<gen::LinalgCrossBackward0>("LinalgCrossBackward0", [](Take& k, const gen::LinalgCrossBackward0& n) { k.integer(n.dim); },
-                                   along_one_axis);
-  t.add<gen::CummaxBackward0>("CummaxBackward0", [](Take& k, const gen::CummaxBackward0& n) { k.integer(n.dim); },
-                              [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
-  t.add<gen::CumminBackward0>("CumminBackward0", [](Take& k, const gen::CumminBackward0& n) { k.integer(n.dim); },
-                              [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
+  t.add<gen::LinalgCrossBackward0>(
+      "LinalgCrossBackward0", [](Take& k, const gen::LinalgCrossBackward0& n) { k.integer(n.dim); }, along_one_axis);
+  t.add<gen::CummaxBackward0>(
+      "CummaxBackward0", [](Take& k, const gen::CummaxBackward0& n) { k.integer(n.dim); },
+      [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
+  t.add<gen::CumminBackward0>(
+      "CumminBackward0", [](Take& k, const gen::CumminBackward0& n) { k.integer(n.dim); },
+      [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
   add_normalizations(t);
   add_images(t);
   add_linear_algebra(t);

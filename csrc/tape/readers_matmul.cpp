@@ -43,7 +43,8 @@ Pullback contracted(const Site& s, const Letters& letters, int other_slot, doubl
 }
 
 // y = left @ right; edges `first` and first + 1, slots 0 and 1 in that order.
-Pullback product_of_two(const Site& s, std::string_view y, std::string_view left, std::string_view right, int first, double scale) {
+Pullback product_of_two(const Site& s, std::string_view y, std::string_view left, std::string_view right, int first,
+                        double scale) {
   const bool is_left = s.input == first;
   return contracted(s, is_left ? Letters{y, left, right} : Letters{y, right, left}, is_left ? 1 : 0, scale);
 }
@@ -65,15 +66,19 @@ void read_two(Take& k, const SavedVariable& left, const SavedVariable& right, in
 }  // namespace
 
 void add_matmul(Table& t) {
-  t.add<gen::MmBackward0>("MmBackward0", [](Take& k, const gen::MmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, matrix);
-  t.add<gen::BmmBackward0>("BmmBackward0", [](Take& k, const gen::BmmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); },
-                           batched);
-  t.add<gen::MvBackward0>("MvBackward0", [](Take& k, const gen::MvBackward0& n) { read_two(k, n.self_, n.vec_, 0); },
-                          [](const Site& s) { return product_of_two(s, "i", "ik", "k", 0, 1); });
-  t.add<gen::DotBackward0>("DotBackward0", [](Take& k, const gen::DotBackward0& n) { read_two(k, n.self_, n.tensor_, 0); },
-                           [](const Site& s) { return product_of_two(s, "", "k", "k", 0, 1); });
-  t.add<gen::VdotBackward0>("VdotBackward0", [](Take& k, const gen::VdotBackward0& n) { read_two(k, n.self_, n.other_, 0); },
-                            [](const Site& s) { return product_of_two(s, "", "k", "k", 0, 1); });
+  t.add<gen::MmBackward0>(
+      "MmBackward0", [](Take& k, const gen::MmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, matrix);
+  t.add<gen::BmmBackward0>(
+      "BmmBackward0", [](Take& k, const gen::BmmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, batched);
+  t.add<gen::MvBackward0>(
+      "MvBackward0", [](Take& k, const gen::MvBackward0& n) { read_two(k, n.self_, n.vec_, 0); },
+      [](const Site& s) { return product_of_two(s, "i", "ik", "k", 0, 1); });
+  t.add<gen::DotBackward0>(
+      "DotBackward0", [](Take& k, const gen::DotBackward0& n) { read_two(k, n.self_, n.tensor_, 0); },
+      [](const Site& s) { return product_of_two(s, "", "k", "k", 0, 1); });
+  t.add<gen::VdotBackward0>(
+      "VdotBackward0", [](Take& k, const gen::VdotBackward0& n) { read_two(k, n.self_, n.other_, 0); },
+      [](const Site& s) { return product_of_two(s, "", "k", "k", 0, 1); });
   t.add<gen::AddmmBackward0>(
       "AddmmBackward0",
       [](Take& k, const gen::AddmmBackward0& n) {

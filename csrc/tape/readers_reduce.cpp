@@ -230,7 +230,8 @@ Pullback norm(const Site& s) {
   const ExprId self = f.read(0, r.axes);
   if (!f.complete()) return opaque();
   if (s.real(0) == 1) return f.finish(f.apply(Prim::sign, self), std::move(r.loops), std::move(r.axes));
-  if (s.real(0) != 2) return s.slot(0).sizes() == at::IntArrayRef(s.x()) ? f.finish(self, std::move(r.loops), std::move(r.axes)) : opaque();
+  if (s.real(0) != 2)
+    return s.slot(0).sizes() == at::IntArrayRef(s.x()) ? f.finish(self, std::move(r.loops), std::move(r.axes)) : opaque();
   const ExprId result = f.read(1);
   if (!f.complete()) return opaque();
   const ExprId slope = f.select(f.compare(Prim::eq, result, f.constant(0)), f.constant(0), s.pool.div(self, result));
@@ -299,10 +300,14 @@ void add_choices(Table& t) {
 }  // namespace
 
 void add_reductions(Table& t) {
-  t.add<gen::SumBackward0>("SumBackward0", [](Take& k, const gen::SumBackward0&) { k.integer(std::int64_t{0}); }, sum);
-  t.add<gen::SumBackward1>("SumBackward1", [](Take& k, const gen::SumBackward1& n) { take_axes(k, n.keepdim, n.dim); }, sum);
-  t.add<gen::MeanBackward0>("MeanBackward0", [](Take& k, const gen::MeanBackward0&) { k.integer(std::int64_t{0}); }, mean);
-  t.add<gen::MeanBackward1>("MeanBackward1", [](Take& k, const gen::MeanBackward1& n) { take_axes(k, n.keepdim, n.dim); }, mean);
+  t.add<gen::SumBackward0>(
+      "SumBackward0", [](Take& k, const gen::SumBackward0&) { k.integer(std::int64_t{0}); }, sum);
+  t.add<gen::SumBackward1>(
+      "SumBackward1", [](Take& k, const gen::SumBackward1& n) { take_axes(k, n.keepdim, n.dim); }, sum);
+  t.add<gen::MeanBackward0>(
+      "MeanBackward0", [](Take& k, const gen::MeanBackward0&) { k.integer(std::int64_t{0}); }, mean);
+  t.add<gen::MeanBackward1>(
+      "MeanBackward1", [](Take& k, const gen::MeanBackward1& n) { take_axes(k, n.keepdim, n.dim); }, mean);
   t.add<gen::NansumBackward0>(
       "NansumBackward0",
       [](Take& k, const gen::NansumBackward0& n) {
@@ -337,7 +342,8 @@ void add_reductions(Table& t) {
   add_softmax<gen::SoftmaxBackward0>(t, "SoftmaxBackward0", [](const Site& s) { return softmax(s, false); });
   add_softmax<gen::SafeSoftmaxBackward0>(t, "SafeSoftmaxBackward0", [](const Site& s) { return softmax(s, false); });
   add_softmax<gen::LogSoftmaxBackward0>(t, "LogSoftmaxBackward0", [](const Site& s) { return softmax(s, true); });
-  t.add<gen::SoftmaxBackwardDataBackward0>("SoftmaxBackwardDataBackward0", take_softmax_backward<gen::SoftmaxBackwardDataBackward0>,
+  t.add<gen::SoftmaxBackwardDataBackward0>("SoftmaxBackwardDataBackward0",
+                                           take_softmax_backward<gen::SoftmaxBackwardDataBackward0>,
                                            [](const Site& s) { return softmax_backward(s, false); });
   t.add<gen::LogSoftmaxBackwardDataBackward0>("LogSoftmaxBackwardDataBackward0",
                                               take_softmax_backward<gen::LogSoftmaxBackwardDataBackward0>,

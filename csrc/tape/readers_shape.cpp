@@ -100,7 +100,8 @@ Pullback rolled(const Site& s) {  // ints: number of shifts, shifts, axes (none:
     const std::int64_t extent = shape[axis], shift = ((s.integer(1 + q) % extent) + extent) % extent;
     if (shift == 0) continue;
     std::vector<Term> next;
-    for (const auto& [to, length, from] : {std::tuple{shift, extent - shift, std::int64_t{0}}, {std::int64_t{0}, shift, extent - shift}}) {
+    for (const auto& [to, length, from] :
+         {std::tuple{shift, extent - shift, std::int64_t{0}}, {std::int64_t{0}, shift, extent - shift}}) {
       Shape piece = shape;
       piece[axis] = length;
       Scatter scatter = scatter_of(piece);
@@ -325,10 +326,11 @@ void add_writers(Table& t) {
 
 void add_shape(Table& t) {
   t.add<gen::CatBackward0>("CatBackward0", read_cat, cat);
-  t.add<gen::StackBackward0>("StackBackward0", [](Take& k, const gen::StackBackward0& n) { k.integer(n.dim); },
-                             [](const Site& s) { return inserted(s, wrap_axis(s.integer(0), rank(s.y())), s.input); });
-  t.add<gen::ConstantPadNdBackward0>("ConstantPadNdBackward0",
-                                     [](Take& k, const gen::ConstantPadNdBackward0& n) { k.integers(n.pad); }, padded);
+  t.add<gen::StackBackward0>(
+      "StackBackward0", [](Take& k, const gen::StackBackward0& n) { k.integer(n.dim); },
+      [](const Site& s) { return inserted(s, wrap_axis(s.integer(0), rank(s.y())), s.input); });
+  t.add<gen::ConstantPadNdBackward0>(
+      "ConstantPadNdBackward0", [](Take& k, const gen::ConstantPadNdBackward0& n) { k.integers(n.pad); }, padded);
   t.add<gen::RollBackward0>(
       "RollBackward0",
       [](Take& k, const gen::RollBackward0& n) {
@@ -338,8 +340,10 @@ void add_shape(Table& t) {
       },
       rolled);
   t.add<gen::RepeatBackward0>("RepeatBackward0", repeated);
-  t.add<gen::TrilBackward0>("TrilBackward0", [](Take& k, const gen::TrilBackward0& n) { read_triangle(k, n, at::tril); }, masked);
-  t.add<gen::TriuBackward0>("TriuBackward0", [](Take& k, const gen::TriuBackward0& n) { read_triangle(k, n, at::triu); }, masked);
+  t.add<gen::TrilBackward0>(
+      "TrilBackward0", [](Take& k, const gen::TrilBackward0& n) { read_triangle(k, n, at::tril); }, masked);
+  t.add<gen::TriuBackward0>(
+      "TriuBackward0", [](Take& k, const gen::TriuBackward0& n) { read_triangle(k, n, at::triu); }, masked);
   t.add<gen::Rot90Backward0>(
       "Rot90Backward0",
       [](Take& k, const gen::Rot90Backward0& n) {

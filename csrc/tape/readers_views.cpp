@@ -212,7 +212,8 @@ void add_transpose(Table& t, const char* name) {
 
 template <class N>
 void add_permute(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integers(n.dims); }, permuted);
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.integers(n.dims); }, permuted);
 }
 
 template <class N>
@@ -235,7 +236,8 @@ void add_squeeze(Table& t, const char* name) {
 
 template <class N>
 void add_unsqueeze(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, unsqueezed);
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.integer(n.dim); }, unsqueezed);
 }
 
 template <class N>
@@ -265,8 +267,9 @@ constexpr Describe kTransposed = [](const Site& s) { return rank(s.x()) < 2 ? id
 
 template <class N>
 void add_unbind(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); },
-           [](const Site& s) { return selected(s, wrap_axis(s.integer(0), rank(s.x())), s.output); });
+  t.add<N>(
+      name, [](Take& k, const N& n) { k.integer(n.dim); },
+      [](const Site& s) { return selected(s, wrap_axis(s.integer(0), rank(s.x())), s.output); });
 }
 
 }  // namespace
@@ -316,7 +319,8 @@ void add_views(Table& t) {
   add_diagonal<gen::DiagonalBackward0_copy>(t, "DiagonalBackward0_copy");
   add_unfold<gen::UnfoldBackward0>(t, "UnfoldBackward0");
   add_unfold<gen::UnfoldBackward0_copy>(t, "UnfoldBackward0_copy");
-  t.add<gen::FlipBackward0>("FlipBackward0", [](Take& k, const gen::FlipBackward0& n) { k.integers(n.dims); }, flipped);
+  t.add<gen::FlipBackward0>(
+      "FlipBackward0", [](Take& k, const gen::FlipBackward0& n) { k.integers(n.dims); }, flipped);
   t.add<gen::AsStridedBackward0>("AsStridedBackward0", read_strided<gen::AsStridedBackward0>, strided);
   t.add<gen::AsStridedBackward1>("AsStridedBackward1", read_strided<gen::AsStridedBackward1>, strided);
   t.add<gen::AsStridedBackward0_copy>("AsStridedBackward0_copy", read_strided<gen::AsStridedBackward0_copy>, strided);
