@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import wengert
 from problems import LIBRARY
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 Call = Callable[[], Any]
 DENSE_LIMIT = 60_000_000  # entries; a peer that must build more is left out
@@ -213,7 +212,9 @@ def batched_peers(f: Any, x: torch.Tensor, compiled: bool) -> list[Peer]:
         peers.append(Peer("functional loop", lambda: own(torch_functional.jacobian(f, x))))
         peers.append(Peer("functional vectorised", lambda: own(torch_functional.jacobian(f, x, vectorize=True))))
     summed = lambda z: f(z).sum(0)
-    peers.append(Peer("functional of the batch sum", lambda: torch_functional.jacobian(summed, x).movedim(-x.dim(), 0), counted=False))
+    peers.append(
+        Peer("functional of the batch sum", lambda: torch_functional.jacobian(summed, x).movedim(-x.dim(), 0), counted=False)
+    )
     return peers
 
 

@@ -1,10 +1,10 @@
 """Runs the benchmark: agreement first, then paired times against the fastest peer.
 
-    python benchmarks/run.py                        every row, a table
-    python benchmarks/run.py --only rosenbrock      rows whose name contains this (several by commas)
-    python benchmarks/run.py --floors               pass or fail against the floors; exit status 1 if any fails
-    python benchmarks/run.py --markdown             the table of the README
-    python benchmarks/run.py --json out.json --plot out.png
+python benchmarks/run.py                        every row, a table
+python benchmarks/run.py --only rosenbrock      rows whose name contains this (several by commas)
+python benchmarks/run.py --floors               pass or fail against the floors; exit status 1 if any fails
+python benchmarks/run.py --markdown             the table of the README
+python benchmarks/run.py --json out.json --plot out.png
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row.name} ...", end="\r", file=sys.stderr, flush=True)
         try:
             results.append(run_row(row, arguments, device))
-        except Exception as error:  # noqa: BLE001 - one broken row must not hide the others
+        except Exception as error:
             broken.append(f"{row.name}: {type(error).__name__}: {error}")
     print(" " * 60, end="\r", file=sys.stderr)
     slopes = [] if arguments.no_slopes or arguments.only else pointwise_slopes(device, arguments.seconds)

@@ -5,6 +5,8 @@ arithmetic. It is isolated by a paired difference: a function of many operations
 Both fill the same dense result, so the fill cancels.
 """
 
+# ruff: noqa: B023 - every function made in a loop is called within the same iteration
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import wengert
 from timer import Timing, race
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 DEPTH = 24
 SIZES = (500, 1000, 2000, 4000)
@@ -40,7 +41,9 @@ class Slope:
     exponent: float
 
 
-def arithmetic(jacobian: Callable[[Any, torch.Tensor], Any], sizes: tuple[int, ...], device: torch.device, seconds: float) -> Slope:
+def arithmetic(
+    jacobian: Callable[[Any, torch.Tensor], Any], sizes: tuple[int, ...], device: torch.device, seconds: float
+) -> Slope:
     times = []
     for n in sizes:
         x = torch.linspace(0.1, 0.9, n, device=device)

@@ -145,7 +145,7 @@ def measure(name: str, floor: float | None, prepared: Prepared, device: torch.de
         timings.append(timing)
         try:
             found = peer.call()
-        except Exception as error:  # noqa: BLE001 - a peer that cannot run is shown as such
+        except Exception as error:
             timing.note = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
             continue
         timing.difference = largest_difference(result, found)

@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import wengert
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_breast_cancer, load_diabetes
-
-import wengert
 
 INK, OURS, THEIRS, SOFT = "#22333b", "#2a6f97", "#e07a5f", "#d8e2dc"
 

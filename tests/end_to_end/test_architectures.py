@@ -7,6 +7,10 @@ from torch import nn
 
 zoo = Zoo()
 
+ACTIVATIONS = (
+    "ReLU LeakyReLU ELU CELU SELU GELU SiLU Mish Softplus Sigmoid LogSigmoid Tanhshrink Softsign Hardswish Hardsigmoid ReLU6"
+).split()
+
 
 def of_parameters(module, x, loss):
     """The loss as a function of the module's parameters."""
@@ -37,7 +41,7 @@ def _(r):
     return r.module(nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))), r(3, 3)
 
 
-for _name in "ReLU LeakyReLU ELU CELU SELU GELU SiLU Mish Softplus Sigmoid LogSigmoid Tanhshrink Softsign Hardswish Hardsigmoid ReLU6".split():
+for _name in ACTIVATIONS:
 
     @zoo.case(f"activation {_name}")
     def _(r, name=_name):
@@ -51,7 +55,15 @@ def _(r):
     return of_parameters(net, r(5, 3), lambda z: F.cross_entropy(z, target, reduction="none"))
 
 
-for _loss in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div"):
+for _loss in (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy_with_logits",
+    "soft_margin_loss",
+    "kl_div",
+):
 
     @zoo.case(f"loss {_loss}")
     def _(r, loss=_loss):
@@ -213,7 +225,7 @@ def _(r):
 
     def f(x):
         log_det = 0.0
-        for k in range(2):
+        for _ in range(2):
             a, b = x[:, :2], x[:, 2:]
             s, t = ((a @ w1).tanh() @ w2).chunk(2, 1)
             x = torch.cat([b * torch.exp(s.tanh()) + t, a], 1)

@@ -42,9 +42,7 @@ def double_pendulum(s):
     den = 2 - torch.cos(d) ** 2
     da = (-9.8 * (2 * torch.sin(a) - torch.sin(b) * torch.cos(d)) - torch.sin(d) * (wb * wb + wa * wa * torch.cos(d))) / den
     db = (
-        2 * torch.sin(d) * wa * wa
-        + 19.6 * (torch.sin(a) * torch.cos(d) - torch.sin(b))
-        + wb * wb * torch.sin(d) * torch.cos(d)
+        2 * torch.sin(d) * wa * wa + 19.6 * (torch.sin(a) * torch.cos(d) - torch.sin(b)) + wb * wb * torch.sin(d) * torch.cos(d)
     ) / den
     return torch.stack([wa, wb, da, db], -1)
 

@@ -96,7 +96,10 @@ def _(r):
 @zoo.case("kron, cross, trace, outer")
 def _(r):
     def f(a, b):
-        return torch.kron(a, b[:2, :2]).flatten()[:9] * torch.linalg.cross(a[:, :3], b).flatten() + a.trace() * torch.outer(a[0], b[1]).sum()
+        return (
+            torch.kron(a, b[:2, :2]).flatten()[:9] * torch.linalg.cross(a[:, :3], b).flatten()
+            + a.trace() * torch.outer(a[0], b[1]).sum()
+        )
 
     return f, (r(3, 3), r(3, 3))
 

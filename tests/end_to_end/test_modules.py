@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+import wengert
 from support.check import DEVICE
 from support.compare import assert_same
 from support.zoo import Source
 from torch import nn
 from torch.nn.utils import stateless  # noqa: F401 - importing it must not disturb functional_call
-
-import wengert
 
 
 def network():
@@ -35,7 +34,9 @@ def test_graph_form_in_parameters():
     net, x = network(), samples(5, 3)
     params = tuple(net.parameters())
     y = net(x)
-    expected = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=True)]) for v in y.flatten()])
+    expected = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=True)]) for v in y.flatten()]
+    )
     ours = wengert.jacobian(y, params)
     assert torch.allclose(torch.cat([j.reshape(y.numel(), -1) for j in ours], 1), expected)
     assert all(p.grad is None for p in params)
@@ -59,7 +60,11 @@ def test_shared_weights():
 
 @pytest.mark.parametrize("mode", (True, False))
 def test_train_and_eval(mode):
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU(), nn.Linear(4, 1)).double().to(DEVICE)
+    net = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU(), nn.Linear(4, 1))
+        .double()
+        .to(DEVICE)
+    )
     net.train(mode)
     x = samples(5, 3)
     assert_same(wengert.jacobian(net, x), torch.autograd.functional.jacobian(net, x))

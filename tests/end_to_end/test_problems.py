@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import wengert
 from problems import LIBRARY
 from support.check import DEVICE, check_against_torch, weights_like
 from support.compare import assert_same
 from support.zoo import Source
-
-import wengert
 
 SMALL = {name: p for name, p in LIBRARY.items() if p.small is not None}
 
@@ -17,7 +16,9 @@ def build(problem, dtype):
     return problem.build(r, r.positive, problem.small)
 
 
-@pytest.mark.parametrize("mode", ("jacobian", "graph", "func", "forward", "hessian", "products", "create_graph", "strided", "float32"))
+@pytest.mark.parametrize(
+    "mode", ("jacobian", "graph", "func", "forward", "hessian", "products", "create_graph", "strided", "float32")
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_every_mode(name, mode):
     fn, x = build(SMALL[name], torch.float64)
@@ -47,7 +48,9 @@ def test_vmap_of_hessian(name):
         y = fn(s)
         return (y * weights_like(y)).sum()
 
-    assert_same(wengert.func.vmap(wengert.func.hessian(scalar))(x), torch.func.vmap(torch.func.hessian(scalar))(x), "vmap(hessian)")
+    assert_same(
+        wengert.func.vmap(wengert.func.hessian(scalar))(x), torch.func.vmap(torch.func.hessian(scalar))(x), "vmap(hessian)"
+    )
 
 
 def test_per_sample_gradients():
@@ -65,5 +68,5 @@ def test_per_sample_gradients():
 
 def test_coupled_samples_are_refused():
     x = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(ValueError, match="couple|sample"):
+    with pytest.raises(ValueError, match=r"couple|sample"):
         wengert.batch_jacobian(lambda z: z - z.mean(0), x)

@@ -1,16 +1,17 @@
 """How PyTorch programs really look: in-place writes, views, checkpoints, custom functions, hooks, control flow, odd inputs."""
 
+# ruff: noqa: B023 - every function made in a loop is called within the same iteration
+
 import numpy as np
 import pytest
 import torch
+import wengert
 from support.check import DEVICE, check_against_torch, fresh
 from support.compare import assert_same, assert_same_call
 from support.zoo import Zoo
 from torch.autograd import Function
 from torch.autograd import functional as torch_functional
 from torch.utils.checkpoint import checkpoint
-
-import wengert
 
 zoo = Zoo()
 NO_FUNC = ("func", "forward", "value")  # functions torch.func itself refuses
@@ -94,7 +95,9 @@ def _(r):
     return f, r(5)
 
 
-@zoo.case("reentrant checkpoint", skip=(*NO_FUNC, "hessian", "create_graph", "products", "gradient", "graph", "float32", "strided"))
+@zoo.case(
+    "reentrant checkpoint", skip=(*NO_FUNC, "hessian", "create_graph", "products", "gradient", "graph", "float32", "strided")
+)
 def _(r):
     w = r(3, 3)
     return lambda x: checkpoint(lambda z: (z @ w).tanh() @ w, x, use_reentrant=True), r(2, 3)
@@ -416,7 +419,9 @@ def test_freed_graph_raises_as_torch_does(form):
         assert_same_call(ours, theirs, "freed graph")
     else:
         assert_same_call(
-            lambda: wengert.grad(h.sum(), x, retain_graph=True), lambda: torch.autograd.grad(h.sum(), x, retain_graph=True), "freed"
+            lambda: wengert.grad(h.sum(), x, retain_graph=True),
+            lambda: torch.autograd.grad(h.sum(), x, retain_graph=True),
+            "freed",
         )
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+import wengert
 from support.check import DEVICE
 from support.compare import assert_same, assert_same_call
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 
 def leaf():

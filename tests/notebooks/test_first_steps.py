@@ -3,11 +3,10 @@
 import math
 
 import torch
+import wengert
 from support.check import DEVICE
 from support.compare import assert_same, assert_same_call
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 
 def scalar(value):
@@ -33,7 +32,9 @@ def test_scalar_derivatives_and_accumulation():
 def test_partial_derivatives():
     x, z = scalar(4.0), scalar(3.0)
     y = 4 * x**2 + z**3
-    assert_same(wengert.grad(y, (x, z), retain_graph=True), (torch.tensor(32.0, device=DEVICE), torch.tensor(27.0, device=DEVICE)))
+    assert_same(
+        wengert.grad(y, (x, z), retain_graph=True), (torch.tensor(32.0, device=DEVICE), torch.tensor(27.0, device=DEVICE))
+    )
     f = lambda x, z: 4 * x**2 + z**3
     assert_same(wengert.hessian(y, (x, z)), torch_functional.hessian(f, (x.detach(), z.detach())))
 

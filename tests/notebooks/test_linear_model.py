@@ -1,11 +1,10 @@
 """A linear model's notebook: the per-row Jacobian of a*x + b by backward, grad and jacobian; the same with nn.Linear."""
 
 import torch
+import wengert
 from support.check import DEVICE
 from support.compare import assert_same, assert_same_call
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 ROWS = 1000
 

@@ -1,12 +1,13 @@
 """A physicist's notebook: gradients and full Hessians of computed tensors, row loops, vmapped rows, batches of outputs."""
 
+# ruff: noqa: B023 - every function made in a loop is called within the same iteration
+
 import pytest
 import torch
+import wengert
 from support.check import DEVICE
 from support.compare import assert_same, assert_same_call
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 DATA = -1.4519
 
@@ -51,7 +52,9 @@ def test_two_variables_and_the_diagonal_of_the_second_derivative():
 def test_gradient_of_a_vector_is_refused():
     dep_vars, _, jac = hessian_setting()
     for ours, theirs in ((wengert.grad, torch.autograd.grad),):
-        assert_same_call(lambda: ours(jac, dep_vars, retain_graph=True), lambda: theirs(jac, dep_vars, retain_graph=True), "vector")
+        assert_same_call(
+            lambda: ours(jac, dep_vars, retain_graph=True), lambda: theirs(jac, dep_vars, retain_graph=True), "vector"
+        )
 
 
 def test_hessian_from_the_ready_gradient():

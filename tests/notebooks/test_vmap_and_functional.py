@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import wengert
 from support.check import DEVICE
 from support.compare import assert_same, assert_same_call
 from torch._vmap_internals import _vmap as legacy_vmap
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 
 def test_vmap_of_plain_functions():
@@ -109,7 +108,10 @@ def test_multilayer_perceptron_by_vmap():
 
 
 def test_depthwise_convolution():
-    x, k = torch.randn(2, 3, 5, 5, dtype=torch.float64, device=DEVICE), torch.randn(3, 1, 3, 3, dtype=torch.float64, device=DEVICE)
+    x, k = (
+        torch.randn(2, 3, 5, 5, dtype=torch.float64, device=DEVICE),
+        torch.randn(3, 1, 3, 3, dtype=torch.float64, device=DEVICE),
+    )
     f = lambda k: torch.nn.functional.conv2d(x[:1], k, groups=3).tanh()
     assert_same(wengert.jacobian(f, k), torch_functional.jacobian(f, k))
 

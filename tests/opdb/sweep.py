@@ -6,6 +6,8 @@ or a hang in one operator hides no other: the driver reads what was printed and 
     python tests/opdb/sweep.py --index 0 --count 4 [--full] [--only NAME] [--verbose]
 """
 
+# ruff: noqa: B023 - every function made in a loop is called within the same iteration
+
 from __future__ import annotations
 
 import argparse
@@ -21,14 +23,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
 import wengert
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from support.compare import Outcome, Tolerance, assert_same, same_error  # noqa: E402
-from support.native import Calls  # noqa: E402
-from torch.autograd import functional as torch_functional  # noqa: E402
+from support.compare import Outcome, Tolerance, assert_same, same_error
+from support.native import Calls
+from torch.autograd import functional as torch_functional
 
 SAMPLES, ELEMENTS, LOOKED_AT, OUTPUTS = 6, 64, 120, 700
 HESSIAN_ELEMENTS = 12
@@ -247,7 +248,9 @@ def sweep_op(op: Any, full: bool) -> OpReport:
         elements = sum(x.numel() for x in inputs)
         if op.supports_gradgrad and elements <= (ELEMENTS if full else HESSIAN_ELEMENTS) and (full or k < 2):
             g = scalar_of(f)
-            compare(report, f"sample {k} hessian", lambda: wengert.hessian(g, inputs), lambda: torch_functional.hessian(g, inputs))
+            compare(
+                report, f"sample {k} hessian", lambda: wengert.hessian(g, inputs), lambda: torch_functional.hessian(g, inputs)
+            )
     if not report.samples:
         report.skipped = "no sample with differentiable floating inputs and outputs of this size"
     report.seconds = time.perf_counter() - begin

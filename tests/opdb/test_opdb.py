@@ -1,4 +1,4 @@
-"""The operator database in a few slices, each in a process of its own; the summary says how much agrees and how much is native."""
+"""The operator database in a few slices, each in its own process; the summary says how much agrees and how much is native."""
 
 import json
 import os

@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable
 
 import torch
+import wengert
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.check import DEVICE, assert_aggregate, leaves, scalarised
 from support.compare import Tolerance, assert_same
 from torch.autograd import functional as torch_functional
-
-import wengert
 
 # Bounded and smooth where random arguments land: rounding must not be amplified into disagreement.
 UNARY: list[Callable[[torch.Tensor], torch.Tensor]] = [

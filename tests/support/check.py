@@ -16,6 +16,8 @@ Each *mode* compares one promise of the public interface with torch's own result
     gradcheck     gradcheck and gradgradcheck through our results (slow: ask for it)
 """
 
+# ruff: noqa: B023 - every function made in a loop is called within the same iteration
+
 from __future__ import annotations
 
 import math
@@ -24,10 +26,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from support.compare import Outcome, Tolerance, assert_same, assert_same_call, leaves
+import wengert
 from torch.autograd import functional as torch_functional
 
-import wengert
+from support.compare import Outcome, Tolerance, assert_same, assert_same_call, leaves
 
 DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
 
@@ -44,6 +46,7 @@ MODES = (
     "strided",
     "float32",
 )
+DEFAULT_TOLERANCE = Tolerance()
 EXTRA_MODES = ("gradcheck",)
 
 Function = Callable[..., Any]
@@ -56,7 +59,7 @@ def check_against_torch(
     *,
     modes: Iterable[str] = MODES,
     single: tuple[Function, Inputs] | None = None,
-    tol: Tolerance = Tolerance(),
+    tol: Tolerance = DEFAULT_TOLERANCE,
 ) -> None:
     """Compare every mode with torch.
 
@@ -154,9 +157,7 @@ def _check_value(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
 def _check_jacobian(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
     xs = fresh(inputs)
     before = bits(xs)
-    expected = assert_same_call(
-        lambda: wengert.jacobian(fn, xs), lambda: torch_functional.jacobian(fn, xs), "jacobian", tol
-    )
+    expected = assert_same_call(lambda: wengert.jacobian(fn, xs), lambda: torch_functional.jacobian(fn, xs), "jacobian", tol)
     if expected is None:
         return
     first, second = wengert.jacobian(fn, xs), wengert.jacobian(fn, xs)
@@ -214,9 +215,7 @@ def _check_transform(ours: Any, theirs: Any, name: str, fn: Function, inputs: In
 def _check_hessian(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
     scalar = scalarised(fn)
     xs = fresh(inputs)
-    expected = assert_same_call(
-        lambda: wengert.hessian(scalar, xs), lambda: torch_functional.hessian(scalar, xs), "hessian", tol
-    )
+    expected = assert_same_call(lambda: wengert.hessian(scalar, xs), lambda: torch_functional.hessian(scalar, xs), "hessian", tol)
     if expected is None:
         return
     assert bits(wengert.hessian(scalar, xs)) == bits(wengert.hessian(scalar, xs)), "a second call gave other bits"

@@ -72,7 +72,7 @@ class Outcome:
     def of(cls, call: Callable[[], Any]) -> Outcome:
         try:
             return cls(value=call())
-        except Exception as error:  # noqa: BLE001 - the point is to compare whatever torch raises
+        except Exception as error:
             return cls(error=error)
 
     def describe(self) -> str:

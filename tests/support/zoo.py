@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.check import DEVICE, MODES, check_against_torch
 
 
