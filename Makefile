@@ -18,10 +18,10 @@ demo: $(STAMPS)/build
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMPS)/build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+	WENGERT_TEST_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 
 opdb: $(STAMPS)/build
-	WENGERT_OPDB=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) -k opdb
+	WENGERT_OPDB=all WENGERT_TEST_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/opdb
 
 lint: $(STAMPS)/requirements
 	$(BIN)/clang-format --dry-run -Werror $(CPP)

@@ -1,12 +1,12 @@
 """Bad input: the same exception type and message as torch's own function, and the user's graph as usable as torch leaves it."""
 
+# ruff: noqa: B023 - the closures run inside their loop
 import pytest
 import torch
+import wengert
 from support.compare import Outcome, assert_same
 from torch.autograd import functional as F
 from torch.autograd.graph import get_gradient_edge
-
-import wengert
 from wengert import func
 
 

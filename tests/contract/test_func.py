@@ -1,12 +1,12 @@
 """The transforms against torch.func: structure, aux, argnums, vmap options, nesting, dtype, and what stays differentiable."""
 
+# ruff: noqa: B023 - the closures run inside their loop
 import itertools
 
 import pytest
 import torch
-from support.compare import Tolerance, assert_same, assert_same_call
-
 import wengert
+from support.compare import Tolerance, assert_same, assert_same_call
 from wengert import func
 
 

@@ -1,16 +1,16 @@
 """Nesting, dtypes, forms and ambient state of the functions that mirror torch.autograd and torch.autograd.functional."""
 
+# ruff: noqa: B023 - the closures run inside their loop
 import inspect
 import itertools
 
 import pytest
 import torch
+import wengert
 from support.compare import assert_same, assert_same_call
 from torch.autograd import forward_ad
 from torch.autograd import functional as F
 from torch.autograd.graph import get_gradient_edge
-
-import wengert
 
 
 def vec(n=3, dtype=torch.float64, requires_grad=False):

@@ -1,5 +1,6 @@
 """patched(), install() and python -m wengert: what is replaced, what is restored, and what keeps working."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,10 +10,9 @@ import types
 import pytest
 import torch
 import torch.func
+import wengert
 from support.compare import assert_same
 from torch.autograd import functional as F
-
-import wengert
 
 ORIGINAL = {
     (module, name): getattr(module, name)
@@ -158,7 +158,8 @@ def test_threads():
 
 
 def test_modules_imported_while_patched_keep_a_working_function(tmp_path, monkeypatch):
-    (tmp_path / "imported_while_patched.py").write_text("from torch.func import jacrev, vmap\nfrom torch.autograd.functional import hessian\n")
+    text = "from torch.func import jacrev, vmap\nfrom torch.autograd.functional import hessian\n"
+    (tmp_path / "imported_while_patched.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     with wengert.patched():
         import imported_while_patched as module
@@ -210,11 +211,8 @@ def test_torchscript_that_calls_autograd_grad(tmp_path, monkeypatch):
 
 
 def run(*arguments, cwd, code=0, **env):
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-m", "wengert", *arguments], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "wengert", *arguments]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     return done.stdout
 
@@ -277,8 +275,6 @@ def test_disabled_needs_no_extension(tmp_path):
         print(wengert.jacobian(y, x).shape, wengert.hessian(y.sum(), x).shape, wengert.grad(y.sum(), x)[0].shape)
         """
     )
-    import os
-
     env = {**os.environ, "WENGERT_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,9 @@ import time
 
 import pytest
 import torch
+import wengert
 from support.compare import assert_same
 from torch.autograd import functional as F
-
-import wengert
 from wengert import func
 
 

@@ -11,7 +11,6 @@ import textwrap
 
 import pytest
 import torch
-
 import wengert
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -133,7 +132,9 @@ def test_a_missing_or_wrong_torch_is_one_sentence(checkout, tmp_path, torch_text
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("cxx", "sentence"), [("no-such-compiler", "no C++ compiler found"), ("false", "does not understand C++20")])
+@pytest.mark.parametrize(
+    ("cxx", "sentence"), [("no-such-compiler", "no C++ compiler found"), ("false", "does not understand C++20")]
+)
 def test_a_missing_or_old_compiler_is_one_sentence(checkout, cxx, sentence):
     (checkout / "csrc/sources.txt").write_text("")
     done = run(sys.executable, "setup.py", "build_ext", cwd=checkout, CXX=cxx)
