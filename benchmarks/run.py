@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row.name} ...", end="\r", file=sys.stderr, flush=True)
         try:
             results.append(run_row(row, arguments, device))
+            print(f"{row.name}: {results[-1].ratio:.2f}x", file=sys.stderr, flush=True)
         except Exception as error:
             broken.append(f"{row.name}: {type(error).__name__}: {error}")
     print(" " * 60, end="\r", file=sys.stderr)
