@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 import wengert  # noqa: F401  (registers the op)
 from wengert.reference import PRIMITIVES, evaluate
 

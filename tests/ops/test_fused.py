@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 import wengert  # noqa: F401  (registers the op)
 from wengert import reference
 
@@ -84,7 +83,9 @@ def test_element_types(given, wanted, compute):
 
 @pytest.mark.parametrize("wanted", ["bf16", "f16"])
 def test_rounding_to_16_bits(wanted):
-    x = torch.cat([torch.linspace(-70000, 70000, 5003), torch.logspace(-30, 5, 2003), torch.tensor([float("nan"), float("inf"), -0.0])])
+    x = torch.cat(
+        [torch.linspace(-70000, 70000, 5003), torch.logspace(-30, 5, 2003), torch.tensor([float("nan"), float("inf"), -0.0])]
+    )
     text = program("", f"out a0 {wanted}\n", rank=1, operands=1, compute="f32")
     agree([x], text, rtol=0, atol=0)
 
@@ -151,7 +152,9 @@ def test_third_order():
         lambda f, x, y: torch.func.jacrev(f)(x, y),
         lambda f, x, y: torch.func.jacfwd(f, argnums=1)(x, y),
         lambda f, x, y: torch.func.hessian(lambda a: f(a, y).sum())(x),
-        lambda f, x, y: torch.func.vmap(torch.func.vmap(f, (0, None)), (None, 0))(torch.stack([x, -x]), torch.stack([y, 2 * y, 3 * y])),
+        lambda f, x, y: torch.func.vmap(torch.func.vmap(f, (0, None)), (None, 0))(
+            torch.stack([x, -x]), torch.stack([y, 2 * y, 3 * y])
+        ),
         lambda f, x, y: torch.func.vmap(torch.func.grad(lambda a, b: f(a, b).sum()), (0, None))(torch.stack([x, 2 * x, -x]), y),
         lambda f, x, y: torch.func.vmap(torch.func.jacrev(f), (1, 1))(torch.stack([x, 2 * x], 1), torch.stack([y, -y], 1)),
         lambda f, x, y: torch.func.jvp(f, (x, y), (x * 2, y + 1)),

@@ -2,8 +2,6 @@
 // WENGERT_VECTOR_BYTES and, where Sleef has it, WENGERT_SLEEF_F32/F64 (Sleef's name for the vector types).
 #include <string.h>
 
-#include <type_traits>
-
 #include "fused/primitive_ops.h"
 #include "kernels/cpu/backend.h"
 #include "kernels/cpu/simd.h"
@@ -131,16 +129,15 @@ struct Narrow<F16> {
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC optimize("O3")  // -O2 does not vectorise these loops
+// -O2 does not vectorise these loops; memcpy would use longer vectors (see NOTE [Two vector lengths])
+#pragma GCC optimize("O3", "no-tree-loop-distribute-patterns")
 #endif
 template <class T, class S>
 struct Convert {
   static void load(void* tile, const void* source, std::int64_t stride, int n) {
     T* out = static_cast<T*>(tile);
     const S* in = static_cast<const S*>(source);
-    if (std::is_same_v<T, S> && stride == 1) {
-      memcpy(tile, source, n * sizeof(T));
-    } else if (stride == 1) {
+    if (stride == 1) {
       for (int i = 0; i < n; ++i) out[i] = widen<T>(in[i]);
     } else if (stride == 0) {
       T value = widen<T>(in[0]);
@@ -156,8 +153,6 @@ struct Convert {
       for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(widen<T>(out[i]) + in[i]);
     } else if (accumulate) {
       for (int i = 0; i < n; ++i, out += stride) *out = Narrow<S>::from(widen<T>(*out) + in[i]);
-    } else if (std::is_same_v<T, S> && stride == 1) {
-      memcpy(target, tile, n * sizeof(T));
     } else if (stride == 1) {
       for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(in[i]);
     } else {
