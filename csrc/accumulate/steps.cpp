@@ -4,11 +4,12 @@
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <ATen/functorch/DynamicLayer.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/python_function.h>
 
 #include <atomic>
 #include <mutex>
 #include <typeindex>
-#include <unordered_set>
+#include <unordered_map>
 
 #include "accumulate/execute.h"
 #include "accumulate/sweep.h"
@@ -53,21 +54,25 @@ class Silence : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
-// Node types that cannot be batched (a numpy backward, compiled graphs, in-place tricks) are remembered, so that they fail only once.
+// Node types that are called row by row: those that could not be batched (a numpy backward, compiled graphs, in-place tricks) are
+// remembered, so that they fail only once.
 class RowOnly {
  public:
-  bool contains(const std::type_info& type) {
+  bool contains(const torch::autograd::Node& fn) {
     std::lock_guard<std::mutex> lock(mutex_);
-    return types_.contains(std::type_index(type));
+    const auto [at, fresh] = types_.try_emplace(std::type_index(typeid(fn)), false);
+    // torch's batching rule of cdist's backward gives wrong numbers (torch 2.13: jacrev of cdist disagrees with the row loop).
+    if (fresh) at->second = fn.name() == "CdistBackward0";
+    return at->second;
   }
-  void insert(const std::type_info& type) {
+  void insert(const torch::autograd::Node& fn) {
     std::lock_guard<std::mutex> lock(mutex_);
-    types_.insert(std::type_index(type));
+    types_[std::type_index(typeid(fn))] = true;
   }
 
  private:
   std::mutex mutex_;
-  std::unordered_set<std::type_index> types_;
+  std::unordered_map<std::type_index, bool> types_;
 };
 
 RowOnly& row_only() {
@@ -79,7 +84,8 @@ RowOnly& row_only() {
 at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
   const auto& metadata = edge.function->input_metadata(edge.input_nr);
   const std::vector<std::int64_t> shape = c10::asIntArrayRefUnchecked(metadata.shape_as_dim_vector()).vec();
-  if (!grad.defined()) return at::zeros(shape, metadata.options());
+  // PyTorch answers None where a node gives nothing, which a plan cannot: the call is PyTorch's then.
+  if (!grad.defined()) throw tape::Unsupported("a node that gave no gradient for an input");
   if (grad.sizes() != c10::IntArrayRef(shape)) {
     TORCH_CHECK(at::is_expandable_to(shape, grad.sizes()), edge.function->name(), " returned an invalid gradient: got ", grad.sizes(),
                 " but expected shape compatible with ", c10::IntArrayRef(shape));
@@ -183,11 +189,13 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
   }
   const torch::autograd::Node& fn = *tape.nodes[step.node].fn;
   std::vector<at::Tensor> results;
-  bool rows = batch == 1 || row_only().contains(typeid(fn));
+  bool rows = batch == 1 || row_only().contains(fn);
   if (!rows) {
     try {
       results = call_batched(step, tape, cotangents, batch);
       ++call_count;
+    } catch (const tape::Unsupported&) {
+      throw;
     } catch (const std::exception&) {
       // If the node is at fault the row-wise call raises the same error again; if batching was, it succeeds.
       rows = true;
@@ -196,7 +204,8 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
   if (rows) {
     call_count += batch;
     results = call_rows(step, tape, cotangents, batch);
-    if (batch > 1 && fn.name().find("Py") == std::string::npos) row_only().insert(typeid(fn));
+    // All custom Functions share one type, so one of them says nothing about the others.
+    if (batch > 1 && dynamic_cast<const torch::autograd::PyNode*>(&fn) == nullptr) row_only().insert(fn);
   }
   for (std::size_t j = 0; j < results.size(); ++j) {
     if (!results[j].defined()) continue;

@@ -96,12 +96,12 @@ class Sweep {
     }
     const bool was_tied = watch_batch_ && coupling_node_.empty() && all_tied(states);
     for (std::size_t e = 0; e < active.size(); ++e) {
-      if (opaque[e]) continue;
       const tape::Value target = node.inputs[active[e]];
+      lists_[target.node][target.output].reached = true;
+      if (opaque[e]) continue;
       for (std::size_t o = 0; o < states.size(); ++o) {
         const tape::Pullback& pullback = pullbacks[e][o];
         if (pullback.kind == tape::Kind::zero) continue;
-        lists_[target.node][target.output].reached = true;
         const auto& list = states[o].list.blocks();
         for (const Block& block : list) {
           if (pullback.kind == tape::Kind::local) {
@@ -161,7 +161,6 @@ class Sweep {
     for (std::size_t e = 0; e < active.size(); ++e) {
       if (!opaque[e]) continue;
       const tape::Value target = node.inputs[active[e]];
-      lists_[target.node][target.output].reached = true;
       if (!live) continue;
       const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
       Shape shape = row_shape_;
