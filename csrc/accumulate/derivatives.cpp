@@ -160,6 +160,12 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_
   return out;
 }
 
+std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed) {
+  Request request{.seed = seed, .cotangents = {}};
+  if (seed == Seed::gradient) request.cotangents.resize(outputs.size());
+  return blocks::to_string(make_plan(capture(outputs, inputs, false), request));
+}
+
 Report explain(at::TensorList outputs, at::TensorList inputs) {
   const tape::Tape tape = capture(outputs, inputs, false);
   Report report;

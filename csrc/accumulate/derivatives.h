@@ -27,6 +27,9 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
 // [i][j] = d^2 output / d inputs[i] d inputs[j] of a one-element output.
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph);
 
+// What would run: the plan of the Jacobian, printed.
+std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed);
+
 Report explain(at::TensorList outputs, at::TensorList inputs);
 
 std::map<std::string, std::int64_t> counters();

@@ -74,7 +74,10 @@ class Run {
       for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
     }
     std::vector<at::Tensor> results;
-    for (std::int32_t s : plan_.results) results.push_back(s < 0 ? at::Tensor() : made(s));
+    for (std::size_t r = 0; r < plan_.results.size(); ++r) {
+      const std::int32_t s = plan_.results[r];
+      results.push_back(s < 0 ? at::Tensor() : in_shape(made(s), plan_.result_shapes[r]));
+    }
     return results;
   }
 

@@ -109,7 +109,10 @@ class DifferentiableRun {
       for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
     }
     std::vector<at::Tensor> results;
-    for (std::int32_t s : plan_.results) results.push_back(s < 0 ? at::Tensor() : made(s));
+    for (std::size_t r = 0; r < plan_.results.size(); ++r) {
+      const std::int32_t s = plan_.results[r];
+      results.push_back(s < 0 ? at::Tensor() : in_shape(made(s), plan_.result_shapes[r]));
+    }
     return results;
   }
 
@@ -203,9 +206,21 @@ class DifferentiableRun {
   void run(const blocks::PutAdd& step) {
     std::vector<std::size_t> loops(step.extents.size());
     for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
-    const at::Tensor index = read_window(made(step.index.slot), step.index, step.extents, loops).expand(step.extents);
     const at::Tensor value = read_window(made(step.value.slot), step.value, step.extents, loops).expand(step.extents);
     const at::Tensor& old = made(step.out);
+    if (step.axis) {  // along one axis: scatter_add keeps the structure of the others
+      std::vector<std::int64_t> order;
+      Shape sizes;
+      for (std::size_t k : step.axis->loops) {
+        if (k < loops.size()) order.push_back(static_cast<std::int64_t>(k));
+        sizes.push_back(k < loops.size() ? step.extents[k] : 1);
+      }
+      const at::Tensor at = read_window(made(step.axis->index.slot), step.axis->index, step.extents, loops).expand(step.extents);
+      slots_[step.out] = old.scatter_add(static_cast<std::int64_t>(step.axis->axis), at.permute(order).reshape(sizes),
+                                         value.permute(order).reshape(sizes));
+      return;
+    }
+    const at::Tensor index = read_window(made(step.index.slot), step.index, step.extents, loops).expand(step.extents);
     slots_[step.out] = old.reshape(-1).index_add(0, index.reshape(-1), value.reshape(-1)).view(old.sizes());
   }
 

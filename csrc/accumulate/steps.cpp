@@ -168,6 +168,10 @@ at::Tensor take(const at::Tensor& source, const at::Tensor& index) {
   return source.reshape(-1).index_select(0, index.reshape(-1)).view(index.sizes());
 }
 
+at::Tensor in_shape(const at::Tensor& tensor, const blocks::Shape& shape) {
+  return tensor.sizes() == at::IntArrayRef(shape) ? tensor : tensor.view(shape);
+}
+
 void count_matmul() { ++matmul_count; }
 void count_take() { ++take_count; }
 StepCounts step_counts() { return {.matmuls = matmul_count, .node_calls = call_count, .takes = take_count}; }

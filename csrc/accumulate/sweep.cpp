@@ -350,10 +350,10 @@ class Sweep {
       }
       parts.push_back(std::move(part));
     }
-    if (parts.size() == 1) {
+    if (taken != nullptr && parts.size() == 1) {  // only results may differ from their slot in axes of extent 1
       const std::int32_t slot = builder_.as_whole_slot(parts[0], shape, dtype);
-      if (slot >= 0 && (taken == nullptr || std::find(taken->begin(), taken->end(), slot) == taken->end())) {
-        if (taken) taken->push_back(slot);
+      if (slot >= 0 && std::find(taken->begin(), taken->end(), slot) == taken->end()) {
+        taken->push_back(slot);
         return slot;
       }
     }
@@ -432,17 +432,21 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   }
   Builder builder(std::move(given));
   std::vector<std::int32_t> results, taken;
+  std::vector<Shape> shapes;
   auto finish = [&](Sweep& sweep, tape::Value input, const Shape& row_shape, const std::vector<std::size_t>& order) {
+    shapes.emplace_back();
     if (!sweep.reached(input)) {
       results.push_back(-1);
       return;
     }
     const tape::Meta& meta = meta_of(tape, input);
-    Shape axes = row_shape, shape;
+    Shape axes = row_shape;
     axes.insert(axes.end(), meta.shape.begin(), meta.shape.end());
+    Shape& shape = shapes.back();
+    if (order.empty()) shape = axes;
     for (std::size_t a : order) shape.push_back(axes[a]);
     total_blocks += static_cast<std::int64_t>(sweep.result(input).size());
-    results.push_back(sweep.array(sweep.result(input), order.empty() ? axes : shape, to_fused(meta.dtype), order, &taken));
+    results.push_back(sweep.array(sweep.result(input), shape, to_fused(meta.dtype), order, &taken));
   };
 
   switch (request.seed) {
@@ -481,6 +485,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
       for (const tape::Value& output : tape.outputs) {
         if (output.node < 0) {
           results.insert(results.end(), tape.inputs.size(), -1);
+          shapes.resize(results.size());
           continue;
         }
         const tape::Meta& meta = meta_of(tape, output);
@@ -497,6 +502,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
       for (const tape::Value& output : tape.outputs) {
         if (output.node < 0) {
           results.insert(results.end(), tape.inputs.size(), -1);
+          shapes.resize(results.size());
           continue;
         }
         const tape::Meta& meta = meta_of(tape, output);
@@ -533,7 +539,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     }
   }
   for (std::int64_t loss : builder.losses()) total_densified += loss;
-  return std::move(builder).finish(std::move(results));
+  return std::move(builder).finish(std::move(results), std::move(shapes));
 }
 
 }  // namespace wengert::accumulate

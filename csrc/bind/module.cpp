@@ -91,6 +91,11 @@ PYBIND11_MODULE(_C, m) {
     }
     return rows;
   });
+  m.def("plan", [](const Tensors& outputs, const Tensors& inputs, const std::string& kind) {
+    using accumulate::Seed;
+    const Seed seed = kind == "gradient" ? Seed::gradient : kind == "batch" ? Seed::batch_tied : kind == "vmap" ? Seed::batch_summed : Seed::jacobian;
+    return accumulate::plan_text(outputs, inputs, seed);
+  });
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
 }

@@ -207,12 +207,16 @@ std::int32_t Builder::as_whole_slot(const Part& part, const Shape& shape, fused:
   if (has_index(part) || !pool_.is_operand(part.value.expr, &leaf)) return -1;
   const Read& read = part.value.operands[leaf];
   const Slot& source = slot(read.slot);
-  if (read.slot < static_cast<std::int32_t>(plan_.given) || source.shape != shape || source.dtype != dtype) return -1;
+  if (read.slot < static_cast<std::int32_t>(plan_.given) || source.dtype != dtype) return -1;
   if (numel(part.extents) != numel(shape)) return -1;
-  for (std::size_t a = 0; a < shape.size(); ++a) {
-    if (read.axes[a] != part.coords[a].affine) return -1;
+  std::size_t a = 0, b = 0;
+  for (;; ++a, ++b) {
+    while (a < shape.size() && shape[a] == 1) ++a;
+    while (b < source.shape.size() && source.shape[b] == 1) ++b;
+    if (a == shape.size() || b == source.shape.size()) break;
+    if (shape[a] != source.shape[b] || read.axes[b] != part.coords[a].affine) return -1;
   }
-  return injective(part) ? read.slot : -1;
+  return a == shape.size() && b == source.shape.size() && injective(part) ? read.slot : -1;
 }
 
 void Builder::write(std::int32_t target, fused::Dtype dtype, std::span<const Part* const> parts, bool accumulate) {
@@ -247,7 +251,42 @@ void Builder::put_add(std::int32_t target, fused::Dtype dtype, const Part& part)
   const Value value = pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
   std::int32_t leaf = 0;
   pool_.is_operand(value.expr, &leaf);
-  emit(PutAdd{.extents = part.extents, .value = value.operands[leaf], .index = index.operands[0], .out = target});
+  emit(PutAdd{.extents = part.extents,
+              .value = value.operands[leaf],
+              .index = index.operands[0],
+              .out = target,
+              .axis = indexed_axis(part, shape)});
+}
+
+std::optional<IndexedAxis> Builder::indexed_axis(const Part& part, const Shape& shape) {
+  const std::size_t n = part.extents.size();
+  IndexedAxis out{.axis = shape.size(), .index = {}, .loops = std::vector<std::size_t>(shape.size(), n)};
+  std::vector<bool> used(n, false);
+  for (std::size_t a = 0; a < shape.size(); ++a) {
+    const Coord& coord = part.coords[a];
+    if (coord.has_index()) {
+      if (out.axis != shape.size()) return std::nullopt;
+      out.axis = a;
+      continue;
+    }
+    std::size_t loop = n, count = 0;
+    for (std::size_t k = 0; k < n; ++k) {
+      if (coord.moves(k)) loop = k, ++count;
+    }
+    if (coord.affine.start != 0 || count > 1 || (count == 1 && (coord.affine.step[loop] != 1 || used[loop]))) return std::nullopt;
+    if (count == 0 && shape[a] != 1) return std::nullopt;
+    if (count == 1) used[loop] = true;
+    out.loops[a] = loop;
+  }
+  if (out.axis == shape.size()) return std::nullopt;
+  for (std::size_t k = 0; k < n; ++k) {
+    if (used[k]) continue;
+    if (out.loops[out.axis] != n) return std::nullopt;
+    out.loops[out.axis] = k;
+  }
+  const Coord position = index_coord(coordinate_value(part.coords[out.axis], part.extents), part.extents);
+  out.index = position.index;
+  return out;
 }
 
 }  // namespace wengert::blocks

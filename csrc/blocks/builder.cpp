@@ -1,6 +1,7 @@
 #include "blocks/builder.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace wengert::blocks {
 
@@ -156,6 +157,10 @@ Value Builder::evaluate(const Value& value, const Shape& extents, fused::Dtype d
   Value scaled = value;
   if (repeats != 1) scaled.expr = pool_.mul(scaled.expr, pool_.constant(repeats));
   compact(scaled);
+  if (compute_dtype(dtype) == dtype) {  // integer slots keep the loops' own order, which read() relies on
+    sort_by_memory(scaled.operands, moving);
+    sort_by_memory(scaled.operands, kept);
+  }
 
   Evaluate step;
   Shape out_shape;
@@ -183,6 +188,27 @@ Value Builder::evaluate(const Value& value, const Shape& extents, fused::Dtype d
   step.targets.push_back(std::move(target));
   emit(std::move(step));
   return out;
+}
+
+void Builder::sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const {
+  // Loops in the order in which the operand with the most elements lies in memory, the others outside of it.
+  std::vector<std::pair<std::int64_t, std::size_t>> by_size;
+  for (std::size_t i = 0; i < operands.size(); ++i) by_size.emplace_back(numel(slot(operands[i].slot).shape), i);
+  std::stable_sort(by_size.begin(), by_size.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  auto key = [&](std::size_t k) -> std::pair<std::int64_t, std::int64_t> {
+    for (std::size_t r = 0; r < by_size.size(); ++r) {
+      const Read& read = operands[by_size[r].second];
+      const Shape& shape = slot(read.slot).shape;
+      std::int64_t step = 0, stride = 1;
+      for (std::size_t a = shape.size(); a-- > 0;) {
+        step += read.axes[a].step[k] * stride;
+        stride *= shape[a];
+      }
+      if (step != 0) return {-static_cast<std::int64_t>(r), -std::abs(step)};
+    }
+    return {0, 0};
+  };
+  std::stable_sort(loops.begin(), loops.end(), [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
 }
 
 void Builder::force_together(std::span<Value* const> values, const Shape& extents, fused::Dtype dtype) {
@@ -216,6 +242,7 @@ void Builder::force_together(std::span<Value* const> values, const Shape& extent
     for (Value* value : group) *value = force(*value, extents, dtype);
     return;
   }
+  sort_by_memory(operands, moving);
   Evaluate step;
   Shape shape;
   for (std::size_t k : moving) shape.push_back(extents[k]);
@@ -295,6 +322,10 @@ Value Builder::matmul(Value value, Value factor, const Shape& extents, const std
     if (in_a && !in_b) step.m.push_back(i);
     if (!in_a && in_b) step.n.push_back(i);
   }
+  sort_by_memory({step.a}, step.batch);
+  sort_by_memory({step.a}, step.m);
+  sort_by_memory({step.a}, step.k);
+  sort_by_memory({step.b}, step.n);
   std::vector<std::size_t> order = step.batch;
   order.insert(order.end(), step.m.begin(), step.m.end());
   order.insert(order.end(), step.n.begin(), step.n.end());
@@ -451,8 +482,9 @@ std::int32_t Builder::wrapped_index(std::int32_t source, std::int64_t size) {
 
 // ---------------------------------------------------------------- the plan
 
-Plan Builder::finish(std::vector<std::int32_t> results) && {
+Plan Builder::finish(std::vector<std::int32_t> results, std::vector<Shape> result_shapes) && {
   plan_.results = std::move(results);
+  plan_.result_shapes = std::move(result_shapes);
   std::vector<std::int64_t> last(plan_.slots.size(), -1);
   auto use = [&](std::int32_t s, std::size_t at) {
     if (s >= 0) last[s] = static_cast<std::int64_t>(at);
@@ -470,6 +502,7 @@ Plan Builder::finish(std::vector<std::int32_t> results) && {
             use(step.source, i), use(step.index, i), use(step.out, i);
           } else if constexpr (std::is_same_v<T, PutAdd>) {
             use(step.value.slot, i), use(step.index.slot, i), use(step.out, i);
+            if (step.axis) use(step.axis->index.slot, i);
           } else if constexpr (std::is_same_v<T, Arange>) {
             use(step.out, i);
           } else {

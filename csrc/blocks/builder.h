@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 #include <map>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -64,20 +65,22 @@ class Builder {
   // ---- arrays
   // Sums the parts into a new slot of the given shape.
   std::int32_t assemble(const Shape& shape, fused::Dtype dtype, std::vector<Part> parts);
-  // The slot made by an earlier step that already is this array, or -1.
+  // The slot made by an earlier step that already is this array, up to axes of extent 1, or -1.
   std::int32_t as_whole_slot(const Part& part, const Shape& shape, fused::Dtype dtype) const;
 
   // ---- nodes
   std::int32_t new_slot(Shape shape, fused::Dtype dtype, bool requires_grad = true);
   void emit(Step step) { plan_.steps.push_back(std::move(step)); }
-  Plan finish(std::vector<std::int32_t> results) &&;
+  Plan finish(std::vector<std::int32_t> results, std::vector<Shape> result_shapes) &&;
 
  private:
   Value iota(std::size_t loop, const Shape& extents);
+  void sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const;
   bool as_matmul(const Value& value, const Value& factor, const Shape& extents, const std::vector<bool>& dead) const;
   Value matmul(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype);
   void write(std::int32_t target, fused::Dtype dtype, std::span<const Part* const> parts, bool accumulate);
   void put_add(std::int32_t target, fused::Dtype dtype, const Part& part);
+  std::optional<IndexedAxis> indexed_axis(const Part& part, const Shape& shape);
   Value compact_operands(const Value& value, std::vector<Read>& operands);
 
   fused::ExprPool pool_;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -49,11 +50,19 @@ struct Take {
   std::int32_t source, index, out;
 };
 
+// The structure of a PutAdd whose index lies along one axis only: every other axis of `out` is a loop of its own, from 0 in steps of 1.
+struct IndexedAxis {
+  std::size_t axis;
+  Read index;                      // the position along that axis
+  std::vector<std::size_t> loops;  // per axis of `out`: its loop; for `axis`, the loop that moves nothing else, or the number of loops
+};
+
 // out.flatten()[index] += value over a loop nest; out is zero-filled.
 struct PutAdd {
   Shape extents;
   Read value, index;
   std::int32_t out;
+  std::optional<IndexedAxis> axis;
 };
 
 struct Arange {
@@ -76,6 +85,9 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<std::vector<std::int32_t>> last_use;  // per step: slots that no later step or result needs
   std::vector<std::int32_t> results;                // slot per requested result, -1 = not connected
+  std::vector<Shape> result_shapes;                 // a result may view its slot with more or fewer axes of extent 1
 };
+
+std::string to_string(const Plan& plan);
 
 }  // namespace wengert::blocks

@@ -216,25 +216,33 @@ std::vector<Block> scatter(Builder& builder, Block block, const Scatter& op) {
 Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
   const std::size_t axis = op.axis;
   const std::int32_t index = builder.wrapped_index(op.index_slot, block.col_shape[axis]);
-  const std::int64_t count = builder.slot(index).shape[0];
+  const std::int64_t count = op.in_shape[axis];
   const Coord at = block.col[axis];
   std::size_t mover = block.loops(), movers = 0;
   for (std::size_t k = 0; k < block.loops(); ++k) {
     if (at.moves(k)) mover = k, ++movers;
   }
-  Shape in_shape = block.col_shape;
-  in_shape[axis] = count;
-  const bool whole = movers == 1 && !at.has_index() && at.affine.start == 0 && at.affine.step[mover] == 1 &&
-                     block.extents[mover] == block.col_shape[axis];
+  bool whole = movers == 1 && !at.has_index() && at.affine.start == 0 && at.affine.step[mover] == 1 &&
+               block.extents[mover] == block.col_shape[axis];
+  for (std::size_t a = 0; whole && a < block.col.size(); ++a) whole = a == axis || !block.col[a].moves(mover);
+  // The chosen position along the axis, given the input's coordinates.
+  auto chosen = [&](std::vector<Coord> at_input, std::size_t loop, const Shape& extents) {
+    at_input[axis] = loop_coord(extents.size(), loop);
+    std::vector<Coord> coords;
+    if (op.index_axes.empty()) coords.push_back(at_input[axis]);
+    for (std::int32_t a : op.index_axes) coords.push_back(at_input[a]);
+    Coord coord = constant_coord(extents.size());
+    coord.index = builder.read(index, coords, extents);
+    coord.index_scale = 1;
+    return coord;
+  };
   if (whole) {
     // The loop over the axis becomes a loop over the index: everything that moved along it is now read through the index.
     const std::size_t k = mover;
     block.value = builder.force(block.value, block.extents, block.dtype);
     Shape extents = block.extents;
     extents[k] = count;
-    Coord through = constant_coord(extents.size());
-    through.index = Read{.slot = index, .axes = {loop_coord(extents.size(), k).affine}};
-    through.index_scale = 1;
+    const Coord through = chosen(block.col, k, extents);
     auto substitute = [&](const Affine& affine) {
       Coord coord{.affine = affine, .index_scale = 0, .index = {}};
       const std::int64_t step = coord.affine.step[k];
@@ -269,11 +277,8 @@ Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
     append_loops(block, {count});
     const std::size_t k = block.loops() - 1;
     fused::ExprPool& pool = builder.pool();
-    Coord chosen = constant_coord(block.loops());
-    chosen.index = Read{.slot = index, .axes = {loop_coord(block.loops(), k).affine}};
-    chosen.index_scale = 1;
     Value difference = builder.coordinate_value(block.col[axis], block.extents);
-    Value target = builder.coordinate_value(chosen, block.extents);
+    Value target = builder.coordinate_value(chosen(block.col, k, block.extents), block.extents);
     target.expr = pool.neg(target.expr);
     builder.add(difference, target);
     const fused::ExprId zero = pool.constant(0);
@@ -283,7 +288,7 @@ Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
     block.value = builder.select(builder.coordinate_value(mask, block.extents), block.value);
     block.col[axis] = loop_coord(block.loops(), k);
   }
-  block.col_shape = in_shape;
+  block.col_shape = op.in_shape;
   sum_dead_loops(builder, block);
   return block;
 }

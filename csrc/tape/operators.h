@@ -57,11 +57,13 @@ struct Scatter {
   std::vector<ScatterAxis> axes;  // one per output axis; every input axis is named exactly once
 };
 
-// y[.., index[j], ..] += x[.., j, ..] along one axis, index one-dimensional (index_add, index_copy's source, ...).
+// y[.., index(x coordinates), ..] += x[.., j, ..] along one axis; the other axes are equal on both sides (index_add, scatter_add,
+// index_copy's source, ...).
 struct IndexScatter {
   Shape in_shape;
   std::int32_t axis;
   std::int32_t index_slot;
+  std::vector<std::int32_t> index_axes = {};  // the input axis behind each axis of the index; empty: one axis, `axis` itself
 };
 
 // y = x.reshape(shape of y), row-major on both sides.

@@ -264,7 +264,7 @@ void add_index_fill(Table& t, const char* name) {
       });
 }
 
-// scatter and scatter_add: where the other axes agree they stay tied, and the node gathers along dim.
+// scatter and scatter_add.
 Pullback scattered(const Site& s) {  // ints: dim, extents of the index; slots: what is left of self, index
   if (s.input == 0) {
     if (!s.has(0)) return identity();  // scatter_add keeps all of self
@@ -276,12 +276,19 @@ Pullback scattered(const Site& s) {  // ints: dim, extents of the index; slots: 
   const int axis = wrap_axis(s.integer(0), n);
   const bool whole = std::equal(s.x().begin(), s.x().end(), s.node.ints.begin() + 1, s.node.ints.end());
   if (!whole) return opaque();
-  if (n == 1 && s.has(1)) return terms({Term{Step(IndexScatter{s.x(), 0, s.node.slots[1]})}});
-  std::vector<std::pair<int, int>> tied;
+  if (!s.has(1)) return opaque();
+  Term term;
+  Shape part = s.x();  // the index may cover only a corner of the other axes
+  part[axis] = s.y()[axis];
+  IndexScatter scatter{s.x(), axis, s.node.slots[1], {}};
+  Scatter corner{part, {}};
   for (int a = 0; a < n; ++a) {
-    if (a != axis) tied.emplace_back(a, a);
+    corner.axes.push_back({.in_axis = a});
+    scatter.index_axes.push_back(a);
   }
-  return local(s, tied);
+  if (part != s.y()) term.push_back(std::move(corner));
+  term.push_back(std::move(scatter));
+  return terms({std::move(term)});
 }
 
 template <class N>
