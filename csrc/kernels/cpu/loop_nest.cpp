@@ -17,11 +17,15 @@ constexpr int kTileBytes = 2048;            // about 16 live registers fit the L
 constexpr std::int64_t kChunkWork = 32768;  // elements: some 20 us of work, far above the cost of handing it to a thread
 constexpr std::int64_t kShortRow = 256;     // rows shorter than this share a tile
 constexpr std::int64_t kTinyRow = 8;
+constexpr std::int64_t kShortKept = 32;
+constexpr std::int64_t kBlockRow = 512;          // of a transposing nest: a cache line each, they stay in the L2 cache
+constexpr std::int64_t kBlockWork = 4096;        // elements of a chunk of such rows
 constexpr std::int64_t kRowSums = 2048;          // doubles: sums along a row stay in the L1 cache
 constexpr std::int64_t kPartialLimit = 1 << 16;  // doubles kept for all chunks of a sum over the chunked loop
 constexpr std::int64_t kFarBytes = 1 << 20;      // windows beyond the L2 cache are prefetched
 constexpr std::size_t kFarInstructions = 6;      // a shorter program has no time to hide a prefetch in
 constexpr std::int64_t kFarStep = 128;           // bytes: beyond it a tile would span too much of the cache
+constexpr std::int64_t kDirectTile = 1 << 14;
 constexpr int kCacheLine = 64;
 constexpr int kScatterBlock = 128;  // elements of each strided output written in turn, so that rows of results are touched once
 
@@ -142,11 +146,25 @@ void LoopNest::swap_loops(int a, int b) {
   }
 }
 
+// One dense array summed over its rows or its columns is read as it lies.
+bool LoopNest::sums_dense() const {
+  if (rank_ != 2 || extents_[1] > kMaxColumns) return false;
+  for (const View& view : operands_) {
+    if (view.strides[1] != 1 || view.strides[0] != extents_[1]) return false;
+  }
+  return std::all_of(outputs_.begin(), outputs_.end(), [](const Output& output) { return output.reduced != 0; });
+}
+
 // Very short rows cost more than strided access: the innermost long loop goes inside.
 void LoopNest::lengthen_rows() {
-  if (rank_ < 2 || extents_[rank_ - 1] > kTinyRow) return;
+  const int inner = rank_ - 1;
+  std::uint32_t summed = 0;
+  for (const Output& output : outputs_) summed |= output.reduced;
+  // Sums kept along short rows are many little ones: they gain even where the rows are not that short.
+  const bool kept_rows = summed && !(summed >> inner & 1);
+  if (rank_ < 2 || extents_[inner] > (kept_rows ? kShortKept : kTinyRow) || sums_dense()) return;
   for (int k = rank_ - 2; k >= 0; --k) {
-    if (extents_[k] < kShortRow) continue;
+    if (extents_[k] < kShortRow || (extents_[inner] > kTinyRow && summed >> k & 1)) continue;
     for (; k < rank_ - 1; ++k) swap_loops(k, k + 1);
     return;
   }
@@ -178,6 +196,20 @@ void LoopNest::merge_loops() {
   for (Output& view : outputs_) view.reduced &= rank_ == 32 ? ~std::uint32_t{0} : (std::uint32_t{1} << rank_) - 1;
 }
 
+// Whether a window jumps from cache line to cache line along the rows but would stay on them from one row to the next.
+bool LoopNest::transposes() const {
+  const int inner = rank_ - 1;
+  if (extents_[inner] < kShortRow) return false;
+  auto jumps = [&](const View& view) {
+    if (std::abs(view.strides[inner]) * view.bytes < kCacheLine) return false;
+    for (int k = 0; k < inner; ++k) {
+      if (view.strides[k] != 0 && std::abs(view.strides[k]) * view.bytes < kCacheLine) return true;
+    }
+    return false;
+  };
+  return std::any_of(operands_.begin(), operands_.end(), jumps) || std::any_of(outputs_.begin(), outputs_.end(), jumps);
+}
+
 void LoopNest::choose_chunks() {
   if (rank_ == 0) {
     rank_ = 1;
@@ -196,6 +228,8 @@ void LoopNest::choose_chunks() {
       if (!(summed >> k & 1) && extents_[k] >= (k == inner && rank_ > 1 ? enough * kShortRow : enough)) chunked_ = k;
     }
   }
+  blocked_ = !(summed >> inner & 1) && transposes();
+  if (blocked_) chunked_ = inner;
   if (chunked_ < 0) chunked_ = static_cast<int>(std::max_element(extents_, extents_ + rank_) - extents_);
   const std::int64_t extent = extents_[chunked_];
   std::int64_t length = std::max<std::int64_t>(1, kChunkWork / std::max<std::int64_t>(1, elements_ / extent));
@@ -213,7 +247,9 @@ void LoopNest::choose_chunks() {
     length = std::max(length, (extent + most - 1) / most);
   }
   if (chunked_ == inner && summed && kept_elements == 0) length = std::min(length, kRowSums);
-  if (chunked_ == inner) length = (length + 1023) / 1024 * 1024;  // whole tiles
+  if (blocked_) {
+    length = std::max<std::int64_t>(1, kBlockWork / kBlockRow / std::max<std::int64_t>(1, elements_ / extent)) * kBlockRow;
+  } else if (chunked_ == inner) length = (length + 1023) / 1024 * 1024;  // whole tiles
   chunk_length_ = std::min(length, extent);
   chunks_ = (extent + chunk_length_ - 1) / chunk_length_;
 
@@ -246,7 +282,8 @@ struct LoopNest::Chunk {
   std::int64_t lengths[kMaxLoops];
   int tile, lanes, element;  // elements of a tile and of a vector, bytes of an element
   char* memory;
-  bool rows;  // tiles are pieces of rows (long inner loop)
+  bool rows;    // tiles are pieces of rows (long inner loop)
+  bool direct;  // no instructions, and every operand is read in place: tiles may be of any size
 
   double* sums_of(const Output& output) const {
     if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
@@ -282,7 +319,7 @@ void LoopNest::Chunk::setup(bool fresh) {
   lengths[nest.chunked_] = length;
   std::int64_t row_count = 1;
   for (int k = 0; k < inner; ++k) row_count *= lengths[k];
-  rows = lengths[inner] >= kShortRow || row_count == 1;
+  rows = nest.blocked_ || lengths[inner] >= kShortRow || row_count == 1;
   element = nest.wide_ ? 8 : 4;
   tile = kTileBytes / element;
   lanes = nest.backend_->vector_bytes / element;
@@ -322,6 +359,12 @@ void LoopNest::Chunk::setup(bool fresh) {
       const Output& output = nest.outputs_[i];
       scratch.walks[loads + i].start(nest.rank_, lengths, output.sums ? output.sum_strides : output.strides);
     }
+  }
+  direct = code.instructions.empty() && code.constants.empty();
+  for (std::size_t i = 0; i < loads; ++i) {
+    const View& view = nest.operands_[i];
+    direct = direct && view.dtype == (nest.wide_ ? Dtype::f64 : Dtype::f32);
+    direct = direct && (rows ? view.strides[inner] == 1 : scratch.walks[i].rank == 1 && scratch.walks[i].strides[0] == 1);
   }
   scratch.masks.clear();
   for (const fused::Instruction& instruction : code.instructions) {
@@ -432,6 +475,7 @@ void LoopNest::Chunk::run_rows() {
   const Dtype compute = wide ? Dtype::f64 : Dtype::f32;
   const std::size_t loads = code.loads.size(), outputs = nest.outputs_.size();
   const std::int64_t row = lengths[inner];
+  const std::int64_t step = direct ? kDirectTile : tile;
   scratch.offsets.assign(loads + outputs, 0);  // bytes for operands and stores, elements for sums
   std::int64_t* offsets = scratch.offsets.data();
   auto stride_of = [&](std::size_t v, int k) -> std::int64_t {
@@ -441,14 +485,14 @@ void LoopNest::Chunk::run_rows() {
   };
   std::int64_t index[kMaxLoops] = {};
   while (true) {
-    for (std::int64_t start = 0; start < row; start += tile) {
-      const int n = static_cast<int>(std::min<std::int64_t>(tile, row - start));
+    for (std::int64_t start = 0; start < row; start += step) {
+      const int n = static_cast<int>(std::min<std::int64_t>(step, row - start));
       for (std::size_t i = 0; i < loads; ++i) {
         const View& view = nest.operands_[i];
         const std::int64_t stride = view.strides[inner];
         const char* source = base_of(view) + offsets[i] + start * stride * view.bytes;
         look_ahead(source, stride * view.bytes);
-        if (stride == 1 && view.dtype == compute && n % lanes == 0) {
+        if (direct || (stride == 1 && view.dtype == compute && n % lanes == 0)) {
           scratch.registers[i] = source;
         } else {
           load(i, source, stride, n);
@@ -517,15 +561,16 @@ void LoopNest::Chunk::run_packed() {
   const std::size_t loads = code.loads.size();
   std::int64_t total = 1;
   for (int k = 0; k < nest.rank_; ++k) total *= lengths[k];
-  for (std::int64_t start = 0; start < total; start += tile) {
-    const int n = static_cast<int>(std::min<std::int64_t>(tile, total - start));
+  const std::int64_t step = direct ? std::max<std::int64_t>(1, kDirectTile / lengths[nest.rank_ - 1]) * lengths[nest.rank_ - 1] : tile;
+  for (std::int64_t start = 0; start < total; start += step) {
+    const int n = static_cast<int>(std::min<std::int64_t>(step, total - start));
     for (std::size_t i = 0; i < loads; ++i) {
       const View& view = nest.operands_[i];
       const Walk& walk = scratch.walks[i];
       const char* base = base_of(view);
       if (walk.rank == 1 && walk.strides[0] == 1 && view.dtype == compute) {
         look_ahead(base + start * view.bytes, view.bytes);
-        if (n % lanes == 0) {
+        if (direct || n % lanes == 0) {
           scratch.registers[i] = base + start * view.bytes;
           continue;
         }
@@ -561,6 +606,18 @@ void LoopNest::Chunk::run_packed() {
         });
       } else {
         double* sums = sums_of(output);
+        const std::int64_t row = walk.extents[walk.rank - 1];
+        if (walk.rank == 2 && start % row == 0 && n % row == 0) {
+          const int count = static_cast<int>(n / row);
+          if (walk.strides[0] == 1 && walk.strides[1] == 0) {
+            backend.sum_rows[wide](sums + start / row, values, count, static_cast<int>(row));
+            continue;
+          }
+          if (walk.strides[0] == 0 && walk.strides[1] == 1 && row <= kMaxColumns) {
+            backend.sum_columns[wide](sums, values, count, static_cast<int>(row));
+            continue;
+          }
+        }
         walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
           if (stride == 0) {
             sums[offset] += backend.sum[wide](piece(position), static_cast<int>(count));
@@ -601,23 +658,36 @@ void LoopNest::run(std::int64_t first_chunk, std::int64_t last_chunk) const {
 
 // Writes a buffer of sums to its output: the kept loops, with the chunked one from `first` on.
 void LoopNest::flush(const Output& output, const double* sums, std::int64_t first, std::int64_t length) const {
-  std::int64_t lengths[kMaxLoops], index[kMaxLoops] = {};
-  for (int k = 0; k < rank_; ++k) lengths[k] = output.reduced >> k & 1 ? 1 : k == chunked_ ? length : extents_[k];
+  int rank = 0;
+  std::int64_t lengths[kMaxLoops], from[kMaxLoops], to[kMaxLoops], index[kMaxLoops] = {};
+  for (int k = 0; k < rank_; ++k) {
+    const std::int64_t extent = output.reduced >> k & 1 ? 1 : k == chunked_ ? length : extents_[k];
+    if (extent == 1) continue;
+    const bool merge =
+        rank > 0 && from[rank - 1] == output.sum_strides[k] * extent && to[rank - 1] == output.strides[k] * extent;
+    if (!merge) ++rank;
+    lengths[rank - 1] = merge ? lengths[rank - 1] * extent : extent;
+    from[rank - 1] = output.sum_strides[k];
+    to[rank - 1] = output.strides[k];
+  }
+  if (rank == 0 || from[rank - 1] != 1) {  // the buffer's innermost loop has a single iteration here
+    lengths[rank] = from[rank] = 1;
+    to[rank++] = 0;
+  }
   char* base = output.data + (output.reduced >> chunked_ & 1 ? 0 : first * output.strides[chunked_] * output.bytes);
   const Store store = backend_->stores[1][static_cast<int>(output.dtype)];
-  const int inner = rank_ - 1;
-  // Row by row over the innermost loop; a summed one is a row of one element.
+  const int inner = rank - 1;
   while (true) {
-    std::int64_t from = 0, to = 0;
+    std::int64_t source = 0, target = 0;
     for (int k = 0; k < inner; ++k) {
-      from += index[k] * output.sum_strides[k];
-      to += index[k] * output.strides[k];
+      source += index[k] * from[k];
+      target += index[k] * to[k];
     }
     constexpr std::int64_t kPiece = 1 << 20;
     for (std::int64_t start = 0; start < lengths[inner]; start += kPiece) {
-      std::int64_t n = std::min(kPiece, lengths[inner] - start);
-      store(base + (to + start * output.strides[inner]) * output.bytes, output.strides[inner], sums + from + start,
-            static_cast<int>(n), output.accumulate);
+      const std::int64_t n = std::min(kPiece, lengths[inner] - start);
+      store(base + (target + start * to[inner]) * output.bytes, to[inner], sums + source + start, static_cast<int>(n),
+            output.accumulate);
     }
     int k = inner - 1;
     for (; k >= 0; --k) {
