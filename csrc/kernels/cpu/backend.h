@@ -14,6 +14,8 @@ using Kernel = void (*)(void* result, const void* const* args, unsigned varying,
 using Load = void (*)(void* tile, const void* source, std::int64_t stride, int n);
 using Store = void (*)(void* target, std::int64_t stride, const void* tile, int n, bool accumulate);
 
+inline constexpr int kMaxColumns = 16;
+
 struct Backend {
   const char* name;
   int vector_bytes;
@@ -22,6 +24,9 @@ struct Backend {
   Store stores[2][fused::kDtypeCount];
   double (*sum[2])(const void* tile, int n);  // n any number
   void (*add_into[2])(double* sums, const void* tile, int n);
+  // of `rows` rows of `length` elements, one after the other: sums[row] += its sum; sums[k] += the sum of column k
+  void (*sum_rows[2])(double* sums, const void* tile, int rows, int length);
+  void (*sum_columns[2])(double* sums, const void* tile, int rows, int length);  // length <= kMaxColumns
 };
 
 extern const Backend kBaseline;

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <memory>
 
+#include "kernels/cpu/walk.h"
+
 namespace wengert::kernels {
 
 using fused::Dtype;
@@ -15,54 +17,17 @@ constexpr int kTileBytes = 2048;            // about 16 live registers fit the L
 constexpr std::int64_t kChunkWork = 32768;  // elements: some 20 us of work, far above the cost of handing it to a thread
 constexpr std::int64_t kShortRow = 256;     // rows shorter than this share a tile
 constexpr std::int64_t kTinyRow = 8;
+constexpr std::int64_t kShortKept = 32;
+constexpr std::int64_t kBlockRow = 512;          // of a transposing nest: a cache line each, they stay in the L2 cache
+constexpr std::int64_t kBlockWork = 4096;        // elements of a chunk of such rows
 constexpr std::int64_t kRowSums = 2048;          // doubles: sums along a row stay in the L1 cache
 constexpr std::int64_t kPartialLimit = 1 << 16;  // doubles kept for all chunks of a sum over the chunked loop
-
-// Walks a window in row-major order over the loops that are left when neighbours with compatible strides are merged.
-struct Walk {
-  int rank = 0;
-  std::int64_t extents[fused::kMaxRank];
-  std::int64_t strides[fused::kMaxRank];
-
-  void start(int loops, const std::int64_t* lengths, const std::int64_t* given) {
-    rank = 0;
-    for (int k = 0; k < loops; ++k) {
-      if (lengths[k] == 1) continue;
-      if (rank > 0 && strides[rank - 1] == given[k] * lengths[k]) {
-        extents[rank - 1] *= lengths[k];
-        strides[rank - 1] = given[k];
-      } else {
-        extents[rank] = lengths[k];
-        strides[rank++] = given[k];
-      }
-    }
-    if (rank == 0) extents[0] = 1, strides[0] = 0, rank = 1;
-  }
-  // Calls on(offset, stride, position, count) for each run of the inner loop within the n elements from linear index `first` on.
-  template <class On>
-  void runs(std::int64_t first, std::int64_t n, On on) const {
-    std::int64_t index[fused::kMaxRank];
-    std::int64_t offset = 0;
-    for (int k = rank - 1; k >= 0; --k) {
-      index[k] = k == 0 ? first : first % extents[k];
-      if (k > 0) first /= extents[k];
-      offset += index[k] * strides[k];
-    }
-    const int inner = rank - 1;
-    for (std::int64_t position = 0; position < n;) {
-      std::int64_t count = std::min(n - position, extents[inner] - index[inner]);
-      on(offset, strides[inner], position, count);
-      position += count;
-      index[inner] += count;
-      offset += count * strides[inner];
-      for (int k = inner; k > 0 && index[k] == extents[k]; --k) {
-        offset += strides[k - 1] - extents[k] * strides[k];
-        index[k] = 0;
-        ++index[k - 1];
-      }
-    }
-  }
-};
+constexpr std::int64_t kFarBytes = 1 << 20;      // windows beyond the L2 cache are prefetched
+constexpr std::size_t kFarInstructions = 6;      // a shorter program has no time to hide a prefetch in
+constexpr std::int64_t kFarStep = 128;           // bytes: beyond it a tile would span too much of the cache
+constexpr std::int64_t kDirectTile = 1 << 14;
+constexpr int kCacheLine = 64;
+constexpr int kScatterBlock = 128;  // elements of each strided output written in turn, so that rows of results are touched once
 
 }  // namespace
 
@@ -78,6 +43,16 @@ struct LoopNest::Scratch {
   std::vector<char> varying;
   std::vector<unsigned> masks;
   std::vector<std::int64_t> offsets;
+  struct Stretch {
+    const char* data;
+    std::int64_t lines;
+  };
+  std::vector<Stretch> ahead;  // what the next tile will touch
+  struct Source {              // what the tile of an operand holds
+    const char* data;
+    int count;
+  };
+  std::vector<Source> sources;
   std::vector<double> sums;
 
   char* reserve(std::size_t size) {
@@ -132,6 +107,8 @@ void LoopNest::prepare(const fused::Program& program, std::span<const std::int64
     chunks_ = 0;
     return;
   }
+  far_ = program.bytecode().instructions.size() >= kFarInstructions &&
+         elements_ * static_cast<std::int64_t>(operands_.size()) * (wide_ ? 8 : 4) > kFarBytes;
   order_loops();
   merge_loops();
   lengthen_rows();
@@ -169,11 +146,25 @@ void LoopNest::swap_loops(int a, int b) {
   }
 }
 
+// One dense array summed over its rows or its columns is read as it lies.
+bool LoopNest::sums_dense() const {
+  if (rank_ != 2 || extents_[1] > kMaxColumns) return false;
+  for (const View& view : operands_) {
+    if (view.strides[1] != 1 || view.strides[0] != extents_[1]) return false;
+  }
+  return std::all_of(outputs_.begin(), outputs_.end(), [](const Output& output) { return output.reduced != 0; });
+}
+
 // Very short rows cost more than strided access: the innermost long loop goes inside.
 void LoopNest::lengthen_rows() {
-  if (rank_ < 2 || extents_[rank_ - 1] > kTinyRow) return;
+  const int inner = rank_ - 1;
+  std::uint32_t summed = 0;
+  for (const Output& output : outputs_) summed |= output.reduced;
+  // Sums kept along short rows are many little ones: they gain even where the rows are not that short.
+  const bool kept_rows = summed && !(summed >> inner & 1);
+  if (rank_ < 2 || extents_[inner] > (kept_rows ? kShortKept : kTinyRow) || sums_dense()) return;
   for (int k = rank_ - 2; k >= 0; --k) {
-    if (extents_[k] < kShortRow) continue;
+    if (extents_[k] < kShortRow || (extents_[inner] > kTinyRow && summed >> k & 1)) continue;
     for (; k < rank_ - 1; ++k) swap_loops(k, k + 1);
     return;
   }
@@ -205,6 +196,20 @@ void LoopNest::merge_loops() {
   for (Output& view : outputs_) view.reduced &= rank_ == 32 ? ~std::uint32_t{0} : (std::uint32_t{1} << rank_) - 1;
 }
 
+// Whether a window jumps from cache line to cache line along the rows but would stay on them from one row to the next.
+bool LoopNest::transposes() const {
+  const int inner = rank_ - 1;
+  if (extents_[inner] < kShortRow) return false;
+  auto jumps = [&](const View& view) {
+    if (std::abs(view.strides[inner]) * view.bytes < kCacheLine) return false;
+    for (int k = 0; k < inner; ++k) {
+      if (view.strides[k] != 0 && std::abs(view.strides[k]) * view.bytes < kCacheLine) return true;
+    }
+    return false;
+  };
+  return std::any_of(operands_.begin(), operands_.end(), jumps) || std::any_of(outputs_.begin(), outputs_.end(), jumps);
+}
+
 void LoopNest::choose_chunks() {
   if (rank_ == 0) {
     rank_ = 1;
@@ -223,6 +228,8 @@ void LoopNest::choose_chunks() {
       if (!(summed >> k & 1) && extents_[k] >= (k == inner && rank_ > 1 ? enough * kShortRow : enough)) chunked_ = k;
     }
   }
+  blocked_ = !(summed >> inner & 1) && transposes();
+  if (blocked_) chunked_ = inner;
   if (chunked_ < 0) chunked_ = static_cast<int>(std::max_element(extents_, extents_ + rank_) - extents_);
   const std::int64_t extent = extents_[chunked_];
   std::int64_t length = std::max<std::int64_t>(1, kChunkWork / std::max<std::int64_t>(1, elements_ / extent));
@@ -240,7 +247,9 @@ void LoopNest::choose_chunks() {
     length = std::max(length, (extent + most - 1) / most);
   }
   if (chunked_ == inner && summed && kept_elements == 0) length = std::min(length, kRowSums);
-  if (chunked_ == inner) length = (length + 1023) / 1024 * 1024;  // whole tiles
+  if (blocked_) {
+    length = std::max<std::int64_t>(1, kBlockWork / kBlockRow / std::max<std::int64_t>(1, elements_ / extent)) * kBlockRow;
+  } else if (chunked_ == inner) length = (length + 1023) / 1024 * 1024;  // whole tiles
   chunk_length_ = std::min(length, extent);
   chunks_ = (extent + chunk_length_ - 1) / chunk_length_;
 
@@ -273,7 +282,8 @@ struct LoopNest::Chunk {
   std::int64_t lengths[kMaxLoops];
   int tile, lanes, element;  // elements of a tile and of a vector, bytes of an element
   char* memory;
-  bool rows;  // tiles are pieces of rows (long inner loop)
+  bool rows;    // tiles are pieces of rows (long inner loop)
+  bool direct;  // no instructions, and every operand is read in place: tiles may be of any size
 
   double* sums_of(const Output& output) const {
     if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
@@ -285,6 +295,13 @@ struct LoopNest::Chunk {
   void setup(bool fresh);
   void fill_tail(char* tile_data, int n) const;
   void execute(int n) const;
+  bool is_constant(std::uint16_t r) const {
+    const fused::Bytecode& code = nest.program_->bytecode();
+    return r >= code.loads.size() && r < code.loads.size() + code.constants.size();
+  }
+  void load(std::size_t i, const char* source, std::int64_t stride, int n) const;
+  void look_ahead(const char* data, std::int64_t step) const;
+  void spread(std::uint16_t r, int n) const;
   const char* output_tile(std::size_t i, int n) const;
   void aim(std::size_t i, char* target, std::int64_t stride, int n) const;
   void reset_registers() const;
@@ -292,7 +309,7 @@ struct LoopNest::Chunk {
   void run_packed();
 };
 
-// Decides which registers vary along a tile and lays out the scratch memory: [tile of each register][tile for stores].
+// Decides which registers vary along a tile and lays out the scratch memory: a tile for each register.
 void LoopNest::Chunk::setup(bool fresh) {
   const fused::Bytecode& code = nest.program_->bytecode();
   const std::size_t loads = code.loads.size(), constants = code.constants.size();
@@ -302,17 +319,17 @@ void LoopNest::Chunk::setup(bool fresh) {
   lengths[nest.chunked_] = length;
   std::int64_t row_count = 1;
   for (int k = 0; k < inner; ++k) row_count *= lengths[k];
-  rows = lengths[inner] >= kShortRow || row_count == 1;
+  rows = nest.blocked_ || lengths[inner] >= kShortRow || row_count == 1;
   element = nest.wide_ ? 8 : 4;
   tile = kTileBytes / element;
   lanes = nest.backend_->vector_bytes / element;
   if (fresh) {
-    memory = scratch.reserve((registers + 1) * kTileBytes);
+    memory = scratch.reserve(registers * kTileBytes);
     scratch.registers.resize(registers);
     for (std::size_t r = 0; r < registers; ++r) scratch.registers[r] = tile_at(r);
     for (std::size_t c = 0; c < constants; ++c) {
       for (int lane = 0; lane < lanes; ++lane) {
-        double value = code.constants[c];
+        const double value = code.constants[c];
         if (nest.wide_) {
           reinterpret_cast<double*>(tile_at(loads + c))[lane] = value;
         } else {
@@ -320,6 +337,10 @@ void LoopNest::Chunk::setup(bool fresh) {
         }
       }
     }
+    for (std::uint16_t r : code.outputs) {
+      if (is_constant(r)) spread(r, tile);
+    }
+    scratch.sources.assign(loads, {nullptr, 0});
   }
   scratch.varying.assign(registers, 0);
   scratch.walks.resize(loads + nest.outputs_.size());
@@ -338,6 +359,12 @@ void LoopNest::Chunk::setup(bool fresh) {
       const Output& output = nest.outputs_[i];
       scratch.walks[loads + i].start(nest.rank_, lengths, output.sums ? output.sum_strides : output.strides);
     }
+  }
+  direct = code.instructions.empty() && code.constants.empty();
+  for (std::size_t i = 0; i < loads; ++i) {
+    const View& view = nest.operands_[i];
+    direct = direct && view.dtype == (nest.wide_ ? Dtype::f64 : Dtype::f32);
+    direct = direct && (rows ? view.strides[inner] == 1 : scratch.walks[i].rank == 1 && scratch.walks[i].strides[0] == 1);
   }
   scratch.masks.clear();
   for (const fused::Instruction& instruction : code.instructions) {
@@ -364,24 +391,63 @@ void LoopNest::Chunk::execute(int n) const {
   const int whole = (n + lanes - 1) / lanes * lanes;
   const char* const* registers = scratch.registers.data();
   const unsigned* mask = scratch.masks.data();
+  std::int64_t lines = 0;
+  for (const Scratch::Stretch& stretch : scratch.ahead) lines += stretch.lines;
+  const std::int64_t share = lines / std::max<std::int64_t>(1, code.instructions.size()) + 1;
+  auto stretch = scratch.ahead.begin();
+  auto prefetch = [&] {
+    for (std::int64_t left = share; left > 0 && stretch != scratch.ahead.end();) {
+      const std::int64_t count = std::min(left, stretch->lines);
+      for (std::int64_t k = 0; k < count; ++k) __builtin_prefetch(stretch->data + k * kCacheLine, 0, 2);
+      left -= count;
+      stretch->data += count * kCacheLine;
+      if ((stretch->lines -= count) == 0) ++stretch;
+    }
+  };
   for (const fused::Instruction& instruction : code.instructions) {
+    if (lines > 0) prefetch();
     const void* args[fused::kMaxArity];
     for (int k = 0; k < fused::kMaxArity; ++k) args[k] = registers[instruction.args[k]];
     kernels[static_cast<int>(instruction.prim)](const_cast<char*>(registers[instruction.result]), args, *mask,
                                                 *mask ? whole : lanes);
     ++mask;
   }
+  scratch.ahead.clear();
 }
 
-// The n elements of an output; a value that does not vary is spread over the spare tile.
-const char* LoopNest::Chunk::output_tile(std::size_t i, int n) const {
-  const fused::Bytecode& code = nest.program_->bytecode();
-  const std::uint16_t r = code.outputs[i];
-  if (scratch.varying[r]) return scratch.registers[r];
-  char* spare = tile_at(code.loads.size() + code.constants.size() + code.slots);
+// Brings n elements (one vector of the same where stride is 0) into the operand's tile, unless they are still there.
+void LoopNest::Chunk::load(std::size_t i, const char* source, std::int64_t stride, int n) const {
+  scratch.registers[i] = tile_at(i);
+  const int count = stride == 0 ? lanes : n;
+  Scratch::Source& held = scratch.sources[i];
+  if (held.data == source && held.count == count) return;
+  held = {source, count};
+  nest.backend_->loads[nest.wide_][static_cast<int>(nest.operands_[i].dtype)](tile_at(i), source, stride, count);
+  fill_tail(tile_at(i), count);
+}
+
+// The hardware's prefetchers follow a stream within a page; tiles visit several streams in turn, half a page of each.  What the
+// next tile touches is therefore asked for while this one is computed, windows of one array (columns, say) once.
+void LoopNest::Chunk::look_ahead(const char* data, std::int64_t step) const {
+  if (!nest.far_ || step <= 0 || step > kFarStep) return;
+  data += tile * step;
+  for (const Scratch::Stretch& other : scratch.ahead) {
+    if (data > other.data - step && data < other.data + step) return;
+  }
+  scratch.ahead.push_back({data, tile * step / kCacheLine});
+}
+
+// Repeats the one vector of a register over n elements of its tile.
+void LoopNest::Chunk::spread(std::uint16_t r, int n) const {
   const Dtype compute = nest.wide_ ? Dtype::f64 : Dtype::f32;
-  nest.backend_->loads[nest.wide_][static_cast<int>(compute)](spare, scratch.registers[r], 0, n);
-  return spare;
+  nest.backend_->loads[nest.wide_][static_cast<int>(compute)](tile_at(r), scratch.registers[r], 0, n);
+}
+
+// The n elements of an output.  Constants were spread when the thread began.
+const char* LoopNest::Chunk::output_tile(std::size_t i, int n) const {
+  const std::uint16_t r = nest.program_->bytecode().outputs[i];
+  if (!scratch.varying[r] && !is_constant(r)) spread(r, n);
+  return scratch.registers[r];
 }
 
 // Lets the instructions write an output straight to its place where that is a contiguous run of whole vectors.
@@ -409,6 +475,7 @@ void LoopNest::Chunk::run_rows() {
   const Dtype compute = wide ? Dtype::f64 : Dtype::f32;
   const std::size_t loads = code.loads.size(), outputs = nest.outputs_.size();
   const std::int64_t row = lengths[inner];
+  const std::int64_t step = direct ? kDirectTile : tile;
   scratch.offsets.assign(loads + outputs, 0);  // bytes for operands and stores, elements for sums
   std::int64_t* offsets = scratch.offsets.data();
   auto stride_of = [&](std::size_t v, int k) -> std::int64_t {
@@ -418,36 +485,40 @@ void LoopNest::Chunk::run_rows() {
   };
   std::int64_t index[kMaxLoops] = {};
   while (true) {
-    for (std::int64_t start = 0; start < row; start += tile) {
-      const int n = static_cast<int>(std::min<std::int64_t>(tile, row - start));
+    for (std::int64_t start = 0; start < row; start += step) {
+      const int n = static_cast<int>(std::min<std::int64_t>(step, row - start));
       for (std::size_t i = 0; i < loads; ++i) {
         const View& view = nest.operands_[i];
         const std::int64_t stride = view.strides[inner];
         const char* source = base_of(view) + offsets[i] + start * stride * view.bytes;
-        if (stride == 1 && view.dtype == compute && n % lanes == 0) {
+        look_ahead(source, stride * view.bytes);
+        if (direct || (stride == 1 && view.dtype == compute && n % lanes == 0)) {
           scratch.registers[i] = source;
-          continue;
+        } else {
+          load(i, source, stride, n);
         }
-        scratch.registers[i] = tile_at(i);
-        const int count = stride == 0 ? lanes : n;
-        backend.loads[wide][static_cast<int>(view.dtype)](tile_at(i), source, stride, count);
-        fill_tail(tile_at(i), count);
       }
       auto target_of = [&](std::size_t i) {
         const Output& output = nest.outputs_[i];
         return base_of(output) + offsets[loads + i] + start * output.strides[inner] * output.bytes;
       };
       for (std::size_t i = 0; i < outputs; ++i) {
-        if (nest.outputs_[i].sums == 0) aim(i, target_of(i), nest.outputs_[i].strides[inner], n);
+        const Output& output = nest.outputs_[i];
+        if (output.sums) continue;
+        aim(i, target_of(i), output.strides[inner], n);
+        look_ahead(target_of(i), output.strides[inner] * output.bytes);
       }
       execute(n);
+      bool scattered = false;
       for (std::size_t i = 0; i < outputs; ++i) {
         const Output& output = nest.outputs_[i];
         const char* values = output_tile(i, n);
         if (output.sums == 0) {
-          char* target = target_of(i);
-          if (values == target) continue;
-          backend.stores[wide][static_cast<int>(output.dtype)](target, output.strides[inner], values, n, output.accumulate);
+          if (n > kScatterBlock && output.strides[inner] != 1) {
+            scattered = true;
+          } else if (values != target_of(i)) {
+            backend.stores[wide][static_cast<int>(output.dtype)](target_of(i), output.strides[inner], values, n, output.accumulate);
+          }
         } else {
           double* sums = sums_of(output) + offsets[loads + i];
           if (output.sum_strides[inner] == 0) {
@@ -455,6 +526,17 @@ void LoopNest::Chunk::run_rows() {
           } else {
             backend.add_into[wide](sums + start, values, n);  // the innermost kept loop of the buffer: unit stride
           }
+        }
+      }
+      for (int from = 0; scattered && from < n; from += kScatterBlock) {
+        const int count = std::min(kScatterBlock, n - from);
+        for (std::size_t i = 0; i < outputs; ++i) {
+          const Output& output = nest.outputs_[i];
+          const std::int64_t stride = output.strides[inner];
+          if (output.sums || stride == 1) continue;
+          backend.stores[wide][static_cast<int>(output.dtype)](target_of(i) + from * stride * output.bytes, stride,
+                                                               scratch.registers[code.outputs[i]] + from * element, count,
+                                                               output.accumulate);
         }
       }
       reset_registers();
@@ -479,24 +561,28 @@ void LoopNest::Chunk::run_packed() {
   const std::size_t loads = code.loads.size();
   std::int64_t total = 1;
   for (int k = 0; k < nest.rank_; ++k) total *= lengths[k];
-  for (std::int64_t start = 0; start < total; start += tile) {
-    const int n = static_cast<int>(std::min<std::int64_t>(tile, total - start));
+  const std::int64_t step = direct ? std::max<std::int64_t>(1, kDirectTile / lengths[nest.rank_ - 1]) * lengths[nest.rank_ - 1] : tile;
+  for (std::int64_t start = 0; start < total; start += step) {
+    const int n = static_cast<int>(std::min<std::int64_t>(step, total - start));
     for (std::size_t i = 0; i < loads; ++i) {
       const View& view = nest.operands_[i];
       const Walk& walk = scratch.walks[i];
       const char* base = base_of(view);
-      if (walk.rank == 1 && walk.strides[0] == 1 && view.dtype == compute && n % lanes == 0) {
-        scratch.registers[i] = base + start * view.bytes;
+      if (walk.rank == 1 && walk.strides[0] == 1 && view.dtype == compute) {
+        look_ahead(base + start * view.bytes, view.bytes);
+        if (direct || n % lanes == 0) {
+          scratch.registers[i] = base + start * view.bytes;
+          continue;
+        }
+      }
+      if (!scratch.varying[i]) {
+        load(i, base, 0, lanes);
         continue;
       }
       scratch.registers[i] = tile_at(i);
-      const Load load = backend.loads[wide][static_cast<int>(view.dtype)];
-      if (!scratch.varying[i]) {
-        load(tile_at(i), base, 0, lanes);
-        continue;
-      }
+      const Load gather = backend.loads[wide][static_cast<int>(view.dtype)];
       walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
-        load(tile_at(i) + position * element, base + offset * view.bytes, stride, static_cast<int>(count));
+        gather(tile_at(i) + position * element, base + offset * view.bytes, stride, static_cast<int>(count));
       });
       fill_tail(tile_at(i), n);
     }
@@ -520,6 +606,18 @@ void LoopNest::Chunk::run_packed() {
         });
       } else {
         double* sums = sums_of(output);
+        const std::int64_t row = walk.extents[walk.rank - 1];
+        if (walk.rank == 2 && start % row == 0 && n % row == 0) {
+          const int count = static_cast<int>(n / row);
+          if (walk.strides[0] == 1 && walk.strides[1] == 0) {
+            backend.sum_rows[wide](sums + start / row, values, count, static_cast<int>(row));
+            continue;
+          }
+          if (walk.strides[0] == 0 && walk.strides[1] == 1 && row <= kMaxColumns) {
+            backend.sum_columns[wide](sums, values, count, static_cast<int>(row));
+            continue;
+          }
+        }
         walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
           if (stride == 0) {
             sums[offset] += backend.sum[wide](piece(position), static_cast<int>(count));
@@ -560,23 +658,36 @@ void LoopNest::run(std::int64_t first_chunk, std::int64_t last_chunk) const {
 
 // Writes a buffer of sums to its output: the kept loops, with the chunked one from `first` on.
 void LoopNest::flush(const Output& output, const double* sums, std::int64_t first, std::int64_t length) const {
-  std::int64_t lengths[kMaxLoops], index[kMaxLoops] = {};
-  for (int k = 0; k < rank_; ++k) lengths[k] = output.reduced >> k & 1 ? 1 : k == chunked_ ? length : extents_[k];
+  int rank = 0;
+  std::int64_t lengths[kMaxLoops], from[kMaxLoops], to[kMaxLoops], index[kMaxLoops] = {};
+  for (int k = 0; k < rank_; ++k) {
+    const std::int64_t extent = output.reduced >> k & 1 ? 1 : k == chunked_ ? length : extents_[k];
+    if (extent == 1) continue;
+    const bool merge =
+        rank > 0 && from[rank - 1] == output.sum_strides[k] * extent && to[rank - 1] == output.strides[k] * extent;
+    if (!merge) ++rank;
+    lengths[rank - 1] = merge ? lengths[rank - 1] * extent : extent;
+    from[rank - 1] = output.sum_strides[k];
+    to[rank - 1] = output.strides[k];
+  }
+  if (rank == 0 || from[rank - 1] != 1) {  // the buffer's innermost loop has a single iteration here
+    lengths[rank] = from[rank] = 1;
+    to[rank++] = 0;
+  }
   char* base = output.data + (output.reduced >> chunked_ & 1 ? 0 : first * output.strides[chunked_] * output.bytes);
   const Store store = backend_->stores[1][static_cast<int>(output.dtype)];
-  const int inner = rank_ - 1;
-  // Row by row over the innermost loop; a summed one is a row of one element.
+  const int inner = rank - 1;
   while (true) {
-    std::int64_t from = 0, to = 0;
+    std::int64_t source = 0, target = 0;
     for (int k = 0; k < inner; ++k) {
-      from += index[k] * output.sum_strides[k];
-      to += index[k] * output.strides[k];
+      source += index[k] * from[k];
+      target += index[k] * to[k];
     }
     constexpr std::int64_t kPiece = 1 << 20;
     for (std::int64_t start = 0; start < lengths[inner]; start += kPiece) {
-      std::int64_t n = std::min(kPiece, lengths[inner] - start);
-      store(base + (to + start * output.strides[inner]) * output.bytes, output.strides[inner], sums + from + start,
-            static_cast<int>(n), output.accumulate);
+      const std::int64_t n = std::min(kPiece, lengths[inner] - start);
+      store(base + (target + start * to[inner]) * output.bytes, to[inner], sums + source + start, static_cast<int>(n),
+            output.accumulate);
     }
     int k = inner - 1;
     for (; k >= 0; --k) {

@@ -66,6 +66,8 @@ class LoopNest {
   void swap_loops(int a, int b);
   void merge_loops();
   void lengthen_rows();
+  bool sums_dense() const;
+  bool transposes() const;
   void choose_chunks();
   void fill_zero();
   void flush(const Output& output, const double* sums, std::int64_t first, std::int64_t length) const;
@@ -74,10 +76,12 @@ class LoopNest {
   const Backend* backend_ = nullptr;
   int wide_ = 0;  // 0: float, 1: double
   int rank_ = 0;  // loops left after merging
+  bool far_ = false;  // operands are beyond the L2 cache and worth a prefetch
   std::int64_t extents_[kMaxLoops];
   std::vector<View> operands_;  // one per load of the bytecode
   std::vector<Output> outputs_;
   int chunked_ = 0;
+  bool blocked_ = false;  // a transposing nest: see choose_chunks
   std::int64_t chunk_length_ = 0, chunks_ = 0, elements_ = 0;
   std::int64_t thread_sums_ = 0, partial_sums_ = 0;  // sizes of the buffers of sums
   mutable std::vector<double> partials_;             // [chunk][partial_sums_]

@@ -143,7 +143,14 @@ struct Convert {
       T value = widen<T>(in[0]);
       for (int i = 0; i < n; ++i) out[i] = value;
     } else {
-      for (int i = 0; i < n; ++i, in += stride) out[i] = widen<T>(*in);
+      int i = 0;
+      for (; i + 4 <= n; i += 4, in += 4 * stride) {
+        out[i] = widen<T>(in[0]);
+        out[i + 1] = widen<T>(in[stride]);
+        out[i + 2] = widen<T>(in[2 * stride]);
+        out[i + 3] = widen<T>(in[3 * stride]);
+      }
+      for (; i < n; ++i, in += stride) out[i] = widen<T>(*in);
     }
   }
   static void store(void* target, std::int64_t stride, const void* tile, int n, bool accumulate) {
@@ -156,7 +163,14 @@ struct Convert {
     } else if (stride == 1) {
       for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(in[i]);
     } else {
-      for (int i = 0; i < n; ++i, out += stride) *out = Narrow<S>::from(in[i]);
+      int i = 0;
+      for (; i + 4 <= n; i += 4, out += 4 * stride) {
+        out[0] = Narrow<S>::from(in[i]);
+        out[stride] = Narrow<S>::from(in[i + 1]);
+        out[2 * stride] = Narrow<S>::from(in[i + 2]);
+        out[3 * stride] = Narrow<S>::from(in[i + 3]);
+      }
+      for (; i < n; ++i, out += stride) *out = Narrow<S>::from(in[i]);
     }
   }
 };
@@ -177,22 +191,28 @@ WENGERT_HD Doubles wide_load(const float* p) {
   return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Doubles);
 }
 
-template <class T>
-double sum_tile(const void* tile, int n) {
-  const T* in = static_cast<const T*>(tile);
-  Doubles a{}, b{};
-  int i = 0;
-  for (; i + 2 * kDoubles <= n; i += 2 * kDoubles) {
-    a += wide_load(in + i);
-    b += wide_load(in + i + kDoubles);
-  }
-  a += b;
-  double total = 0;
-  for (; i < n; ++i) total += in[i];
+WENGERT_HD double across(Doubles a) {
   for (int half = kDoubles / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) a[k] += a[k + half];
   }
-  return total + a[0];
+  return a[0];
+}
+
+template <class T>
+double sum_tile(const void* tile, int n) {
+  const T* in = static_cast<const T*>(tile);
+  Doubles a{}, b{}, c{}, d{};  // an addition takes three or four cycles
+  int i = 0;
+  for (; i + 4 * kDoubles <= n; i += 4 * kDoubles) {
+    a += wide_load(in + i);
+    b += wide_load(in + i + kDoubles);
+    c += wide_load(in + i + 2 * kDoubles);
+    d += wide_load(in + i + 3 * kDoubles);
+  }
+  for (; i + kDoubles <= n; i += kDoubles) a += wide_load(in + i);
+  double total = 0;
+  for (; i < n; ++i) total += in[i];
+  return total + across((a + b) + (c + d));
 }
 
 template <class T>
@@ -203,6 +223,34 @@ void add_tile(double* sums, const void* tile, int n) {
     *reinterpret_cast<UnalignedDoubles*>(sums + i) = wide_load(sums + i) + wide_load(in + i);
   }
   for (; i < n; ++i) sums[i] += in[i];
+}
+
+template <class T>
+void sum_rows(double* sums, const void* tile, int rows, int length) {
+  const T* in = static_cast<const T*>(tile);
+  if (length < kDoubles) {
+    for (int r = 0; r < rows; ++r) {
+      double total = 0;
+      for (int i = 0; i < length; ++i) total += *in++;
+      sums[r] += total;
+    }
+    return;
+  }
+  for (int r = 0; r < rows; ++r, in += length) sums[r] += sum_tile<T>(in, length);
+}
+
+template <class T>
+void sum_columns(double* sums, const void* tile, int rows, int length) {
+  const T* in = static_cast<const T*>(tile);
+  Doubles parts[kMaxColumns] = {};  // lane j of parts[k] belongs to column (k * kDoubles + j) % length
+  int r = 0;
+  for (; r + kDoubles <= rows; r += kDoubles, in += length * kDoubles) {
+    for (int k = 0; k < length; ++k) parts[k] += wide_load(in + k * kDoubles);
+  }
+  for (int i = 0; i < length * kDoubles; ++i) sums[i % length] += parts[i / kDoubles][i % kDoubles];
+  for (; r < rows; ++r) {
+    for (int k = 0; k < length; ++k) sums[k] += *in++;
+  }
 }
 
 }  // namespace
@@ -231,6 +279,8 @@ constexpr void fill(Backend& backend, int which) {
   }
   backend.sum[which] = sum_tile<T>;
   backend.add_into[which] = add_tile<T>;
+  backend.sum_rows[which] = sum_rows<T>;
+  backend.sum_columns[which] = sum_columns<T>;
 }
 
 constexpr Backend make_backend(const char* name) {
