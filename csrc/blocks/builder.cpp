@@ -12,6 +12,9 @@ constexpr int kMaxInstructions = 192;
 constexpr std::size_t kMaxOperands = 24;
 // Below this many multiplications one fused loop nest beats a separate matrix product.
 constexpr std::int64_t kMinMatmulWork = 8192;
+// A sub-value is computed on its own if that saves this much of the joint nest, and the nest is not tiny.
+constexpr std::int64_t kMinHoistedWork = 8192;
+constexpr std::int64_t kMinHoistedRatio = 4;
 
 fused::Dtype compute_dtype(fused::Dtype dtype) {
   switch (dtype) {
@@ -113,6 +116,23 @@ Value Builder::import(fused::ExprId expr, std::vector<Read> operands) {
 void Builder::multiply(Value& value, const Value& factor) {
   if (factor.expr == fused::kOne) return;
   value.expr = pool_.mul(value.expr, compact_operands(factor, value.operands).expr);
+}
+
+void Builder::hoist(Value& value, const Value& other, const Shape& extents, fused::Dtype dtype) {
+  if (pool_.size(value.expr) == 0) return;
+  std::int64_t own = 1, joint = 1;
+  for (std::size_t k = 0; k < extents.size(); ++k) {
+    const bool moves = value.moves(k);
+    if (moves) own *= extents[k];
+    if (moves || other.moves(k)) joint *= extents[k];
+  }
+  if (joint >= kMinHoistedWork && joint >= kMinHoistedRatio * own) value = force(value, extents, dtype);
+}
+
+void Builder::multiply(Value& value, Value factor, const Shape& extents, fused::Dtype dtype) {
+  hoist(value, factor, extents, dtype);
+  hoist(factor, value, extents, dtype);
+  multiply(value, factor);
 }
 
 void Builder::add(Value& value, const Value& term) {
@@ -281,7 +301,7 @@ Value Builder::contract(Value value, Value factor, const Shape& extents, const s
   if (!any_both) {
     if (any_value) value = force(value, extents, dtype, of_value);
     if (any_factor) factor = force(factor, extents, dtype, of_factor);
-    multiply(value, factor);
+    multiply(value, std::move(factor), extents, dtype);
   } else if (as_matmul(value, factor, extents, dead)) {
     if (any_value) value = force(value, extents, dtype, of_value);
     if (any_factor) factor = force(factor, extents, dtype, of_factor);
@@ -289,7 +309,7 @@ Value Builder::contract(Value value, Value factor, const Shape& extents, const s
   } else {
     std::vector<bool> summed = of_both;
     for (std::size_t k = 0; k < n; ++k) summed[k] = of_both[k] || of_value[k] || of_factor[k];
-    multiply(value, factor);
+    multiply(value, std::move(factor), extents, dtype);
     value = force(value, extents, dtype, summed);
   }
   if (repeats != 1) value.expr = pool_.mul(value.expr, pool_.constant(repeats));

@@ -33,6 +33,8 @@ class Builder {
 
   // ---- values
   void multiply(Value& value, const Value& factor);
+  // The same over a nest, forcing first what would otherwise be computed again along loops that only the other one moves along.
+  void multiply(Value& value, Value factor, const Shape& extents, fused::Dtype dtype);
   void add(Value& value, const Value& term);
   // The value of an expression whose leaf k is operands[k].
   Value import(fused::ExprId expr, std::vector<Read> operands);
@@ -76,6 +78,7 @@ class Builder {
  private:
   Value iota(std::size_t loop, const Shape& extents);
   void sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const;
+  void hoist(Value& value, const Value& other, const Shape& extents, fused::Dtype dtype);
   bool as_matmul(const Value& value, const Value& factor, const Shape& extents, const std::vector<bool>& dead) const;
   Value matmul(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype);
   void write(std::int32_t target, fused::Dtype dtype, std::span<const Part* const> parts, bool accumulate);

@@ -63,7 +63,7 @@ void multiply_and_sum(Builder& builder, Block& block, Value factor) {
       if (dead[k]) drop_loop(block, k);
     }
   } else {
-    builder.multiply(block.value, factor);
+    builder.multiply(block.value, std::move(factor), block.extents, block.dtype);
   }
   normalize(block);
 }
