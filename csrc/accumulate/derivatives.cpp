@@ -77,7 +77,13 @@ std::shared_ptr<const blocks::Plan> plan_for(const tape::Tape& tape, const Reque
     return plan;
   }
   ++plan_misses;
-  plan = std::make_shared<const blocks::Plan>(make_plan(tape, request));
+  try {
+    plan = std::make_shared<const blocks::Plan>(make_plan(tape, request));
+  } catch (const CoupledSamples&) {
+    throw;
+  } catch (const std::logic_error& error) {  // a nest of too many loops, a derivative without a formula
+    throw tape::Unsupported(error.what());
+  }
   plan_cache().insert(std::move(key), plan);
   return plan;
 }

@@ -111,7 +111,7 @@ class DifferentiableRun {
     std::vector<at::Tensor> results;
     for (std::size_t r = 0; r < plan_.results.size(); ++r) {
       const std::int32_t s = plan_.results[r];
-      results.push_back(s < 0 ? at::Tensor() : in_shape(made(s), plan_.result_shapes[r]));
+      results.push_back(s < 0 ? at::Tensor() : accumulate::result(made(s), plan_.result_shapes[r]));
     }
     return results;
   }

@@ -168,8 +168,9 @@ at::Tensor take(const at::Tensor& source, const at::Tensor& index) {
   return source.reshape(-1).index_select(0, index.reshape(-1)).view(index.sizes());
 }
 
-at::Tensor in_shape(const at::Tensor& tensor, const blocks::Shape& shape) {
-  return tensor.sizes() == at::IntArrayRef(shape) ? tensor : tensor.view(shape);
+at::Tensor result(const at::Tensor& tensor, const blocks::Shape& shape) {
+  const at::Tensor own = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
+  return own.sizes() == at::IntArrayRef(shape) ? own : own.reshape(shape);
 }
 
 void count_matmul() { ++matmul_count; }

@@ -128,7 +128,7 @@ class Sweep {
       block.value = builder_.force(block.value, block.extents, block.dtype);
       block.dtype = dtype;
     }
-    TORCH_INTERNAL_ASSERT(block.col_shape == meta.shape, "wengert: a pulled block does not fit its input");
+    if (block.col_shape != meta.shape) throw tape::Unsupported("a block that does not fit the input it was pulled to");
     lists_[target.node][target.output].list.add(builder_, std::move(block));
   }
 
