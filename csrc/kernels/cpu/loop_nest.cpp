@@ -337,8 +337,9 @@ void LoopNest::Chunk::setup(bool fresh) {
         }
       }
     }
+    const int most = static_cast<int>(std::min<std::int64_t>(tile, nest.elements_));
     for (std::uint16_t r : code.outputs) {
-      if (is_constant(r)) spread(r, tile);
+      if (is_constant(r)) spread(r, most);
     }
     scratch.sources.assign(loads, {nullptr, 0});
   }
@@ -361,9 +362,9 @@ void LoopNest::Chunk::setup(bool fresh) {
     }
   }
   direct = code.instructions.empty() && code.constants.empty();
-  for (std::size_t i = 0; i < loads; ++i) {
+  for (std::size_t i = 0; direct && i < loads; ++i) {
     const View& view = nest.operands_[i];
-    direct = direct && view.dtype == (nest.wide_ ? Dtype::f64 : Dtype::f32);
+    direct = view.dtype == (nest.wide_ ? Dtype::f64 : Dtype::f32);
     direct = direct && (rows ? view.strides[inner] == 1 : scratch.walks[i].rank == 1 && scratch.walks[i].strides[0] == 1);
   }
   scratch.masks.clear();
@@ -393,7 +394,7 @@ void LoopNest::Chunk::execute(int n) const {
   const unsigned* mask = scratch.masks.data();
   std::int64_t lines = 0;
   for (const Scratch::Stretch& stretch : scratch.ahead) lines += stretch.lines;
-  const std::int64_t share = lines / std::max<std::int64_t>(1, code.instructions.size()) + 1;
+  const std::int64_t share = lines > 0 ? lines / static_cast<std::int64_t>(code.instructions.size()) + 1 : 0;
   auto stretch = scratch.ahead.begin();
   auto prefetch = [&] {
     for (std::int64_t left = share; left > 0 && stretch != scratch.ahead.end();) {
