@@ -74,8 +74,8 @@ class LoopNest {
 
   const fused::Program* program_ = nullptr;
   const Backend* backend_ = nullptr;
-  int wide_ = 0;  // 0: float, 1: double
-  int rank_ = 0;  // loops left after merging
+  int wide_ = 0;      // 0: float, 1: double
+  int rank_ = 0;      // loops left after merging
   bool far_ = false;  // operands are beyond the L2 cache and worth a prefetch
   std::int64_t extents_[kMaxLoops];
   std::vector<View> operands_;  // one per load of the bytecode

@@ -215,10 +215,20 @@ double sum_tile(const void* tile, int n) {
   return total + across((a + b) + (c + d));
 }
 
+constexpr int kFarRow = 1024;
+
 template <class T>
 void add_tile(double* sums, const void* tile, int n) {
   const T* in = static_cast<const T*>(tile);
   int i = 0;
+  if (n >= kFarRow) {  // read in place, and other rows come before the continuation of this one: the hardware loses track of it
+    for (; i + 64 <= n; i += 64) {
+      for (int k = 0; k < 64; k += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(in + n + i + k, 0, 2);
+      for (int k = i; k < i + 64; k += kDoubles) {
+        *reinterpret_cast<UnalignedDoubles*>(sums + k) = wide_load(sums + k) + wide_load(in + k);
+      }
+    }
+  }
   for (; i + kDoubles <= n; i += kDoubles) {
     *reinterpret_cast<UnalignedDoubles*>(sums + i) = wide_load(sums + i) + wide_load(in + i);
   }

@@ -1,0 +1,88 @@
+// How LoopNest runs a chunk; included by loop_nest.cpp and chunk.cpp only.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "kernels/cpu/loop_nest.h"
+#include "kernels/cpu/walk.h"
+
+namespace wengert::kernels {
+
+inline constexpr std::int64_t kShortRow = 256;  // rows shorter than this share a tile
+inline constexpr int kCacheLine = 64;
+inline constexpr int kTileBytes = 2048;  // about 16 live registers fit the L1 cache
+
+// Buffers of one thread.
+struct LoopNest::Scratch {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory;
+  std::size_t bytes = 0;
+  std::vector<Walk> walks;
+  std::vector<const char*> registers;
+  std::vector<char> varying;
+  std::vector<unsigned> masks;
+  std::vector<std::int64_t> offsets;
+  struct Stretch {
+    const char* data;
+    std::int64_t lines;
+  };
+  std::vector<Stretch> ahead;  // what the next tile will touch
+  struct Source {              // what the tile of an operand holds
+    const char* data;
+    int count;
+  };
+  std::vector<Source> sources;
+  std::vector<double> sums;
+
+  char* reserve(std::size_t size) {
+    if (size > bytes) {
+      bytes = (size + 4095) / 4096 * 4096;
+      memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+    }
+    return memory.get();
+  }
+};
+
+// Everything about a chunk that does not change from tile to tile.
+struct LoopNest::Chunk {
+  const LoopNest& nest;
+  Scratch& scratch;
+  std::int64_t index;          // of the chunk
+  std::int64_t first, length;  // its part of the chunked loop
+  std::int64_t lengths[kMaxLoops];
+  int tile, lanes, element;  // elements of a tile and of a vector, bytes of an element
+  char* memory;
+  bool rows;    // tiles are pieces of rows (long inner loop)
+  bool direct;  // no instructions, and every operand is read in place: tiles may be of any size
+
+  double* sums_of(const Output& output) const {
+    if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
+    return scratch.sums.data() + output.offset;
+  }
+  char* tile_at(std::size_t which) const { return memory + which * kTileBytes; }
+  char* base_of(const View& view) const { return view.data + first * view.strides[nest.chunked_] * view.bytes; }
+
+  void setup(bool fresh);
+  void fill_tail(char* tile_data, int n) const;
+  void execute(int n) const;
+  template <class Before>
+  void instructions(int n, Before before) const;
+  bool is_constant(std::uint16_t r) const {
+    const fused::Bytecode& code = nest.program_->bytecode();
+    return r >= code.loads.size() && r < code.loads.size() + code.constants.size();
+  }
+  void load(std::size_t i, const char* source, std::int64_t stride, int n) const;
+  void look_ahead(const char* data, std::int64_t step) const;
+  void spread(std::uint16_t r, int n) const;
+  const char* output_tile(std::size_t i, int n) const;
+  void aim(std::size_t i, char* target, std::int64_t stride, int n) const;
+  void reset_registers() const;
+  void run_rows();
+  void run_packed();
+};
+
+}  // namespace wengert::kernels
