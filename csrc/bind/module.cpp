@@ -96,6 +96,9 @@ PYBIND11_MODULE(_C, m) {
     const Seed seed = kind == "gradient" ? Seed::gradient : kind == "batch" ? Seed::batch_tied : kind == "vmap" ? Seed::batch_summed : Seed::jacobian;
     return accumulate::plan_text(outputs, inputs, seed);
   });
+  m.def(
+      "has_other_leaves", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
+      py::arg("outputs"), py::arg("inputs"));
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
 }
