@@ -54,25 +54,34 @@ class Silence : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
-// Node types that are called row by row: those that could not be batched (a numpy backward, compiled graphs, in-place tricks) are
-// remembered, so that they fail only once.
+// Node types that are called row by row: those whose batching rule in torch is wrong (2.13), and those that could not be batched (a
+// numpy backward, compiled graphs, in-place tricks), which are remembered, so that they fail only once.
 class RowOnly {
  public:
   bool contains(const torch::autograd::Node& fn) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto [at, fresh] = types_.try_emplace(std::type_index(typeid(fn)), false);
-    // torch's batching rule of cdist's backward gives wrong numbers (torch 2.13: jacrev of cdist disagrees with the row loop).
-    if (fresh) at->second = fn.name() == "CdistBackward0";
-    return at->second;
+    const auto [at, fresh] = types_.try_emplace(std::type_index(typeid(fn)), When::never);
+    if (fresh) at->second = known(fn.name());
+    return at->second == When::always || (at->second == When::differentiable && at::GradMode::is_enabled());
   }
   void insert(const torch::autograd::Node& fn) {
     std::lock_guard<std::mutex> lock(mutex_);
-    types_[std::type_index(typeid(fn))] = true;
+    types_[std::type_index(typeid(fn))] = When::always;
   }
 
  private:
+  enum class When : std::uint8_t { never, differentiable, always };
+
+  static When known(const std::string& name) {
+    // jacrev of cdist disagrees with the row loop.
+    if (name == "CdistBackward0") return When::always;
+    // The weight's gradient is taken from the saved mean and deviation, which have no history: its derivative in the data is wrong.
+    if (name == "NativeLayerNormBackward0" || name.starts_with("NativeBatchNorm")) return When::differentiable;
+    return When::never;
+  }
+
   std::mutex mutex_;
-  std::unordered_map<std::type_index, bool> types_;
+  std::unordered_map<std::type_index, When> types_;
 };
 
 RowOnly& row_only() {

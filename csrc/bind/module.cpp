@@ -91,6 +91,9 @@ PYBIND11_MODULE(_C, m) {
     }
     return rows;
   });
+  m.def(
+      "has_other_leaves", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
+      py::arg("outputs"), py::arg("inputs"));
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
 }

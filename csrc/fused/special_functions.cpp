@@ -69,9 +69,9 @@ double polygamma_series(double n, double x) {
     double s = sin(kPiDouble * x);
     return (kPiDouble * kPiDouble) / (s * s) - hurwitz_zeta(2, 1 - x);
   }
-  if (x == 0) return kInfinity;
-  if (x < 0 && x == floor(x)) return kInfinity;
   double sign = fmod(n, 2.0) == 0 ? -1 : 1;
+  if (x <= 0 && x == floor(x)) return sign * kInfinity;
+  if (x == kInfinity) return kNan;  // as PyTorch's sum gives
   return sign * exp(lgamma(n + 1)) * hurwitz_zeta(n + 1, x);
 }
 

@@ -68,6 +68,9 @@ Pullback local(const Site& site, const std::vector<std::pair<int, int>>& tied);
 // All but the last `y_core` axes of the output and the last `x_core` axes of the input are batch axes, aligned from the right.
 Pullback local_batch(const Site& site, int y_core, int x_core);
 
+// The same for a node that works element by element: every axis along which its input does not broadcast is carried along.
+Pullback called_elementwise(const Site& site);
+
 // Runs the node once on ones and takes what it gives for each needed edge as that edge's slot.  Where every input element moves
 // at most one output element, this is the whole derivative, with PyTorch's own numerics; it stands for ops without a primitive.
 void tabulate(Take& take, int edges, int output = 0);

@@ -8,6 +8,7 @@
 #include <array>
 #include <bit>
 #include <string>
+#include <unordered_set>
 
 #include "tape/reader.h"
 
@@ -47,6 +48,11 @@ void check_ambient() {
 void check_hooks(autograd::Node& fn, bool runs) {
   if (!fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty()) throw Unsupported("a tensor with hooks or retain_grad");
   if (runs && (!fn.pre_hooks().empty() || !fn.post_hooks().empty())) throw Unsupported("a graph node with hooks");
+}
+
+// The backward of a reentrant checkpoint starts a whole backward pass of its own, which PyTorch allows only below .backward().
+void check_opaque(const autograd::Node& fn) {
+  if (fn.name() == "CheckpointFunctionBackward") throw Unsupported("reentrant checkpointing");
 }
 
 Meta read_meta(const autograd::InputMetadata& metadata) {
@@ -359,6 +365,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
     node.fn = NodePtr::reclaim_copy(visit.fn);
     node.reader = find_reader(*visit.fn);
     check_hooks(*visit.fn, visit.below);
+    if (node.reader == &opaque_reader()) check_opaque(*visit.fn);
     node.outputs.reserve(visit.fn->num_inputs());
     for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) node.outputs.push_back(read_meta(visit.fn->input_metadata(o)));
     node.inputs.reserve(visit.fn->num_outputs());
@@ -377,6 +384,38 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
   sign(tape.signature, tape.inputs);
   for (const at::Tensor& slot : tape.slots) sign(tape.signature, slot);
   return tape;
+}
+
+bool has_other_leaves(at::TensorList outputs, at::TensorList inputs) {
+  std::unordered_set<const at::TensorImpl*> own;
+  for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
+  NodeIndex seen;
+  std::vector<autograd::Node*> stack;
+  const auto enter = [&](const NodePtr& fn) {
+    std::int32_t& mark = seen[fn.get()];
+    if (mark >= 0) return;
+    mark = 0;
+    stack.push_back(fn.get());
+  };
+  for (const at::Tensor& output : outputs) {
+    if (const NodePtr& fn = output.grad_fn()) {
+      enter(fn);
+    } else if (output.requires_grad() && !own.contains(output.unsafeGetTensorImpl())) {
+      return true;
+    }
+  }
+  while (!stack.empty()) {
+    autograd::Node* fn = stack.back();
+    stack.pop_back();
+    if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
+      if (!own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl())) return true;
+      continue;
+    }
+    for (const autograd::Edge& edge : fn->next_edges()) {
+      if (edge.function) enter(edge.function);
+    }
+  }
+  return false;
 }
 
 void release(Tape& tape) {

@@ -113,7 +113,6 @@ void add_plain(Table& t) {
   WENGERT_SELF_ROW(SiluBackward0, activation<by_argument>, Prim::silu);
   WENGERT_SELF_ROW(MishBackward0, activation<by_argument>, Prim::mish);
   WENGERT_SELF_ROW(LogSigmoidBackward0, activation<by_argument>, Prim::logsigmoid);
-  WENGERT_SELF_ROW(HardsigmoidBackward0, activation<by_argument>, Prim::hardsigmoid);
   WENGERT_SELF_ROW(HardswishBackward0, activation<by_argument>, Prim::hardswish);
   WENGERT_SELF_ROW(GeluBackward0, activation<gelu>, Prim::gelu_erf, k.integer(n.approximate == "tanh"));
   WENGERT_SELF_ROW(LeakyReluBackward0, activation<with_one>, Prim::leaky_relu, k.real(n.negative_slope));
@@ -203,6 +202,8 @@ Pullback prelu(const Site& s) {  // slots self, weight; the weight has the rank 
 }
 
 void add_rest(Table& t) {
+  // PyTorch's slope is 1/6 rounded to single precision, and has no derivative of its own: both are best left to the node.
+  t.add<gen::HardsigmoidBackward0>("HardsigmoidBackward0", called_elementwise);
   t.add<gen::GluBackward0>(
       "GluBackward0",
       [](Take& k, const gen::GluBackward0& n) {

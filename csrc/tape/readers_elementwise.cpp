@@ -56,6 +56,19 @@ void both_row(Table& t, const char* name, Prim prim) {
       by_both, prim);
 }
 
+// x log(y) and x log1p(y).  The derivative in x is the same product again, 0 wherever the cotangent is 0 even if the logarithm is
+// infinite: no factor times the cotangent, so the node is called.
+template <class N>
+void log_product_row(Table& t, const char* name, Prim prim) {
+  t.add<N>(
+      name,
+      [](Take& k, const N& n) {
+        k.slot(n.self_, k.needs(1));
+        k.slot(n.other_, k.needs(1));
+      },
+      [](const Site& s) { return s.input == 0 ? called_elementwise(s) : by_both(s); }, prim);
+}
+
 Pullback sign_preserving(const Site& s) { return FactorBuilder(s).finish(kOne); }
 Pullback negated(const Site& s) {
   FactorBuilder f(s);
@@ -222,13 +235,8 @@ void add_powers(Table& t) {
     const ExprId args[] = {f.real(0), f.read(0)};
     return f.complete() ? f.finish(s.pool.partial(s.node.reader->prim, 1, args, kNone)) : opaque();
   };
-  static constexpr Describe kScalarOther = [](const Site& s) {
-    FactorBuilder f(s);
-    const ExprId args[] = {f.read(0), f.real(0)};
-    return f.complete() ? f.finish(s.pool.partial(s.node.reader->prim, 0, args, kNone)) : opaque();
-  };
-  both_row<gen::XlogyBackward0>(t, "XlogyBackward0", Prim::xlogy);
-  both_row<gen::SpecialXlog1PyBackward0>(t, "SpecialXlog1PyBackward0", Prim::xlog1py);
+  log_product_row<gen::XlogyBackward0>(t, "XlogyBackward0", Prim::xlogy);
+  log_product_row<gen::SpecialXlog1PyBackward0>(t, "SpecialXlog1PyBackward0", Prim::xlog1py);
   t.add<gen::XlogyBackward1>(
       "XlogyBackward1",
       [](Take& k, const gen::XlogyBackward1& n) {
@@ -236,13 +244,7 @@ void add_powers(Table& t) {
         k.slot(n.other_);
       },
       kScalarSelf, Prim::xlogy);
-  t.add<gen::XlogyBackward2>(
-      "XlogyBackward2",
-      [](Take& k, const gen::XlogyBackward2& n) {
-        k.real(n.other);
-        k.slot(n.self_);
-      },
-      kScalarOther, Prim::xlogy);
+  t.add<gen::XlogyBackward2>("XlogyBackward2", called_elementwise);
   t.add<gen::SpecialXlog1PyBackward1>(
       "SpecialXlog1PyBackward1",
       [](Take& k, const gen::SpecialXlog1PyBackward1& n) {
@@ -250,13 +252,7 @@ void add_powers(Table& t) {
         k.slot(n.other_);
       },
       kScalarSelf, Prim::xlog1py);
-  t.add<gen::SpecialXlog1PyBackward2>(
-      "SpecialXlog1PyBackward2",
-      [](Take& k, const gen::SpecialXlog1PyBackward2& n) {
-        k.real(n.other);
-        k.slot(n.self_);
-      },
-      kScalarOther, Prim::xlog1py);
+  t.add<gen::SpecialXlog1PyBackward2>("SpecialXlog1PyBackward2", called_elementwise);
   t.add<gen::LdexpBackward0>(
       "LdexpBackward0",
       [](Take& k, const gen::LdexpBackward0& n) {
@@ -368,7 +364,12 @@ void add_selections(Table& t) {
         return f.complete() ? f.finish(s.pool.partial(Prim::clamp, 0, args, kNone)) : opaque();
       });
   t.add<gen::ClampBackward0>(
-      "ClampBackward0", [](Take& k, const gen::ClampBackward0&) { tabulate(k, 3); }, tabulated);
+      "ClampBackward0", [](Take& k, const gen::ClampBackward0&) { tabulate(k, 3); },
+      [](const Site& s) {  // a table of ones and zeros: what it masks is 0 even where the cotangent is infinite
+        if (!s.has(s.input) || s.slot(s.input).sizes() != at::IntArrayRef(s.y())) return opaque();
+        FactorBuilder f(s);
+        return f.finish(f.select(f.compare(Prim::ne, f.read(s.input), f.constant(0)), kOne, kZero));
+      });
   // One bound: a tensor or a number; the comparison that lets self through is the row's primitive.
   static constexpr Describe kTensorBound = [](const Site& s) {
     FactorBuilder f(s);

@@ -59,6 +59,9 @@ struct Tape {
 // Throws Unsupported for what the engine must not walk; PyTorch's own errors pass through.
 Tape capture(at::TensorList outputs, at::TensorList inputs);
 
+// Whether the graph of the outputs reaches a leaf that is not one of the inputs: a captured parameter, say.
+bool has_other_leaves(at::TensorList outputs, at::TensorList inputs);
+
 // Frees the buffers of every walked node, as the engine does with retain_graph=False.
 void release(Tape& tape);
 

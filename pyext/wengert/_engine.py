@@ -219,21 +219,7 @@ def zeros(output: Tensor, wrt: Tensor) -> Tensor:
 
 def has_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether the graph of `outputs` reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say."""
-    own = {id(t) for t in inputs}
-    if any(out.grad_fn is None and out.requires_grad and id(out) not in own for out in outputs):
-        return True
-    seen = set()
-    stack = [out.grad_fn for out in outputs if out.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # only AccumulateGrad has one
-        if variable is not None and id(variable) not in own:
-            return True
-        stack.extend(below for below, _ in node.next_functions if below is not None)
-    return False
+    return C.has_other_leaves(list(outputs), list(inputs))
 
 
 def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor | None:

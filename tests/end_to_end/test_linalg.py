@@ -104,9 +104,14 @@ def _(r):
     return f, (r(3, 3), r(3, 3))
 
 
-@zoo.case("cumprod and logcumsumexp")
+@zoo.case("cumprod and cummax")
 def _(r):
-    return lambda x: x.cumprod(1) + x.logcumsumexp(0) + x.cummax(1).values, r(3, 4)
+    return lambda x: x.cumprod(1) + x.cummax(1).values, r(3, 4)
+
+
+@zoo.case("logcumsumexp", skip=("create_graph",))  # torch's third derivative is nan
+def _(r):
+    return lambda x: x.logcumsumexp(0) * x, r(3, 4)
 
 
 @zoo.case("real Fourier transform there and back")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import wengert
 from support.check import DEVICE, check_against_torch, fresh
-from support.compare import assert_same, assert_same_call
+from support.compare import Tolerance, assert_same, assert_same_call
 from support.zoo import Zoo
 from torch.autograd import Function
 from torch.autograd import functional as torch_functional
@@ -62,7 +62,7 @@ def _(r):
     return f, r(3, 2)
 
 
-@zoo.case("expanded and overlapping views")
+@zoo.case("expanded and overlapping views", skip=("strided",))  # as_strided reads the storage between the elements
 def _(r):
     def f(x):
         w = x.as_strided((4, 3), (1, 1))
@@ -252,7 +252,8 @@ def _(r):
     return f, r.positive(5)
 
 
-@zoo.case("dtype changes", skip=("float32", "forward"))  # float32 inside: forward and reverse round differently
+# float32 inside: results round in another order.
+@zoo.case("dtype changes", skip=("float32", "forward"), tol=Tolerance(rtol=1e-6, atol=1e-6))
 def _(r):
     return lambda x: (x.float().sin().double() * x).to(torch.float32).double() + x, r(5)
 

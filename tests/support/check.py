@@ -207,7 +207,13 @@ def _check_transform(ours: Any, theirs: Any, name: str, fn: Function, inputs: In
         if expected.error is None:
             if got.error is not None:
                 raise got.error
-            assert_same(got.value, expected.value, f"{name} argnums={argnums}", tol)
+            if Outcome.of(lambda: assert_same(got.value, expected.value, "", tol)).error is None:
+                continue
+            # Some of torch's batching rules are wrong (cdist's): where torch disagrees with its own row loop, the loop decides.
+            rows = torch_functional.jacobian(fn, xs) if argnums else torch_functional.jacobian(lambda x: fn(x, *xs[1:]), xs[0])
+            if Outcome.of(lambda: assert_same(leaves(expected.value), leaves(rows), "", tol)).error is None:
+                assert_same(got.value, expected.value, f"{name} argnums={argnums}", tol)
+            assert_same(leaves(got.value), leaves(rows), f"{name} mending torch's", tol)
         elif got.error is None and isinstance(argnums, tuple):
             assert_same(leaves(got.value), leaves(torch_functional.jacobian(fn, xs)), f"{name} beyond torch's", tol)
 

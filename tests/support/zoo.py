@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.check import DEVICE, MODES, check_against_torch
+from support.check import DEFAULT_TOLERANCE, DEVICE, MODES, check_against_torch
+from support.compare import Tolerance
 
 
 class Source:
@@ -49,6 +50,7 @@ class Case:
     name: str
     build: Callable[[Source], Built]
     modes: tuple[str, ...]
+    tol: Tolerance = DEFAULT_TOLERANCE
 
     def __str__(self) -> str:
         return self.name
@@ -56,7 +58,7 @@ class Case:
     def check(self, mode: str) -> None:
         fn, inputs = self.build(Source(torch.float64))
         single = self.build(Source(torch.float32)) if mode == "float32" else None
-        check_against_torch(fn, inputs, modes=(mode,), single=single)
+        check_against_torch(fn, inputs, modes=(mode,), single=single, tol=self.tol)
 
 
 class Zoo:
@@ -68,13 +70,15 @@ class Zoo:
     def __iter__(self) -> Iterator[Case]:
         return iter(self._cases)
 
-    def case(self, name: str, *, skip: Iterable[str] = (), extra: Iterable[str] = ()) -> Callable[[Any], Any]:
+    def case(
+        self, name: str, *, skip: Iterable[str] = (), extra: Iterable[str] = (), tol: Tolerance = DEFAULT_TOLERANCE
+    ) -> Callable[[Any], Any]:
         """Register build(source) -> (fn, inputs). `skip` names modes torch itself cannot serve for this function."""
         modes = tuple(m for m in MODES if m not in set(skip)) + tuple(extra)
 
         def register(build: Callable[[Source], Built]) -> Callable[[Source], Built]:
             assert name not in {c.name for c in self._cases}, f"two cases are called {name}"
-            self._cases.append(Case(name, build, modes))
+            self._cases.append(Case(name, build, modes, tol))
             return build
 
         return register
