@@ -132,7 +132,8 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
     Cotangent cotangent{.given = has, .shape = {}, .dtype = at::kFloat};
     if (has) {
       const at::Tensor& tensor = cotangents[i];
-      if (tensor.layout() != at::kStrided || !tensor.device().is_cpu() || tensor.is_complex() || tensor.is_conj() || tensor.is_neg()) {
+      if (tensor.layout() != at::kStrided || !tensor.device().is_cpu() || tensor.is_complex() || tensor.is_conj() ||
+          tensor.is_neg()) {
         throw tape::Unsupported("grad_outputs that are not plain strided CPU tensors");
       }
       cotangent.shape = tensor.sizes().vec();
@@ -182,10 +183,9 @@ Report explain(at::TensorList outputs, at::TensorList inputs) {
 std::map<std::string, std::int64_t> counters() {
   const StepCounts steps = step_counts();
   const Totals structure = totals();
-  return {{"plan_hits", plan_hits},           {"plan_misses", plan_misses},
-          {"launches", ops::launch_count() - launches_before},  {"matmuls", steps.matmuls},
-          {"node_calls", steps.node_calls},   {"takes", steps.takes},
-          {"blocks", structure.blocks},       {"densified", structure.densified}};
+  return {{"plan_hits", plan_hits},     {"plan_misses", plan_misses},      {"launches", ops::launch_count() - launches_before},
+          {"matmuls", steps.matmuls},   {"node_calls", steps.node_calls},  {"takes", steps.takes},
+          {"blocks", structure.blocks}, {"densified", structure.densified}};
 }
 
 void reset_counters() {

@@ -15,12 +15,12 @@ using TensorRows = std::vector<std::vector<at::Tensor>>;  // undefined = not con
 // [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph);
 
-// outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples if the blocks show that samples depend on each
-// other; without it, independence is trusted.
+// outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples if the blocks show that samples depend
+// on each other; without it, independence is trusted.
 TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check);
 
-// Sum over outputs of the vector-Jacobian products with `cotangents`; an undefined cotangent of a one-element output stands for 1.
-// With `batched`, every cotangent has one more leading axis, and so has every result.
+// Sum over outputs of the vector-Jacobian products with `cotangents`; an undefined cotangent of a one-element output stands
+// for 1. With `batched`, every cotangent has one more leading axis, and so has every result.
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
                                  bool create_graph, bool batched);
 

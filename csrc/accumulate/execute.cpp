@@ -39,19 +39,21 @@ at::Tensor zeros(const Slot& slot) {
     return out;
   }
   void* data = std::calloc(bytes, 1);
-  TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "wengert: could not allocate ", bytes, " bytes for a dense result of shape ",
-                   c10::IntArrayRef(slot.shape));
+  TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "wengert: could not allocate ", bytes,
+                   " bytes for a dense result of shape ", c10::IntArrayRef(slot.shape));
   return at::from_blob(data, slot.shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
 }
 
 // The tensor's elements at the read's coordinates, as a view over the given loops; sees only metadata, so it costs no dispatch.
-at::Tensor window(const at::Tensor& tensor, const Read& read, const blocks::Shape& extents, const std::vector<std::size_t>& loops) {
+at::Tensor window(const at::Tensor& tensor, const Read& read, const blocks::Shape& extents,
+                  const std::vector<std::size_t>& loops) {
   std::int64_t offset = tensor.storage_offset();
   c10::SmallVector<std::int64_t, 8> sizes, strides;
   for (std::size_t a = 0; a < read.axes.size(); ++a) offset += read.axes[a].start * tensor.stride(static_cast<std::int64_t>(a));
   for (std::size_t k : loops) {
     std::int64_t stride = 0;
-    for (std::size_t a = 0; a < read.axes.size(); ++a) stride += read.axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
+    for (std::size_t a = 0; a < read.axes.size(); ++a)
+      stride += read.axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
     sizes.push_back(extents[k]);
     strides.push_back(stride);
   }
@@ -111,7 +113,9 @@ class Run {
     for (const Read& read : step.operands) {
       const at::Tensor& tensor = made(read.slot);
       const std::int64_t offset = locate(tensor, read.axes);
-      operands.push_back({.data = static_cast<const char*>(tensor.const_data_ptr()) + offset, .dtype = plan_.slots[read.slot].dtype, .strides = at});
+      operands.push_back({.data = static_cast<const char*>(tensor.const_data_ptr()) + offset,
+                          .dtype = plan_.slots[read.slot].dtype,
+                          .strides = at});
       at += n;
     }
     for (const blocks::Target& target : step.targets) {
@@ -128,8 +132,9 @@ class Run {
 
   void run(const Matmul& step) {
     count_matmul();
-    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape, window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
-                              window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
+    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape,
+                                          window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
+                                          window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
   }
 
   void run(const Take& step) {

@@ -23,7 +23,8 @@ using blocks::Slot;
 using blocks::Target;
 
 // The flat position of the affine coordinates in a contiguous array of the given shape, over the given loops.
-at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, const Shape& extents, const std::vector<std::size_t>& loops) {
+at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, const Shape& extents,
+                      const std::vector<std::size_t>& loops) {
   std::int64_t start = 0;
   std::vector<std::int64_t> steps(extents.size(), 0);
   std::int64_t stride = 1;
@@ -133,7 +134,8 @@ class DifferentiableRun {
       for (const auto& output : step.program->outputs()) {
         double value = 0;
         step.program->pool().is_constant(output.expr, &value);
-        values.push_back(at::full(Shape(loops.size(), 1), value, at::TensorOptions().dtype(to_aten(output.dtype)).device(device_)));
+        values.push_back(
+            at::full(Shape(loops.size(), 1), value, at::TensorOptions().dtype(to_aten(output.dtype)).device(device_)));
       }
     } else {
       values = ops::fused(operands, step.text);
@@ -181,12 +183,15 @@ class DifferentiableRun {
         padding.insert(padding.begin(), {target.axes[a].start, slot.shape[a] - size - target.axes[a].start});
       }
       piece = value.reshape(sizes);
-      if (std::any_of(padding.begin(), padding.end(), [](std::int64_t p) { return p != 0; })) piece = at::constant_pad_nd(piece, padding);
+      if (std::any_of(padding.begin(), padding.end(), [](std::int64_t p) { return p != 0; }))
+        piece = at::constant_pad_nd(piece, padding);
     } else {
       std::vector<std::size_t> loops;
       for (std::size_t k = 0; k < n; ++k) loops.push_back(k);
       const at::Tensor index = flat_index(target.axes, slot.shape, full, loops);
-      piece = at::zeros({blocks::numel(slot.shape)}, options(slot)).index_add(0, index.reshape(-1), value.reshape(-1)).view(slot.shape);
+      piece = at::zeros({blocks::numel(slot.shape)}, options(slot))
+                  .index_add(0, index.reshape(-1), value.reshape(-1))
+                  .view(slot.shape);
     }
     at::Tensor& tensor = slots_[target.slot];
     tensor = tensor.defined() ? tensor + piece : piece;
@@ -194,7 +199,8 @@ class DifferentiableRun {
 
   void run(const blocks::Matmul& step) {
     count_matmul();
-    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape, read_window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
+    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape,
+                                          read_window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
                                           read_window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
   }
 
@@ -224,7 +230,9 @@ class DifferentiableRun {
     slots_[step.out] = old.reshape(-1).index_add(0, index.reshape(-1), value.reshape(-1)).view(old.sizes());
   }
 
-  void run(const blocks::Arange& step) { slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(device_)); }
+  void run(const blocks::Arange& step) {
+    slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(device_));
+  }
 
   void run(const blocks::CallNode& step) {
     std::vector<at::Tensor> cotangents;

@@ -26,12 +26,15 @@ std::atomic<std::int64_t> matmul_count{0}, call_count{0}, take_count{0};
 class VmapLevel {
  public:
   explicit VmapLevel(std::int64_t batch)
-      : level_(functorch::initAndPushDynamicLayer(functorch::TransformType::Vmap, c10::SymInt(batch), functorch::RandomnessType::Error)) {}
+      : level_(functorch::initAndPushDynamicLayer(functorch::TransformType::Vmap, c10::SymInt(batch),
+                                                  functorch::RandomnessType::Error)) {}
   ~VmapLevel() { functorch::popDynamicLayerAndDeleteMetadata(); }
   VmapLevel(const VmapLevel&) = delete;
   VmapLevel& operator=(const VmapLevel&) = delete;
 
-  at::Tensor wrap(const at::Tensor& tensor) const { return tensor.defined() ? functorch::makeBatched(tensor, 0, level_) : tensor; }
+  at::Tensor wrap(const at::Tensor& tensor) const {
+    return tensor.defined() ? functorch::makeBatched(tensor, 0, level_) : tensor;
+  }
   // The tensor with the batch axis first; one that does not depend on the batch is repeated.
   at::Tensor unwrap(const at::Tensor& tensor, std::int64_t batch) const {
     if (!tensor.defined()) return tensor;
@@ -54,8 +57,8 @@ class Silence : public c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
-// Node types that are called row by row: those whose batching rule in torch is wrong (2.13), and those that could not be batched (a
-// numpy backward, compiled graphs, in-place tricks), which are remembered, so that they fail only once.
+// Node types that are called row by row: those whose batching rule in torch is wrong (2.13), and those that could not be batched
+// (a numpy backward, compiled graphs, in-place tricks), which are remembered, so that they fail only once.
 class RowOnly {
  public:
   bool contains(const torch::autograd::Node& fn) {
@@ -75,7 +78,8 @@ class RowOnly {
   static When known(const std::string& name) {
     // jacrev of cdist disagrees with the row loop.
     if (name == "CdistBackward0") return When::always;
-    // The weight's gradient is taken from the saved mean and deviation, which have no history: its derivative in the data is wrong.
+    // The weight's gradient is taken from the saved mean and deviation, which have no history: its derivative in the data is
+    // wrong.
     if (name == "NativeLayerNormBackward0" || name.starts_with("NativeBatchNorm")) return When::differentiable;
     return When::never;
   }
@@ -96,8 +100,8 @@ at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
   // PyTorch answers None where a node gives nothing, which a plan cannot: the call is PyTorch's then.
   if (!grad.defined()) throw tape::Unsupported("a node that gave no gradient for an input");
   if (grad.sizes() != c10::IntArrayRef(shape)) {
-    TORCH_CHECK(at::is_expandable_to(shape, grad.sizes()), edge.function->name(), " returned an invalid gradient: got ", grad.sizes(),
-                " but expected shape compatible with ", c10::IntArrayRef(shape));
+    TORCH_CHECK(at::is_expandable_to(shape, grad.sizes()), edge.function->name(), " returned an invalid gradient: got ",
+                grad.sizes(), " but expected shape compatible with ", c10::IntArrayRef(shape));
     grad = at::sum_to(std::move(grad), c10::IntArrayRef(shape));
   }
   const at::ScalarType dtype = c10::typeMetaToScalarType(metadata.dtype());
@@ -109,7 +113,8 @@ at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
   return grad.scalar_type() == dtype ? grad : grad.to(dtype);
 }
 
-std::vector<at::Tensor> call_once(const blocks::CallNode& step, const tape::Tape& tape, const std::vector<at::Tensor>& cotangents) {
+std::vector<at::Tensor> call_once(const blocks::CallNode& step, const tape::Tape& tape,
+                                  const std::vector<at::Tensor>& cotangents) {
   const tape::NodePtr& fn = tape.nodes[step.node].fn;
   torch::autograd::variable_list given(cotangents.begin(), cotangents.end());
   torch::autograd::variable_list got = (*fn)(std::move(given));
@@ -120,8 +125,8 @@ std::vector<at::Tensor> call_once(const blocks::CallNode& step, const tape::Tape
   return results;
 }
 
-std::vector<at::Tensor> call_batched(const blocks::CallNode& step, const tape::Tape& tape, const std::vector<at::Tensor>& cotangents,
-                                     std::int64_t batch) {
+std::vector<at::Tensor> call_batched(const blocks::CallNode& step, const tape::Tape& tape,
+                                     const std::vector<at::Tensor>& cotangents, std::int64_t batch) {
   static Silence silence;
   c10::WarningUtils::WarningHandlerGuard guard(&silence);
   VmapLevel level(batch);
@@ -187,7 +192,8 @@ void count_take() { ++take_count; }
 StepCounts step_counts() { return {.matmuls = matmul_count, .node_calls = call_count, .takes = take_count}; }
 void reset_step_counts() { matmul_count = call_count = take_count = 0; }
 
-std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape, std::vector<at::Tensor> cotangents) {
+std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
+                                  std::vector<at::Tensor> cotangents) {
   if (step.batch == 0) {
     ++call_count;
     return call_once(step, tape, cotangents);

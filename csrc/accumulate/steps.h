@@ -15,8 +15,8 @@ at::Tensor matmul(const blocks::Matmul& step, const blocks::Shape& shape, const 
 // source.flatten()[index], with index's shape
 at::Tensor take(const at::Tensor& source, const at::Tensor& index);
 
-// A slot as the caller gets it: memory of its own (a node may have returned an expanded tensor), viewed in the result's shape, which may
-// differ in axes of extent 1.
+// A slot as the caller gets it: memory of its own (a node may have returned an expanded tensor), viewed in the result's shape,
+// which may differ in axes of extent 1.
 at::Tensor result(const at::Tensor& tensor, const blocks::Shape& shape);
 
 void count_matmul();

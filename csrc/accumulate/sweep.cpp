@@ -15,9 +15,9 @@ using blocks::BlockList;
 using blocks::Builder;
 using blocks::Coord;
 using blocks::Loss;
+using blocks::numel;
 using blocks::Part;
 using blocks::Shape;
-using blocks::numel;
 
 // A value this large is forced before it is multiplied into several pulls, which would each compute it again.
 constexpr int kMaxShared = 24;
@@ -27,7 +27,12 @@ std::atomic<std::int64_t> total_blocks{0}, total_densified{0};
 class Sweep {
  public:
   Sweep(const tape::Tape& tape, Builder& builder, Shape row_shape, Report* report, bool watch_batch)
-      : tape_(tape), builder_(builder), row_shape_(std::move(row_shape)), report_(report), watch_batch_(watch_batch), lists_(tape.nodes.size()) {
+      : tape_(tape),
+        builder_(builder),
+        row_shape_(std::move(row_shape)),
+        report_(report),
+        watch_batch_(watch_batch),
+        lists_(tape.nodes.size()) {
     for (std::size_t n = 0; n < tape.nodes.size(); ++n) lists_[n].resize(tape.nodes[n].outputs.size());
     for (const tape::Value& input : tape.inputs) {
       if (input.node >= 0) captured_[{input.node, input.output}];
@@ -80,8 +85,9 @@ class Sweep {
     const bool single_row = numel(row_shape_) == 1;
     for (std::size_t e = 0; e < active.size(); ++e) {
       for (std::size_t o = 0; o < states.size(); ++o) {
-        pullbacks[e].push_back(states[o].reached ? tape::describe(tape_, node, static_cast<int>(o), static_cast<int>(active[e]), builder_.pool())
-                                                 : tape::Pullback{.kind = tape::Kind::zero, .terms = {}, .local = {}});
+        pullbacks[e].push_back(
+            states[o].reached ? tape::describe(tape_, node, static_cast<int>(o), static_cast<int>(active[e]), builder_.pool())
+                              : tape::Pullback{.kind = tape::Kind::zero, .terms = {}, .local = {}});
         tape::Pullback& pullback = pullbacks[e].back();
         // With one row there is nothing to keep tied, and one call serves all inputs.
         if (pullback.kind == tape::Kind::local && single_row) pullback.kind = tape::Kind::opaque;
@@ -141,11 +147,13 @@ class Sweep {
   }
 
   // The node is called with everything that arrives at it: all outputs, all rows.
-  void call_opaque(std::int32_t n, std::vector<State>& states, const std::vector<std::size_t>& active, const std::vector<bool>& opaque) {
+  void call_opaque(std::int32_t n, std::vector<State>& states, const std::vector<std::size_t>& active,
+                   const std::vector<bool>& opaque) {
     const tape::Node& node = tape_.nodes[n];
     const std::size_t rank = row_shape_.size();
     if (numel(row_shape_) > 1) builder_.lose(Loss::opaque);
-    blocks::CallNode step{.node = n, .batch = rank, .cotangents = {}, .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
+    blocks::CallNode step{
+        .node = n, .batch = rank, .cotangents = {}, .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
     for (std::size_t o = 0; o < states.size(); ++o) {
       std::int32_t slot = -1;
       if (!states[o].list.empty()) {
@@ -177,7 +185,13 @@ class Sweep {
   Block dense_block(std::int32_t slot, const tape::Meta& meta) {
     Shape extents = row_shape_;
     extents.insert(extents.end(), meta.shape.begin(), meta.shape.end());
-    Block out{.extents = extents, .value = {}, .row = {}, .col = {}, .row_shape = row_shape_, .col_shape = meta.shape, .dtype = to_fused(meta.dtype)};
+    Block out{.extents = extents,
+              .value = {},
+              .row = {},
+              .col = {},
+              .row_shape = row_shape_,
+              .col_shape = meta.shape,
+              .dtype = to_fused(meta.dtype)};
     blocks::Read read{.slot = slot, .axes = {}};
     for (std::size_t k = 0; k < extents.size(); ++k) {
       (k < row_shape_.size() ? out.row : out.col).push_back(blocks::loop_coord(extents.size(), k));
@@ -236,7 +250,13 @@ class Sweep {
 
     // New loops: the batch loops, then one per input axis; a kept loop runs over its part of its axis.
     std::vector<std::size_t> source(batch);  // loop of `block` behind a new loop, or `loops`
-    Block out{.extents = {}, .value = {}, .row = {}, .col = {}, .row_shape = row_shape_, .col_shape = in.shape, .dtype = to_fused(in.dtype)};
+    Block out{.extents = {},
+              .value = {},
+              .row = {},
+              .col = {},
+              .row_shape = row_shape_,
+              .col_shape = in.shape,
+              .dtype = to_fused(in.dtype)};
     for (std::size_t k : batch) out.extents.push_back(block.extents[k]);
     std::vector<std::size_t> kept_by(in.shape.size(), loops);
     for (auto [k, axis] : kept) kept_by[local.tied[axis]] = k;
@@ -263,8 +283,9 @@ class Sweep {
     for (std::size_t q = 0; q < batch.size(); ++q) read.axes.push_back(blocks::loop_coord(total, q).affine);
     for (std::size_t a = 0; a < in.shape.size(); ++a) {
       const std::size_t q = batch.size() + a;
-      Coord coord = kept_by[a] < loops ? Coord{.affine = moved(block.col[kept.at(kept_by[a])].affine), .index_scale = 0, .index = {}}
-                                       : blocks::loop_coord(total, q);
+      Coord coord = kept_by[a] < loops
+                        ? Coord{.affine = moved(block.col[kept.at(kept_by[a])].affine), .index_scale = 0, .index = {}}
+                        : blocks::loop_coord(total, q);
       read.axes.push_back(coord.affine);
       out.col.push_back(std::move(coord));
     }
@@ -293,10 +314,18 @@ class Sweep {
       for (const tape::Pullback& pullback : edge) kind = std::max(kind, pullback.kind);
     }
     switch (kind) {
-      case tape::Kind::zero: row.kind = "zero"; break;
-      case tape::Kind::terms: row.kind = "structured"; break;
-      case tape::Kind::local: row.kind = "local"; break;
-      case tape::Kind::opaque: row.kind = "opaque"; break;
+      case tape::Kind::zero:
+        row.kind = "zero";
+        break;
+      case tape::Kind::terms:
+        row.kind = "structured";
+        break;
+      case tape::Kind::local:
+        row.kind = "local";
+        break;
+      case tape::Kind::opaque:
+        row.kind = "opaque";
+        break;
     }
     for (std::size_t l = 0; l < before.size(); ++l) {
       const std::int64_t times = builder_.losses()[l] - before[l];
@@ -389,32 +418,53 @@ void reset_totals() { total_blocks = total_densified = 0; }
 
 fused::Dtype to_fused(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return fused::Dtype::f32;
-    case at::kDouble: return fused::Dtype::f64;
-    case at::kBFloat16: return fused::Dtype::bf16;
-    case at::kHalf: return fused::Dtype::f16;
-    case at::kLong: return fused::Dtype::i64;
-    case at::kInt: return fused::Dtype::i32;
-    case at::kShort: return fused::Dtype::i16;
-    case at::kChar: return fused::Dtype::i8;
-    case at::kByte: return fused::Dtype::u8;
-    case at::kBool: return fused::Dtype::b8;
-    default: throw tape::Unsupported(std::string("element type ") + at::toString(dtype));
+    case at::kFloat:
+      return fused::Dtype::f32;
+    case at::kDouble:
+      return fused::Dtype::f64;
+    case at::kBFloat16:
+      return fused::Dtype::bf16;
+    case at::kHalf:
+      return fused::Dtype::f16;
+    case at::kLong:
+      return fused::Dtype::i64;
+    case at::kInt:
+      return fused::Dtype::i32;
+    case at::kShort:
+      return fused::Dtype::i16;
+    case at::kChar:
+      return fused::Dtype::i8;
+    case at::kByte:
+      return fused::Dtype::u8;
+    case at::kBool:
+      return fused::Dtype::b8;
+    default:
+      throw tape::Unsupported(std::string("element type ") + at::toString(dtype));
   }
 }
 
 at::ScalarType to_aten(fused::Dtype dtype) {
   switch (dtype) {
-    case fused::Dtype::f32: return at::kFloat;
-    case fused::Dtype::f64: return at::kDouble;
-    case fused::Dtype::bf16: return at::kBFloat16;
-    case fused::Dtype::f16: return at::kHalf;
-    case fused::Dtype::i64: return at::kLong;
-    case fused::Dtype::i32: return at::kInt;
-    case fused::Dtype::i16: return at::kShort;
-    case fused::Dtype::i8: return at::kChar;
-    case fused::Dtype::u8: return at::kByte;
-    case fused::Dtype::b8: return at::kBool;
+    case fused::Dtype::f32:
+      return at::kFloat;
+    case fused::Dtype::f64:
+      return at::kDouble;
+    case fused::Dtype::bf16:
+      return at::kBFloat16;
+    case fused::Dtype::f16:
+      return at::kHalf;
+    case fused::Dtype::i64:
+      return at::kLong;
+    case fused::Dtype::i32:
+      return at::kInt;
+    case fused::Dtype::i16:
+      return at::kShort;
+    case fused::Dtype::i8:
+      return at::kChar;
+    case fused::Dtype::u8:
+      return at::kByte;
+    case fused::Dtype::b8:
+      return at::kBool;
   }
   return at::kFloat;
 }
@@ -467,7 +517,13 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
         Shape extents = row_shape;
         extents.insert(extents.end(), meta.shape.begin(), meta.shape.end());
         const std::size_t n = extents.size(), rows = row_shape.size();
-        Block block{.extents = extents, .value = {}, .row = {}, .col = {}, .row_shape = row_shape, .col_shape = meta.shape, .dtype = to_fused(meta.dtype)};
+        Block block{.extents = extents,
+                    .value = {},
+                    .row = {},
+                    .col = {},
+                    .row_shape = row_shape,
+                    .col_shape = meta.shape,
+                    .dtype = to_fused(meta.dtype)};
         for (std::size_t k = 0; k < n; ++k) (k < rows ? block.row : block.col).push_back(blocks::loop_coord(n, k));
         if (cotangent_slots[i] >= 0) {
           blocks::Read read{.slot = cotangent_slots[i], .axes = {}};
@@ -506,7 +562,8 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
           continue;
         }
         const tape::Meta& meta = meta_of(tape, output);
-        Block seed = summed ? summed_identity(meta.shape, to_fused(meta.dtype)) : blocks::identity(meta.shape, to_fused(meta.dtype));
+        Block seed =
+            summed ? summed_identity(meta.shape, to_fused(meta.dtype)) : blocks::identity(meta.shape, to_fused(meta.dtype));
         const Shape row_shape = seed.row_shape;
         Sweep sweep(tape, builder, row_shape, report, !summed);
         sweep.seed(output, std::move(seed));
@@ -526,9 +583,11 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
               for (const Block& block : sweep.result(input)) {
                 if (block.row[0] == block.col[0]) continue;
                 // An opaque node hides the structure: that is not a proof of coupling.
-                if (sweep.coupled_by_opaque()) throw tape::Unsupported("samples pass through " + sweep.coupling_node() + ", whose structure is not known");
+                if (sweep.coupled_by_opaque())
+                  throw tape::Unsupported("samples pass through " + sweep.coupling_node() + ", whose structure is not known");
                 const std::string where = sweep.coupling_node().empty() ? std::string("the graph") : sweep.coupling_node();
-                throw CoupledSamples("batch_jacobian: the samples of the batch are not independent: they are coupled by " + where);
+                throw CoupledSamples("batch_jacobian: the samples of the batch are not independent: they are coupled by " +
+                                     where);
               }
             }
           }

@@ -11,11 +11,11 @@
 namespace wengert::accumulate {
 
 enum class Seed : std::uint8_t {
-  jacobian,            // one result per (output, input) pair, of shape output.shape + input.shape
-  batch_summed,        // outputs (B, *out), inputs (B, *in): (B, *out, *in), trusting that samples are independent
-  batch_tied,          // the same, with the independence read off the blocks
-  gradient,            // one result per input: sum of the outputs' pulls of their cotangents
-  batched_gradient,    // the same for cotangents with one more leading axis
+  jacobian,          // one result per (output, input) pair, of shape output.shape + input.shape
+  batch_summed,      // outputs (B, *out), inputs (B, *in): (B, *out, *in), trusting that samples are independent
+  batch_tied,        // the same, with the independence read off the blocks
+  gradient,          // one result per input: sum of the outputs' pulls of their cotangents
+  batched_gradient,  // the same for cotangents with one more leading axis
 };
 
 // A cotangent the caller gives: slot of its own, or the constant 1.

@@ -65,9 +65,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("outputs"), py::arg("inputs"), py::arg("create_graph") = false, py::arg("check") = true);
   m.def(
       "grad",
-      [](const Tensors& outputs, const Tensors& inputs, const py::object& grad_outputs, bool retain_graph, bool create_graph, bool batched) {
+      [](const Tensors& outputs, const Tensors& inputs, const py::object& grad_outputs, bool retain_graph, bool create_graph,
+         bool batched) {
         const Tensors given = cotangents(grad_outputs, outputs.size());
-        return to_python(released([&] { return accumulate::gradient(outputs, inputs, given, retain_graph, create_graph, batched); }));
+        return to_python(
+            released([&] { return accumulate::gradient(outputs, inputs, given, retain_graph, create_graph, batched); }));
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("grad_outputs") = py::none(), py::arg("retain_graph") = false,
       py::arg("create_graph") = false, py::arg("is_grads_batched") = false);
@@ -93,11 +95,15 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("plan", [](const Tensors& outputs, const Tensors& inputs, const std::string& kind) {
     using accumulate::Seed;
-    const Seed seed = kind == "gradient" ? Seed::gradient : kind == "batch" ? Seed::batch_tied : kind == "vmap" ? Seed::batch_summed : Seed::jacobian;
+    const Seed seed = kind == "gradient" ? Seed::gradient
+                      : kind == "batch"  ? Seed::batch_tied
+                      : kind == "vmap"   ? Seed::batch_summed
+                                         : Seed::jacobian;
     return accumulate::plan_text(outputs, inputs, seed);
   });
   m.def(
-      "has_other_leaves", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
+      "has_other_leaves",
+      [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);

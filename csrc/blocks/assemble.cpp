@@ -75,8 +75,8 @@ bool disjoint(const Part& p, const Part& q) {
     const Affine &x = p.coords[a].affine, &y = q.coords[a].affine;
     if (x.highest(p.extents) < y.lowest(q.extents) || y.highest(q.extents) < x.lowest(p.extents)) return true;
   }
-  // Equal motions: where the axes with equal starts determine the loops, a common cell would need equal indices, and then the other
-  // axes differ.
+  // Equal motions: where the axes with equal starts determine the loops, a common cell would need equal indices, and then the
+  // other axes differ.
   bool differs = false;
   for (std::size_t a = 0; a < p.coords.size(); ++a) {
     if (p.coords[a].has_index() || q.coords[a].has_index()) return false;
@@ -124,7 +124,8 @@ Part fixed(const Part& part, std::size_t k, std::int64_t i) {
   return out;
 }
 
-// Splits parts that visit cells twice into parts that do not; what cannot be split cheaply keeps its overlap (and is index-added).
+// Splits parts that visit cells twice into parts that do not; what cannot be split cheaply keeps its overlap (and is
+// index-added).
 void unroll(const Part& part, std::vector<Part>& out) {
   if (has_index(part) || injective(part)) {
     out.push_back(part);
@@ -166,8 +167,8 @@ std::int32_t Builder::assemble(const Shape& shape, fused::Dtype dtype, std::vect
   }
   plan_.slots[target].zero_filled = covered != numel(shape);
 
-  // Parts over equal nests that touch different cells go through one program.  Stores touch nothing that stands before them in the
-  // list, but additions may touch what was stored later: so all stores come first.
+  // Parts over equal nests that touch different cells go through one program.  Stores touch nothing that stands before them in
+  // the list, but additions may touch what was stored later: so all stores come first.
   std::vector<bool> done(count, false);
   auto group_of = [&](std::size_t i) {
     std::vector<const Part*> group{&parts[i]};
@@ -248,7 +249,8 @@ void Builder::put_add(std::int32_t target, fused::Dtype dtype, const Part& part)
     stride *= shape[a];
   }
   const Value index = evaluate(coordinate_value(flat, part.extents), part.extents, fused::Dtype::i64, {});
-  const Value value = pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
+  const Value value =
+      pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
   std::int32_t leaf = 0;
   pool_.is_operand(value.expr, &leaf);
   emit(PutAdd{.extents = part.extents,

@@ -51,9 +51,7 @@ bool Block::moves_col(std::size_t k) const {
   return std::any_of(col.begin(), col.end(), [k](const Coord& coord) { return coord.moves(k); });
 }
 
-bool Block::empty() const {
-  return std::find(extents.begin(), extents.end(), 0) != extents.end();
-}
+bool Block::empty() const { return std::find(extents.begin(), extents.end(), 0) != extents.end(); }
 
 std::int64_t Block::logical() const { return numel(extents); }
 

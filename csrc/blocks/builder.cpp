@@ -7,7 +7,8 @@ namespace wengert::blocks {
 
 namespace {
 
-// A program beyond these sizes no longer fits the instruction cache and the register file of the interpreter; values are forced before.
+// A program beyond these sizes no longer fits the instruction cache and the register file of the interpreter; values are forced
+// before.
 constexpr int kMaxInstructions = 192;
 constexpr std::size_t kMaxOperands = 24;
 // Below this many multiplications one fused loop nest beats a separate matrix product.
@@ -65,14 +66,22 @@ void append_key(std::vector<std::int64_t>& key, const Affine& affine) {
 
 const char* name(Loss loss) {
   switch (loss) {
-    case Loss::index_carry: return "index carry";
-    case Loss::mask: return "mask";
-    case Loss::unstack: return "un-stack";
-    case Loss::join: return "index join";
-    case Loss::larger_than_dense: return "larger than dense";
-    case Loss::local: return "local node";
-    case Loss::opaque: return "opaque node";
-    case Loss::kCount: break;
+    case Loss::index_carry:
+      return "index carry";
+    case Loss::mask:
+      return "mask";
+    case Loss::unstack:
+      return "un-stack";
+    case Loss::join:
+      return "index join";
+    case Loss::larger_than_dense:
+      return "larger than dense";
+    case Loss::local:
+      return "local node";
+    case Loss::opaque:
+      return "opaque node";
+    case Loss::kCount:
+      break;
   }
   return "";
 }
@@ -191,7 +200,8 @@ Value Builder::evaluate(const Value& value, const Shape& extents, fused::Dtype d
                           .compute = compute_dtype(dtype),
                           .outputs = {}};
   fused::OutputSpec output{.expr = scaled.expr, .dtype = dtype, .reduced = 0};
-  Target target{.slot = new_slot(out_shape, dtype, compute_dtype(dtype) == dtype || dtype == fused::Dtype::bf16 || dtype == fused::Dtype::f16),
+  Target target{.slot = new_slot(out_shape, dtype,
+                                 compute_dtype(dtype) == dtype || dtype == fused::Dtype::bf16 || dtype == fused::Dtype::f16),
                 .axes = {}};
   for (std::size_t q = 0; q < moving.size(); ++q) {
     if (reduces && reduced[moving[q]]) {
@@ -335,7 +345,8 @@ Value Builder::matmul(Value value, Value factor, const Shape& extents, const std
   std::int32_t v = 0, f = 0;
   pool_.is_operand(value.expr, &v);
   pool_.is_operand(factor.expr, &f);
-  Matmul step{.extents = extents, .a = value.operands[v], .b = factor.operands[f], .batch = {}, .m = {}, .n = {}, .k = {}, .out = -1};
+  Matmul step{
+      .extents = extents, .a = value.operands[v], .b = factor.operands[f], .batch = {}, .m = {}, .n = {}, .k = {}, .out = -1};
   for (std::size_t i = 0; i < extents.size(); ++i) {
     const bool in_a = step.a.moves(i), in_b = step.b.moves(i);
     if (in_a && in_b) (dead[i] ? step.k : step.batch).push_back(i);
@@ -492,7 +503,8 @@ std::int32_t Builder::wrapped_index(std::int32_t source, std::int64_t size) {
   for (std::size_t k = 0; k < all.size(); ++k) all[k] = k;
   const fused::ExprId raw = pool_.operand(0);
   const fused::ExprId negative[] = {raw, pool_.constant(0)};
-  const fused::ExprId choice[] = {pool_.apply(fused::Prim::lt, negative), pool_.add(raw, pool_.constant(static_cast<double>(size))), raw};
+  const fused::ExprId choice[] = {pool_.apply(fused::Prim::lt, negative),
+                                  pool_.add(raw, pool_.constant(static_cast<double>(size))), raw};
   Value value{.expr = pool_.apply(fused::Prim::where, choice), .operands = {direct_read(source, shape.size(), all)}};
   Value forced = force(value, shape, fused::Dtype::i64);
   std::int32_t leaf = 0;

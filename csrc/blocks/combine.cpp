@@ -91,8 +91,8 @@ Block stack(Builder& builder, const std::vector<const Block*>& run, const std::v
 
 // Offsets o with  nest of b = nest of a shifted by o along its loops (loops matched by motion); nothing if there are none.
 struct Shift {
-  std::vector<std::size_t> match;     // loop of b for every loop of a
-  std::vector<std::int64_t> offset;   // per loop of a
+  std::vector<std::size_t> match;    // loop of b for every loop of a
+  std::vector<std::int64_t> offset;  // per loop of a
 };
 
 std::optional<Shift> shift_between(const Block& a, const Block& b) {
@@ -182,7 +182,8 @@ Part as_part(const Block& block) {
   return part;
 }
 
-Block densify(Builder& builder, const std::vector<Block>& blocks, const Shape& row_shape, const Shape& col_shape, fused::Dtype dtype) {
+Block densify(Builder& builder, const std::vector<Block>& blocks, const Shape& row_shape, const Shape& col_shape,
+              fused::Dtype dtype) {
   Shape shape = row_shape;
   shape.insert(shape.end(), col_shape.begin(), col_shape.end());
   std::vector<Part> parts;

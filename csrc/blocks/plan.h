@@ -1,5 +1,5 @@
-// A plan: the flat list of steps that computes a derivative, as plain data.  It holds no tensors, only slots, so one plan serves every
-// call whose tape has the same signature.
+// A plan: the flat list of steps that computes a derivative, as plain data.  It holds no tensors, only slots, so one plan serves
+// every call whose tape has the same signature.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -13,12 +13,13 @@
 
 namespace wengert::blocks {
 
-// A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by steps.
+// A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by
+// steps.
 struct Slot {
   Shape shape;
   fused::Dtype dtype = fused::Dtype::f32;
-  bool zero_filled = false;  // made by several writes into zeros, else by exactly one step that covers it
-  bool requires_grad = true; // integer slots never do
+  bool zero_filled = false;   // made by several writes into zeros, else by exactly one step that covers it
+  bool requires_grad = true;  // integer slots never do
 };
 
 // Where one output of a program goes: axes[a] is the coordinate along axis a of the slot, over the loops of the nest.
@@ -50,11 +51,13 @@ struct Take {
   std::int32_t source, index, out;
 };
 
-// The structure of a PutAdd whose index lies along one axis only: every other axis of `out` is a loop of its own, from 0 in steps of 1.
+// The structure of a PutAdd whose index lies along one axis only: every other axis of `out` is a loop of its own, from 0 in steps
+// of 1.
 struct IndexedAxis {
   std::size_t axis;
-  Read index;                      // the position along that axis
-  std::vector<std::size_t> loops;  // per axis of `out`: its loop; for `axis`, the loop that moves nothing else, or the number of loops
+  Read index;  // the position along that axis
+  std::vector<std::size_t>
+      loops;  // per axis of `out`: its loop; for `axis`, the loop that moves nothing else, or the number of loops
 };
 
 // out.flatten()[index] += value over a loop nest; out is zero-filled.

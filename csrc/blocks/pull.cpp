@@ -23,8 +23,8 @@ std::int64_t floor_div(std::int64_t a, std::int64_t b) {
   return a % b != 0 && ((a < 0) != (b < 0)) ? q - 1 : q;
 }
 
-Coord compose(Builder& builder, const AxisMap& map, const std::vector<Coord>& out_axes, std::size_t first_new, const Shape& extents,
-              std::int64_t size) {
+Coord compose(Builder& builder, const AxisMap& map, const std::vector<Coord>& out_axes, std::size_t first_new,
+              const Shape& extents, std::int64_t size) {
   Coord coord = constant_coord(extents.size(), map.start);
   for (const tape::AxisTerm& term : map.terms) {
     if (static_cast<std::size_t>(term.source) < out_axes.size()) {
@@ -110,7 +110,8 @@ void mask_axis(Builder& builder, Block& block, std::size_t axis, std::int64_t of
   const Value at = builder.coordinate_value(block.col[axis], block.extents);
   // x = (at - offset) / step, exact in double
   const fused::ExprId x = pool.div(pool.sub(at.expr, number(offset)), number(step));
-  fused::ExprId inside = apply(fused::Prim::logical_and, apply(fused::Prim::ge, x, number(0)), apply(fused::Prim::lt, x, number(size)));
+  fused::ExprId inside =
+      apply(fused::Prim::logical_and, apply(fused::Prim::ge, x, number(0)), apply(fused::Prim::lt, x, number(size)));
   if (std::abs(step) != 1) {
     const fused::ExprId whole[] = {x};
     inside = apply(fused::Prim::logical_and, inside, apply(fused::Prim::eq, x, pool.apply(fused::Prim::floor, whole)));
@@ -284,7 +285,8 @@ Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
     const fused::ExprId zero = pool.constant(0);
     const fused::ExprId compare[] = {difference.expr, zero};
     const fused::ExprId flag[] = {pool.apply(fused::Prim::eq, compare), fused::kOne, zero};
-    const Coord mask = builder.index_coord({.expr = pool.apply(fused::Prim::where, flag), .operands = difference.operands}, block.extents);
+    const Coord mask =
+        builder.index_coord({.expr = pool.apply(fused::Prim::where, flag), .operands = difference.operands}, block.extents);
     block.value = builder.select(builder.coordinate_value(mask, block.extents), block.value);
     block.col[axis] = loop_coord(block.loops(), k);
   }

@@ -1,5 +1,5 @@
-// Pulling blocks through operators.  One rule, substitution, covers elementwise functions, broadcasting, reductions, views, matrix
-// products and index reads; scatters restrict loops, reshapes take coordinates apart into digits.
+// Pulling blocks through operators.  One rule, substitution, covers elementwise functions, broadcasting, reductions, views,
+// matrix products and index reads; scatters restrict loops, reshapes take coordinates apart into digits.
 #pragma once
 #include <vector>
 
@@ -7,15 +7,16 @@
 
 namespace wengert::blocks {
 
-// Replaces the column side, which is the operator's output, by the operator's input.  May give no block (structural zero) or several.
+// Replaces the column side, which is the operator's output, by the operator's input.  May give no block (structural zero) or
+// several.
 std::vector<Block> pull(Builder& builder, Block block, const tape::Term& term);
 
 // The blocks of one (row tensor, value) pair: their sum is the Jacobian.
 class BlockList {
  public:
   void add(Builder& builder, Block block);  // blocks with equal nests are added up lazily
-  // Brings down the number of blocks before they are pulled on: stacks progressions, joins shifted nests, and turns a list that stores
-  // more than the dense array into one dense block.
+  // Brings down the number of blocks before they are pulled on: stacks progressions, joins shifted nests, and turns a list that
+  // stores more than the dense array into one dense block.
   void reduce(Builder& builder);
   bool empty() const { return blocks_.empty(); }
   std::size_t size() const { return blocks_.size(); }
@@ -28,7 +29,8 @@ class BlockList {
 };
 
 // The dense array of shape row_shape + col_shape, as one block.
-Block densify(Builder& builder, const std::vector<Block>& blocks, const Shape& row_shape, const Shape& col_shape, fused::Dtype dtype);
+Block densify(Builder& builder, const std::vector<Block>& blocks, const Shape& row_shape, const Shape& col_shape,
+              fused::Dtype dtype);
 // The block's entries as a part of an array with axes (row axes, column axes).
 Part as_part(const Block& block);
 

@@ -20,8 +20,8 @@ struct AxisTerm {
 struct AxisMap {
   std::int64_t start = 0;
   std::vector<AxisTerm> terms;
-  std::int32_t index_slot = -1;      // an integer tensor (tape slot) whose element is added; negative entries count from the end
-  std::vector<AxisMap> index_axes;   // where it is read: one affine coordinate per axis of the index tensor
+  std::int32_t index_slot = -1;     // an integer tensor (tape slot) whose element is added; negative entries count from the end
+  std::vector<AxisMap> index_axes;  // where it is read: one affine coordinate per axis of the index tensor
 };
 
 // A saved tensor read over the output's axes and the new loops: one affine coordinate per axis of that tensor.

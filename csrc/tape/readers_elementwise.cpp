@@ -30,13 +30,11 @@ Pullback by_result(const Site& s) {
 }
 template <class N>
 void self_row(Table& t, const char* name, Prim prim) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.slot(n.self_); }, by_self, prim);
+  t.add<N>(name, [](Take& k, const N& n) { k.slot(n.self_); }, by_self, prim);
 }
 template <class N>
 void result_row(Table& t, const char* name, Prim prim) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.result(n.result_); }, by_result, prim);
+  t.add<N>(name, [](Take& k, const N& n) { k.result(n.result_); }, by_result, prim);
 }
 
 // Binary functions: slots are self, other, result; those not saved are not read by the partial.
@@ -98,8 +96,7 @@ void add_sums(Table& t) {
   t.add<gen::RsubBackward0>(
       "RsubBackward0", [](Take& k, const gen::RsubBackward0& n) { k.real(-n.alpha); },
       [](const Site& s) { return s.input == 0 ? scaled(s) : sign_preserving(s); });
-  t.add<gen::RsubBackward1>(
-      "RsubBackward1", [](Take& k, const gen::RsubBackward1& n) { k.real(-n.alpha); }, scaled);
+  t.add<gen::RsubBackward1>("RsubBackward1", [](Take& k, const gen::RsubBackward1& n) { k.real(-n.alpha); }, scaled);
   t.add<gen::NegBackward0>("NegBackward0", negated);
   t.add<gen::ToCopyBackward0>("ToCopyBackward0", sign_preserving);
   t.add<gen::CloneBackward0>("CloneBackward0", sign_preserving);
@@ -131,8 +128,7 @@ void add_products(Table& t) {
         FactorBuilder f(s);
         return f.finish(f.read(1 - s.input));
       });
-  t.add<gen::MulBackward1>(
-      "MulBackward1", [](Take& k, const gen::MulBackward1& n) { k.real(n.other); }, scaled);
+  t.add<gen::MulBackward1>("MulBackward1", [](Take& k, const gen::MulBackward1& n) { k.real(n.other); }, scaled);
   t.add<gen::DivBackward0>(
       "DivBackward0",
       [](Take& k, const gen::DivBackward0& n) {
@@ -466,8 +462,7 @@ void add_functions(Table& t) {
 
 template <class N>
 void tabulated_row(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N&) { tabulate(k, 2); }, tabulated);
+  t.add<N>(name, [](Take& k, const N&) { tabulate(k, 2); }, tabulated);
 }
 
 void add_tabulated(Table& t) {

@@ -305,11 +305,9 @@ void add_scatter(Table& t, const char* name, bool overwrites) {
     k.derived(index);
   };
   if (overwrites) {
-    t.add<N>(
-        name, [](Take& k, const N& n) { read(k, n, true); }, scattered);
+    t.add<N>(name, [](Take& k, const N& n) { read(k, n, true); }, scattered);
   } else {
-    t.add<N>(
-        name, [](Take& k, const N& n) { read(k, n, false); }, scattered);
+    t.add<N>(name, [](Take& k, const N& n) { read(k, n, false); }, scattered);
   }
 }
 

@@ -27,8 +27,7 @@ Pullback along_one_axis(const Site& s) {
 
 template <class N>
 void add_scan(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
+  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
 }
 
 Pullback leading(const Site& s, int count) {
@@ -97,8 +96,7 @@ Pullback normalized_backward(const Site& s) {  // ints: number of normalised axe
 
 template <class N, int Core>
 void add_max_pool(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.result(n.result1_); }, max_pool<Core>);
+  t.add<N>(name, [](Take& k, const N& n) { k.result(n.result1_); }, max_pool<Core>);
 }
 
 // Matrices: batch axes stand before the last two.

@@ -42,8 +42,7 @@ void add_tabulated(Table& t, const char* name) {
 // Backward ops of losses are elementwise in (grad_output, self, target).
 template <class N>
 void add_tabulated_backward(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N&) { tabulate(k, 3); }, tabulated);
+  t.add<N>(name, [](Take& k, const N&) { tabulate(k, 3); }, tabulated);
 }
 
 // slots self, target

@@ -66,8 +66,7 @@ void read_two(Take& k, const SavedVariable& left, const SavedVariable& right, in
 }  // namespace
 
 void add_matmul(Table& t) {
-  t.add<gen::MmBackward0>(
-      "MmBackward0", [](Take& k, const gen::MmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, matrix);
+  t.add<gen::MmBackward0>("MmBackward0", [](Take& k, const gen::MmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, matrix);
   t.add<gen::BmmBackward0>(
       "BmmBackward0", [](Take& k, const gen::BmmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, batched);
   t.add<gen::MvBackward0>(

@@ -300,14 +300,10 @@ void add_choices(Table& t) {
 }  // namespace
 
 void add_reductions(Table& t) {
-  t.add<gen::SumBackward0>(
-      "SumBackward0", [](Take& k, const gen::SumBackward0&) { k.integer(std::int64_t{0}); }, sum);
-  t.add<gen::SumBackward1>(
-      "SumBackward1", [](Take& k, const gen::SumBackward1& n) { take_axes(k, n.keepdim, n.dim); }, sum);
-  t.add<gen::MeanBackward0>(
-      "MeanBackward0", [](Take& k, const gen::MeanBackward0&) { k.integer(std::int64_t{0}); }, mean);
-  t.add<gen::MeanBackward1>(
-      "MeanBackward1", [](Take& k, const gen::MeanBackward1& n) { take_axes(k, n.keepdim, n.dim); }, mean);
+  t.add<gen::SumBackward0>("SumBackward0", [](Take& k, const gen::SumBackward0&) { k.integer(std::int64_t{0}); }, sum);
+  t.add<gen::SumBackward1>("SumBackward1", [](Take& k, const gen::SumBackward1& n) { take_axes(k, n.keepdim, n.dim); }, sum);
+  t.add<gen::MeanBackward0>("MeanBackward0", [](Take& k, const gen::MeanBackward0&) { k.integer(std::int64_t{0}); }, mean);
+  t.add<gen::MeanBackward1>("MeanBackward1", [](Take& k, const gen::MeanBackward1& n) { take_axes(k, n.keepdim, n.dim); }, mean);
   t.add<gen::NansumBackward0>(
       "NansumBackward0",
       [](Take& k, const gen::NansumBackward0& n) {

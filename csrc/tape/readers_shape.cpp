@@ -340,10 +340,8 @@ void add_shape(Table& t) {
       },
       rolled);
   t.add<gen::RepeatBackward0>("RepeatBackward0", repeated);
-  t.add<gen::TrilBackward0>(
-      "TrilBackward0", [](Take& k, const gen::TrilBackward0& n) { read_triangle(k, n, at::tril); }, masked);
-  t.add<gen::TriuBackward0>(
-      "TriuBackward0", [](Take& k, const gen::TriuBackward0& n) { read_triangle(k, n, at::triu); }, masked);
+  t.add<gen::TrilBackward0>("TrilBackward0", [](Take& k, const gen::TrilBackward0& n) { read_triangle(k, n, at::tril); }, masked);
+  t.add<gen::TriuBackward0>("TriuBackward0", [](Take& k, const gen::TriuBackward0& n) { read_triangle(k, n, at::triu); }, masked);
   t.add<gen::Rot90Backward0>(
       "Rot90Backward0",
       [](Take& k, const gen::Rot90Backward0& n) {

@@ -212,8 +212,7 @@ void add_transpose(Table& t, const char* name) {
 
 template <class N>
 void add_permute(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.integers(n.dims); }, permuted);
+  t.add<N>(name, [](Take& k, const N& n) { k.integers(n.dims); }, permuted);
 }
 
 template <class N>
@@ -236,8 +235,7 @@ void add_squeeze(Table& t, const char* name) {
 
 template <class N>
 void add_unsqueeze(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.integer(n.dim); }, unsqueezed);
+  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, unsqueezed);
 }
 
 template <class N>
@@ -319,8 +317,7 @@ void add_views(Table& t) {
   add_diagonal<gen::DiagonalBackward0_copy>(t, "DiagonalBackward0_copy");
   add_unfold<gen::UnfoldBackward0>(t, "UnfoldBackward0");
   add_unfold<gen::UnfoldBackward0_copy>(t, "UnfoldBackward0_copy");
-  t.add<gen::FlipBackward0>(
-      "FlipBackward0", [](Take& k, const gen::FlipBackward0& n) { k.integers(n.dims); }, flipped);
+  t.add<gen::FlipBackward0>("FlipBackward0", [](Take& k, const gen::FlipBackward0& n) { k.integers(n.dims); }, flipped);
   t.add<gen::AsStridedBackward0>("AsStridedBackward0", read_strided<gen::AsStridedBackward0>, strided);
   t.add<gen::AsStridedBackward1>("AsStridedBackward1", read_strided<gen::AsStridedBackward1>, strided);
   t.add<gen::AsStridedBackward0_copy>("AsStridedBackward0_copy", read_strided<gen::AsStridedBackward0_copy>, strided);

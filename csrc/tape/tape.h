@@ -37,22 +37,23 @@ struct Meta {
 struct Reader;  // one row of the reader table: node name, how to read it, how to describe it
 
 struct Node {
-  const Reader* reader = nullptr;      // never null; nodes without a row of their own share the opaque row
+  const Reader* reader = nullptr;  // never null; nodes without a row of their own share the opaque row
   NodePtr fn;
-  std::vector<std::int64_t> ints;      // what the reader took from the node; meaning private to its row
+  std::vector<std::int64_t> ints;  // what the reader took from the node; meaning private to its row
   std::vector<double> reals;
-  std::vector<std::int32_t> slots;     // saved tensors, -1 where absent or not needed
+  std::vector<std::int32_t> slots;                // saved tensors, -1 where absent or not needed
   std::shared_ptr<const fused::Program> program;  // nodes of wengert::fused only
-  std::vector<Value> inputs;           // one per next edge; node = -1 where no requested input is reached through it
-  std::vector<Meta> outputs;           // one per output of the forward op
+  std::vector<Value> inputs;                      // one per next edge; node = -1 where no requested input is reached through it
+  std::vector<Meta> outputs;                      // one per output of the forward op
 };
 
 struct Tape {
-  std::vector<Node> nodes;             // a node stands before all nodes it leads to; leaves are nodes with no inputs
-  std::vector<at::Tensor> slots;       // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
-  std::vector<Value> outputs;          // of the requested outputs; node = -1 where an output does not require grad
-  std::vector<Value> inputs;           // of the requested inputs; node = -1 where no output reaches it
-  std::vector<std::int64_t> signature; // equal signatures = same plan: everything above except tensor data and node identity
+  std::vector<Node> nodes;  // a node stands before all nodes it leads to; leaves are nodes with no inputs
+  std::vector<at::Tensor>
+      slots;                   // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
+  std::vector<Value> outputs;  // of the requested outputs; node = -1 where an output does not require grad
+  std::vector<Value> inputs;   // of the requested inputs; node = -1 where no output reaches it
+  std::vector<std::int64_t> signature;  // equal signatures = same plan: everything above except tensor data and node identity
 };
 
 // Reads the graph.  Unpacks each saved tensor once (which performs PyTorch's own version and freed-buffer checks).

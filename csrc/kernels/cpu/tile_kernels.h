@@ -266,12 +266,12 @@ void sum_columns(double* sums, const void* tile, int rows, int length) {
 }  // namespace
 
 #define WENGERT_ROW(name) kernel_for<T, fused::prim::Op<Prim::name>>(),
-#define WENGERT_STORAGE(what)                                                                           \
-  {                                                                                                     \
-    Convert<T, float>::what, Convert<T, double>::what, Convert<T, Bf16>::what, Convert<T, F16>::what,   \
-        Convert<T, std::int64_t>::what, Convert<T, std::int32_t>::what, Convert<T, std::int16_t>::what, \
-        Convert<T, std::int8_t>::what, Convert<T, std::uint8_t>::what, Convert<T, Bool>::what           \
-  }
+#define WENGERT_STORAGE(what)                                                                         \
+  {                                                                                                   \
+      Convert<T, float>::what,        Convert<T, double>::what,       Convert<T, Bf16>::what,         \
+      Convert<T, F16>::what,          Convert<T, std::int64_t>::what, Convert<T, std::int32_t>::what, \
+      Convert<T, std::int16_t>::what, Convert<T, std::int8_t>::what,  Convert<T, std::uint8_t>::what, \
+      Convert<T, Bool>::what}
 namespace {
 template <class T>
 struct Tables {

@@ -1,0 +1,133 @@
+"""How much structure the engine keeps: exact counts per problem, so that a regression and an improvement both show."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import wengert
+from wengert import _C
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What one derivative costs; on a second call the plan is found again and everything else stays."""
+
+    blocks: int  # blocks that reached an input
+    losses: int  # structure given up, for any reason
+    launches: int  # kernel launches
+    matmuls: int
+    node_calls: int
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.linspace(-0.9, 1.1, torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+
+
+def pointwise(x):
+    return (x.sin() * x.exp() + x.square()).tanh()
+
+
+def heat2d(u):
+    inner = u[1:-1, 1:-1]
+    return inner + 0.1 * (u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2] - 4 * inner)
+
+
+def lorenz96(x):
+    return (x.roll(-1) - x.roll(2)) * x.roll(1) - x + 8.0
+
+
+def cart_pole(state):
+    _, v, angle, spin = state.unbind(-1)
+    sin, cos = angle.sin(), angle.cos()
+    push = 0.05 * spin.square() * sin
+    turn = (9.8 * sin - cos * push) / (0.5 * (4 / 3 - 0.1 * cos.square()))
+    return torch.stack([v, push - 0.05 * turn * cos, spin, turn], -1)
+
+
+def rosenbrock(x):
+    return (100 * (x[1:] - x[:-1].square()).square() + (1 - x[:-1]).square()).sum()
+
+
+def mlp(x):
+    return (x @ rows(4, 6)).tanh() @ rows(6, 3)
+
+
+def wide_mlp(x):
+    return (x @ rows(48, 64)).tanh() @ rows(64, 32)
+
+
+def residual_mlp(x):
+    return x + (x @ rows(4, 6)).tanh() @ rows(6, 4)
+
+
+def softmax(x):
+    return x.softmax(-1)
+
+
+def cross_entropy(x):
+    return torch.nn.functional.cross_entropy(x, torch.arange(x.shape[0]) % x.shape[1])
+
+
+def layer_norm(x):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def gather(x):
+    return x[torch.tensor([2, 0, 5, 5, 1])] * 2
+
+
+def convolution(x):
+    return torch.nn.functional.conv1d(x, rows(2, 1, 3))
+
+
+J, H = wengert.jacobian, wengert.hessian
+CASES = {
+    "pointwise": (J, pointwise, rows(40), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
+    "heat2d": (J, heat2d, rows(8, 8), Counts(blocks=5, losses=0, launches=1, matmuls=0, node_calls=0)),
+    "lorenz96": (J, lorenz96, rows(12), Counts(blocks=7, losses=0, launches=6, matmuls=0, node_calls=0)),
+    "cart-pole": (J, cart_pole, rows(5, 4), Counts(blocks=6, losses=0, launches=1, matmuls=0, node_calls=0)),
+    "mlp": (J, mlp, rows(5, 4), Counts(blocks=1, losses=0, launches=2, matmuls=0, node_calls=0)),
+    "wide mlp": (J, wide_mlp, rows(16, 48), Counts(blocks=1, losses=0, launches=2, matmuls=1, node_calls=0)),
+    "residual mlp": (J, residual_mlp, rows(5, 4), Counts(blocks=2, losses=0, launches=3, matmuls=0, node_calls=0)),
+    "softmax": (J, softmax, rows(5, 4), Counts(blocks=2, losses=0, launches=2, matmuls=0, node_calls=0)),
+    "layer norm": (J, layer_norm, rows(5, 4), Counts(blocks=1, losses=1, launches=2, matmuls=0, node_calls=1)),
+    "gather": (J, gather, rows(6), Counts(blocks=1, losses=0, launches=3, matmuls=0, node_calls=0)),
+    "convolution": (J, convolution, rows(3, 1, 9), Counts(blocks=1, losses=2, launches=2, matmuls=0, node_calls=1)),
+    "rosenbrock": (H, rosenbrock, rows(10), Counts(blocks=6, losses=0, launches=4, matmuls=0, node_calls=0)),
+    "cross entropy": (H, cross_entropy, rows(5, 4), Counts(blocks=4, losses=0, launches=5, matmuls=0, node_calls=0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_structure_counts(name):
+    derivative, function, point, expected = CASES[name]
+    x = point.clone().requires_grad_()
+    y = function(x)
+    planning, running = counted(derivative, y, x), counted(derivative, y, x)
+    found = Counts(
+        blocks=planning["blocks"],
+        losses=planning["densified"],
+        **{key: planning[key] for key in ("launches", "matmuls", "node_calls")},
+    )
+    assert found == expected, "better or worse: look, and then write the new counts down"
+    # The second call finds every plan of the first, and runs it alike.
+    assert (running["plan_hits"], running["plan_misses"]) == (planning["plan_misses"], 0)
+    for key in ("launches", "matmuls", "node_calls", "takes"):
+        assert running[key] == planning[key], key
+
+
+def counted(derivative, y, x) -> dict[str, int]:
+    _C.reset_counters()
+    derivative(y, x)
+    return _C.counters()
+
+
+@pytest.mark.parametrize("name", [name for name, row in CASES.items() if row[0] is J])
+def test_explain_finds_the_same_losses(name):
+    _, function, point, expected = CASES[name]
+    x = point.clone().requires_grad_()
+    nodes = _C.explain([function(x)], [x])
+    assert all((row["structure"] == "kept") == (not row["structure"].startswith("lost")) for row in nodes)
+    assert any(row["structure"] != "kept" for row in nodes) == (expected.losses > 0)
