@@ -209,7 +209,7 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
   }
   const torch::autograd::Node& fn = *tape.nodes[step.node].fn;
   std::vector<at::Tensor> results;
-  bool rows = batch == 1 || row_only().contains(fn);
+  bool rows = batch == 1 || row_only().contains(fn), failed = false;
   if (!rows) {
     try {
       results = call_batched(step, tape, cotangents, batch);
@@ -218,14 +218,14 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
       throw;
     } catch (const std::exception&) {
       // If the node is at fault the row-wise call raises the same error again; if batching was, it succeeds.
-      rows = true;
+      rows = failed = true;
     }
   }
   if (rows) {
     call_count += batch;
     results = call_rows(step, tape, cotangents, batch);
     // All custom Functions share one type (which torch does not export), so one of them says nothing about the others.
-    if (batch > 1 && std::strstr(typeid(fn).name(), "PyNode") == nullptr) row_only().insert(fn);
+    if (failed && std::strstr(typeid(fn).name(), "PyNode") == nullptr) row_only().insert(fn);
   }
   for (std::size_t j = 0; j < results.size(); ++j) {
     if (!results[j].defined()) continue;

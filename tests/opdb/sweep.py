@@ -33,6 +33,7 @@ from torch.autograd import functional as torch_functional
 
 SAMPLES, ELEMENTS, LOOKED_AT, OUTPUTS = 6, 64, 120, 700
 HESSIAN_ELEMENTS = 12
+SECOND_ELEMENTS = 50  # where a Jacobian is differentiated once more
 TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)
 # torch's own backward is only single precision here (the derivative in the weights of a covariance).
 LOOSE = {"cov": Tolerance(rtol=1e-5, atol=2e-5)}
@@ -181,6 +182,13 @@ def _confirmed(
     return mended
 
 
+def differentiated(jacobian: Callable[..., Any], f: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Any:
+    """The gradient of a weighted sum of a Jacobian taken with create_graph."""
+    xs = tuple(x.clone().requires_grad_() for x in inputs)
+    total = scalar_of(lambda *ys: tuple(tensors_of(jacobian(f, ys, create_graph=True))))(*xs)
+    return torch.autograd.grad(total, xs, materialize_grads=True) if total.requires_grad else tuple(map(torch.zeros_like, xs))
+
+
 def compare(
     report: OpReport,
     label: str,
@@ -251,6 +259,20 @@ def sweep_op(op: Any, full: bool) -> OpReport:
             compare(
                 report, f"sample {k} hessian", lambda: wengert.hessian(g, inputs), lambda: torch_functional.hessian(g, inputs)
             )
+        if (
+            op.supports_gradgrad
+            and k < 2
+            and elements <= SECOND_ELEMENTS
+            and sum(y.numel() for y in first.value) <= SECOND_ELEMENTS
+        ):
+            reference = Outcome.of(lambda: differentiated(torch_functional.jacobian, f, inputs))
+            if reference.error is None:  # torch lacks some derivatives of derivatives
+                compare(
+                    report,
+                    f"sample {k} create_graph",
+                    lambda: differentiated(wengert.jacobian, f, inputs),
+                    lambda: reference.value,
+                )
     if not report.samples:
         report.skipped = "no sample with differentiable floating inputs and outputs of this size"
     report.seconds = time.perf_counter() - begin
