@@ -89,7 +89,7 @@ CASES = {
     "lorenz96": (J, lorenz96, rows(12), Counts(blocks=7, losses=0, launches=6, matmuls=0, node_calls=0)),
     "cart-pole": (J, cart_pole, rows(5, 4), Counts(blocks=6, losses=0, launches=1, matmuls=0, node_calls=0)),
     "mlp": (J, mlp, rows(5, 4), Counts(blocks=1, losses=0, launches=2, matmuls=0, node_calls=0)),
-    "wide mlp": (J, wide_mlp, rows(16, 48), Counts(blocks=1, losses=0, launches=2, matmuls=1, node_calls=0)),
+    "wide mlp": (J, wide_mlp, rows(16, 48), Counts(blocks=1, losses=0, launches=3, matmuls=1, node_calls=0)),
     "residual mlp": (J, residual_mlp, rows(5, 4), Counts(blocks=2, losses=0, launches=3, matmuls=0, node_calls=0)),
     "softmax": (J, softmax, rows(5, 4), Counts(blocks=2, losses=0, launches=2, matmuls=0, node_calls=0)),
     "layer norm": (J, layer_norm, rows(5, 4), Counts(blocks=1, losses=1, launches=2, matmuls=0, node_calls=1)),
