@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "accumulate/steps.h"
+#include "accumulate/run.h"
 #include "accumulate/sweep.h"
 #include "ops/fused.h"
 
@@ -60,30 +60,11 @@ at::Tensor window(const at::Tensor& tensor, const Read& read, const blocks::Shap
   return at::as_strided(tensor, sizes, strides, offset);
 }
 
-class Run {
+class MemoryRun : public Run<MemoryRun> {
  public:
-  Run(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) : plan_(plan), tape_(tape), slots_(plan.slots.size()) {
-    std::size_t s = 0;
-    for (const at::Tensor& tensor : tape.slots) slots_[s++] = tensor;
-    for (const at::Tensor& tensor : cotangents) {
-      if (tensor.defined()) slots_[s++] = tensor;
-    }
-  }
+  using Run::Run;
+  using Run::run;
 
-  std::vector<at::Tensor> operator()() {
-    for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
-      std::visit([this](const auto& step) { run(step); }, plan_.steps[i]);
-      for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
-    }
-    std::vector<at::Tensor> results;
-    for (std::size_t r = 0; r < plan_.results.size(); ++r) {
-      const std::int32_t s = plan_.results[r];
-      results.push_back(s < 0 ? at::Tensor() : accumulate::result(made(s), plan_.result_shapes[r]));
-    }
-    return results;
-  }
-
- private:
   // The slot's tensor, allocated at its first mention.
   at::Tensor& made(std::int32_t s) {
     at::Tensor& tensor = slots_[s];
@@ -151,26 +132,13 @@ class Run {
   }
 
   void run(const blocks::Arange& step) { slots_[step.out] = at::arange(plan_.slots[step.out].shape[0]); }
-
-  void run(const blocks::CallNode& step) {
-    std::vector<at::Tensor> cotangents;
-    for (std::int32_t s : step.cotangents) cotangents.push_back(s < 0 ? at::Tensor() : made(s));
-    std::vector<at::Tensor> results = call_node(step, plan_, tape_, std::move(cotangents));
-    for (std::size_t j = 0; j < step.results.size(); ++j) {
-      if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
-    }
-  }
-
-  const Plan& plan_;
-  const tape::Tape& tape_;
-  std::vector<at::Tensor> slots_;
 };
 
 }  // namespace
 
 std::vector<at::Tensor> execute(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) {
   torch::autograd::AutoGradMode no_grad(false);
-  return Run(plan, tape, cotangents)();
+  return MemoryRun(plan, tape, cotangents)();
 }
 
 }  // namespace wengert::accumulate

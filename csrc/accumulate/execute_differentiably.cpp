@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "accumulate/execute.h"
-#include "accumulate/steps.h"
+#include "accumulate/run.h"
 #include "accumulate/sweep.h"
 #include "ops/fused.h"
 
@@ -93,32 +93,10 @@ at::Tensor read_window(const at::Tensor& tensor, const Read& read, const Shape& 
   return view.sizes() == at::IntArrayRef(sizes) ? view : view.reshape(sizes);
 }
 
-class DifferentiableRun {
+class DifferentiableRun : public Run<DifferentiableRun> {
  public:
-  DifferentiableRun(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents)
-      : plan_(plan), tape_(tape), slots_(plan.slots.size()), device_(at::kCPU) {
-    std::size_t s = 0;
-    for (const at::Tensor& tensor : tape.slots) slots_[s++] = tensor;
-    for (const at::Tensor& tensor : cotangents) {
-      if (tensor.defined()) slots_[s++] = tensor;
-    }
-  }
-
-  std::vector<at::Tensor> operator()() {
-    for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
-      std::visit([this](const auto& step) { run(step); }, plan_.steps[i]);
-      for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
-    }
-    std::vector<at::Tensor> results;
-    for (std::size_t r = 0; r < plan_.results.size(); ++r) {
-      const std::int32_t s = plan_.results[r];
-      results.push_back(s < 0 ? at::Tensor() : accumulate::result(made(s), plan_.result_shapes[r]));
-    }
-    return results;
-  }
-
- private:
-  at::TensorOptions options(const Slot& slot) const { return at::TensorOptions().dtype(to_aten(slot.dtype)).device(device_); }
+  using Run::Run;
+  using Run::run;
 
   const at::Tensor& made(std::int32_t s) {
     if (!slots_[s].defined()) slots_[s] = at::zeros(plan_.slots[s].shape, options(plan_.slots[s]));
@@ -234,19 +212,10 @@ class DifferentiableRun {
     slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(device_));
   }
 
-  void run(const blocks::CallNode& step) {
-    std::vector<at::Tensor> cotangents;
-    for (std::int32_t s : step.cotangents) cotangents.push_back(s < 0 ? at::Tensor() : made(s));
-    std::vector<at::Tensor> results = call_node(step, plan_, tape_, std::move(cotangents));
-    for (std::size_t j = 0; j < step.results.size(); ++j) {
-      if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
-    }
-  }
+ private:
+  at::TensorOptions options(const Slot& slot) const { return at::TensorOptions().dtype(to_aten(slot.dtype)).device(device_); }
 
-  const Plan& plan_;
-  const tape::Tape& tape_;
-  std::vector<at::Tensor> slots_;
-  at::Device device_;
+  at::Device device_{at::kCPU};
 };
 
 }  // namespace

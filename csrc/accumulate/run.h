@@ -1,0 +1,56 @@
+// What both ways of running a plan have in common: slots, the order of the steps, and calling nodes.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "accumulate/execute.h"
+#include "accumulate/steps.h"
+
+namespace wengert::accumulate {
+
+// Way::run(step) runs every other kind of step; Way::made(slot) gives a slot's tensor, making it at its first mention.
+template <class Way>
+class Run {
+ public:
+  Run(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents)
+      : plan_(plan), tape_(tape), slots_(plan.slots.size()) {
+    std::size_t s = 0;
+    for (const at::Tensor& tensor : tape.slots) slots_[s++] = tensor;
+    for (const at::Tensor& tensor : cotangents) {
+      if (tensor.defined()) slots_[s++] = tensor;
+    }
+  }
+
+  std::vector<at::Tensor> operator()() {
+    Way& way = static_cast<Way&>(*this);
+    for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
+      std::visit([&way](const auto& step) { way.run(step); }, plan_.steps[i]);
+      for (std::int32_t s : plan_.last_use[i]) slots_[s].reset();
+    }
+    std::vector<at::Tensor> results;
+    for (std::size_t r = 0; r < plan_.results.size(); ++r) {
+      const std::int32_t s = plan_.results[r];
+      results.push_back(s < 0 ? at::Tensor() : accumulate::result(way.made(s), plan_.result_shapes[r]));
+    }
+    return results;
+  }
+
+  void run(const blocks::CallNode& step) {
+    std::vector<at::Tensor> cotangents;
+    for (std::int32_t s : step.cotangents) cotangents.push_back(s < 0 ? at::Tensor() : static_cast<Way&>(*this).made(s));
+    std::vector<at::Tensor> results = call_node(step, plan_, tape_, std::move(cotangents));
+    for (std::size_t j = 0; j < step.results.size(); ++j) {
+      if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
+    }
+  }
+
+ protected:
+  const blocks::Plan& plan_;
+  const tape::Tape& tape_;
+  std::vector<at::Tensor> slots_;
+};
+
+}  // namespace wengert::accumulate
