@@ -76,6 +76,11 @@ def simd_flags(source: str) -> list[str]:
     return AVX2 if source.endswith("_avx2.cpp") else []
 
 
+def embedded_headers() -> str:
+    """What fused/device_headers.cpp embeds as text; the compiler's dependency file does not know it."""
+    return " ".join(escape(path) for room in ("common", "fused") for path in sorted((CSRC / room).glob("*.h")))
+
+
 def quote(words: list[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
@@ -89,7 +94,7 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
-    base += [f"-I{CSRC}", f"-I{CSRC}/common/compat"]
+    base += [f"-I{CSRC}", f"-I{CSRC}/common/compat", f"-Wa,-I{CSRC}"]  # the assembler embeds headers as text
     base += shlex.split(os.environ.get("CXXFLAGS", ""))
     torch_flags = [word for path in include_paths() for word in ("-isystem", path)]
     torch_flags += ["-isystem", sysconfig.get_path("include"), "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]
@@ -133,7 +138,8 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
         object_file = escape(build / source.replace("/", "_").replace(".cpp", ".o"))
         objects.append(object_file)
         if source.startswith(TORCH_FREE):
-            lines += [f"build {object_file}: plain {escape(CSRC / source)}", f"  simd = {quote(simd_flags(source))}"]
+            text = f" | {embedded_headers()}" if source == "fused/device_headers.cpp" else ""
+            lines += [f"build {object_file}: plain {escape(CSRC / source)}{text}", f"  simd = {quote(simd_flags(source))}"]
         else:
             lines.append(f"build {object_file}: torch {escape(CSRC / source)} | {escape(header)}.gch")
     lines += [f"build {escape(build / library)}: link {' '.join(objects)}", ""]

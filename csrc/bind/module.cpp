@@ -1,7 +1,8 @@
-// The Python module wengert._C.  Nothing else includes pybind11.
+// The Python module wengert._C.  Nothing outside this room includes pybind11.
 #include <torch/csrc/utils/pybind.h>
 
 #include "accumulate/derivatives.h"
+#include "bind/cuda_plan.h"
 #include "tape/tape.h"
 
 namespace py = pybind11;
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
       "has_other_leaves",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  wengert::bind::define_cuda(m.def_submodule("cuda"));
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
 }

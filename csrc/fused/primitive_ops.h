@@ -33,7 +33,6 @@ struct Op;
 #define WENGERT_NO_PARTIALS \
   WENGERT_PARTIAL(int, const E*, E r) { return r.zero(); }
 
-inline constexpr double kPi = 3.14159265358979323846;
 inline constexpr double kLn2 = 0.69314718055994530942;
 inline constexpr double kLn10 = 2.3025850929940456840;
 inline constexpr double kSqrt1_2 = 0.70710678118654752440;

@@ -6,8 +6,9 @@
 
 namespace wengert::fused::prim {
 
-inline constexpr double kInfinity = __builtin_huge_val();
-inline constexpr double kNan = __builtin_nan("");
+inline constexpr double kPi = 3.14159265358979323846;
+inline constexpr double kInfinity = HUGE_VAL;
+inline constexpr double kNan = NAN;
 
 template <class T>
 WENGERT_HD T select(bool condition, T a, T b) {
@@ -60,10 +61,10 @@ WENGERT_SCALAR_BINARY(copysign)
 WENGERT_HD float abs(float x) { return ::fabsf(x); }
 WENGERT_HD double abs(double x) { return ::fabs(x); }
 
-// The special functions work in double for both types: they are rare, and the recurrences lose digits.
-double digamma_series(double x);
-double polygamma_series(double n, double x);
-double erfinv_series(double x);
+// In special_functions.h; they work in double for both types.
+WENGERT_OUTLINED double digamma_series(double x);
+WENGERT_OUTLINED double polygamma_series(double n, double x);
+WENGERT_OUTLINED double erfinv_series(double x);
 
 #define WENGERT_BY_SERIES(name)                                                   \
   WENGERT_HD float name(float x) { return static_cast<float>(name##_series(x)); } \

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "kernels/cpu/loop_nest.h"
+
 namespace wengert::ops {
 namespace {
 

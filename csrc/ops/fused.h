@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "fused/program.h"
-#include "kernels/cpu/loop_nest.h"
+#include "kernels/views.h"
 
 namespace wengert::ops {
 

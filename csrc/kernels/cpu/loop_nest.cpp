@@ -68,41 +68,10 @@ void LoopNest::prepare(const fused::Program& program, std::span<const std::int64
   }
   far_ = program.bytecode().instructions.size() >= kFarInstructions &&
          elements_ * static_cast<std::int64_t>(operands_.size()) * (wide_ ? 8 : 4) > kFarBytes;
-  order_loops();
-  merge_loops();
+  order();
+  merge();
   lengthen_rows();
   choose_chunks();
-}
-
-// Insertion sort, outer to inner by falling strides; outputs decide before operands, and views that do not move along both loops
-// have no say.
-void LoopNest::order_loops() {
-  auto inner_first = [&](int a, int b) {  // whether loop a should be inside loop b
-    auto vote = [&](const View& view) {
-      std::int64_t x = std::abs(view.strides[a]), y = std::abs(view.strides[b]);
-      return x == 0 || y == 0 || x == y ? 0 : x < y ? 1 : -1;
-    };
-    for (const Output& output : outputs_) {
-      if (int v = vote(output)) return v > 0;
-    }
-    for (const View& operand : operands_) {
-      if (int v = vote(operand)) return v > 0;
-    }
-    return false;
-  };
-  for (int k = 1; k < rank_; ++k) {
-    for (int j = k; j > 0 && inner_first(j - 1, j); --j) swap_loops(j - 1, j);
-  }
-}
-
-void LoopNest::swap_loops(int a, int b) {
-  std::swap(extents_[a], extents_[b]);
-  for (View& view : operands_) std::swap(view.strides[a], view.strides[b]);
-  for (Output& view : outputs_) {
-    std::swap(view.strides[a], view.strides[b]);
-    std::uint32_t difference = (view.reduced >> a ^ view.reduced >> b) & 1;
-    view.reduced ^= difference << a | difference << b;
-  }
 }
 
 // One dense array summed over its rows or its columns is read as it lies.
@@ -124,35 +93,9 @@ void LoopNest::lengthen_rows() {
   if (rank_ < 2 || extents_[inner] > (kept_rows ? kShortKept : kTinyRow) || sums_dense()) return;
   for (int k = rank_ - 2; k >= 0; --k) {
     if (extents_[k] < kShortRow || (extents_[inner] > kTinyRow && summed >> k & 1)) continue;
-    for (; k < rank_ - 1; ++k) swap_loops(k, k + 1);
+    for (; k < rank_ - 1; ++k) swap(k, k + 1);
     return;
   }
-}
-
-void LoopNest::merge_loops() {
-  if (rank_ == 0) return;
-  int last = 0;
-  auto mergeable = [&](const View& view, int outer, int inner) {
-    return view.strides[outer] == view.strides[inner] * extents_[inner];
-  };
-  for (int k = 1; k < rank_; ++k) {
-    bool merge = true;
-    for (const View& view : operands_) merge = merge && mergeable(view, last, k);
-    for (const Output& view : outputs_) {
-      merge = merge && mergeable(view, last, k) && (view.reduced >> last & 1) == (view.reduced >> k & 1);
-    }
-    int target = merge ? last : last + 1;
-    extents_[target] = merge ? extents_[last] * extents_[k] : extents_[k];
-    for (View& view : operands_) view.strides[target] = view.strides[k];
-    for (Output& view : outputs_) {
-      view.strides[target] = view.strides[k];
-      std::uint32_t bit = view.reduced >> k & 1;
-      view.reduced = (view.reduced & ~(std::uint32_t{1} << target)) | bit << target;
-    }
-    last = target;
-  }
-  rank_ = last + 1;
-  for (Output& view : outputs_) view.reduced &= rank_ == 32 ? ~std::uint32_t{0} : (std::uint32_t{1} << rank_) - 1;
 }
 
 // Whether a window jumps from cache line to cache line along the rows but would stay on them from one row to the next.

@@ -17,23 +17,18 @@
 
 #include "fused/program.h"
 #include "kernels/cpu/backend.h"
+#include "kernels/loops.h"
 
 namespace wengert::kernels {
 
-struct OperandView {
-  const void* data;
-  fused::Dtype dtype;
-  const std::int64_t* strides;  // one per loop, in elements; 0 = broadcast
+struct NestOutput : LoopOutput {
+  bool partials;                              // the chunked loop is summed over and there are several chunks
+  std::int64_t sum_strides[fused::kMaxRank];  // of the chunk's buffer of sums; 0 on reduced loops
+  std::int64_t sums;                          // elements of that buffer
+  std::int64_t offset;                        // of that buffer in a thread's (or, for partials, in a chunk's) buffers
 };
 
-struct OutputView {
-  void* data;
-  fused::Dtype dtype;
-  const std::int64_t* strides;  // one per loop, in elements; ignored on reduced axes
-  bool accumulate;              // add to what is there instead of storing
-};
-
-class LoopNest {
+class LoopNest : Loops<NestOutput> {
  public:
   // Analyses one evaluation.  The object may be prepared again and again; it keeps its buffers.
   void prepare(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
@@ -44,27 +39,11 @@ class LoopNest {
   void finish();                                                      // after all chunks
 
  private:
-  static constexpr int kMaxLoops = fused::kMaxRank;
-  struct View {
-    char* data;
-    fused::Dtype dtype;
-    int bytes;
-    std::int64_t strides[kMaxLoops];  // per loop of loops_, in elements
-  };
-  struct Output : View {
-    bool accumulate;
-    std::uint32_t reduced;                // bit per loop of loops_
-    bool partials;                        // the chunked loop is summed over and there are several chunks
-    std::int64_t sum_strides[kMaxLoops];  // of the chunk's buffer of sums; 0 on reduced loops
-    std::int64_t sums;                    // elements of that buffer
-    std::int64_t offset;                  // of that buffer in a thread's (or, for partials, in a chunk's) buffers
-  };
+  using View = LoopView;
+  using Output = NestOutput;
   struct Chunk;
   struct Scratch;
 
-  void order_loops();
-  void swap_loops(int a, int b);
-  void merge_loops();
   void lengthen_rows();
   bool sums_dense() const;
   bool transposes() const;
@@ -75,14 +54,10 @@ class LoopNest {
   const fused::Program* program_ = nullptr;
   const Backend* backend_ = nullptr;
   int wide_ = 0;      // 0: float, 1: double
-  int rank_ = 0;      // loops left after merging
   bool far_ = false;  // operands are beyond the L2 cache and worth a prefetch
-  std::int64_t extents_[kMaxLoops];
-  std::vector<View> operands_;  // one per load of the bytecode
-  std::vector<Output> outputs_;
   int chunked_ = 0;
   bool blocked_ = false;  // a transposing nest: see choose_chunks
-  std::int64_t chunk_length_ = 0, chunks_ = 0, elements_ = 0;
+  std::int64_t chunk_length_ = 0, chunks_ = 0;
   std::int64_t thread_sums_ = 0, partial_sums_ = 0;  // sizes of the buffers of sums
   mutable std::vector<double> partials_;             // [chunk][partial_sums_]
 };

@@ -1,16 +1,20 @@
 // The functions of a Backend (backend.h) for the instruction set of the including file, which defines WENGERT_SIMD_NAMESPACE,
 // WENGERT_VECTOR_BYTES and, where Sleef has it, WENGERT_SLEEF_F32/F64 (Sleef's name for the vector types).
-#include <string.h>
-
 #include "fused/primitive_ops.h"
+#include "fused/storage.h"
 #include "kernels/cpu/backend.h"
 #include "kernels/cpu/simd.h"
 
 namespace wengert::kernels::WENGERT_SIMD_NAMESPACE {
 namespace {
 
+using fused::Bf16;
+using fused::Bool;
 using fused::Dtype;
+using fused::F16;
+using fused::Narrow;
 using fused::Prim;
+using fused::widen;
 
 // ------------------------------------------------------------------------------------------------------------------ primitives
 template <class T, class Op, int... K>
@@ -35,98 +39,6 @@ constexpr Kernel kernel_for() {
 }
 
 // ----------------------------------------------------------------------------------------------------------- element conversion
-// Storage types of the 16-bit floats and bool; conversions round to nearest even, as PyTorch's do.
-struct Bf16 {
-  std::uint16_t bits;
-};
-struct F16 {
-  std::uint16_t bits;
-};
-struct Bool {
-  std::uint8_t byte;
-};
-
-WENGERT_HD float from_bits(std::uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-WENGERT_HD std::uint32_t to_bits(float value) {
-  std::uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-template <class T, class S>
-WENGERT_HD T widen(S s) {
-  return static_cast<T>(s);
-}
-template <class T>
-WENGERT_HD T widen(Bool s) {
-  return static_cast<T>(s.byte != 0);
-}
-template <class T>
-WENGERT_HD T widen(Bf16 s) {
-  return static_cast<T>(from_bits(static_cast<std::uint32_t>(s.bits) << 16));
-}
-template <class T>
-WENGERT_HD T widen(F16 s) {
-#if defined(__F16C__)
-  return static_cast<T>(_cvtsh_ss(s.bits));
-#else
-  std::uint32_t sign = static_cast<std::uint32_t>(s.bits & 0x8000) << 16;
-  std::uint32_t exponent = s.bits >> 10 & 31, fraction = s.bits & 1023;
-  if (exponent == 31) return static_cast<T>(from_bits(sign | 0x7f800000 | fraction << 13));
-  if (exponent == 0) return static_cast<T>((sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f);
-  return static_cast<T>(from_bits(sign | (exponent + 112) << 23 | fraction << 13));
-#endif
-}
-
-template <class S>
-struct Narrow {
-  template <class T>
-  WENGERT_HD static S from(T value) {
-    return static_cast<S>(value);
-  }
-};
-template <>
-struct Narrow<Bool> {
-  template <class T>
-  WENGERT_HD static Bool from(T value) {
-    return {static_cast<std::uint8_t>(value != 0)};
-  }
-};
-template <>
-struct Narrow<Bf16> {
-  template <class T>
-  WENGERT_HD static Bf16 from(T value) {
-    std::uint32_t bits = to_bits(static_cast<float>(value));
-    if (value != value) return {0x7fc0};
-    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-  }
-};
-template <>
-struct Narrow<F16> {
-  template <class T>
-  WENGERT_HD static F16 from(T value) {
-#if defined(__F16C__)
-    return {_cvtss_sh(static_cast<float>(value), 0)};
-#else
-    std::uint32_t bits = to_bits(static_cast<float>(value));
-    std::uint16_t sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000) return {static_cast<std::uint16_t>(sign | 0x7e00)};
-    if (bits >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // rounds up to 2^16 or is beyond
-    if (bits < 0x38800000) {  // subnormal: adding 0.5 aligns the last place at 2^-24
-      std::uint32_t aligned = to_bits(from_bits(bits) + 0.5f) - 0x3f000000;
-      return {static_cast<std::uint16_t>(sign | aligned)};
-    }
-    bits += 0xfff + (bits >> 13 & 1);
-    return {static_cast<std::uint16_t>(sign | (bits - 0x38000000) >> 13)};
-#endif
-  }
-};
-
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 // -O2 does not vectorise these loops; memcpy would use longer vectors (see NOTE [Two vector lengths])

@@ -1,0 +1,474 @@
+#include "kernels/cuda/launch_plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "fused/kernel_abi.h"
+#include "kernels/loops.h"
+
+namespace wengert::kernels::cuda {
+
+using fused::Divisor;
+using fused::Dtype;
+using fused::kBlockThreads;
+using fused::KernelShape;
+
+namespace {
+
+constexpr int kVectorBytes = 16;            // of the widest memory instruction
+constexpr int kSumLimit = 32;               // sums a thread carries
+constexpr std::int64_t kMostPieces = 1024;  // of a summed range
+constexpr std::int64_t kFewestPieces = 4;   // fewer are not worth a second launch
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+using GpuLoops = Loops<LoopOutput>;
+
+// --------------------------------------------------------------------------------------------------------------------- kernels
+std::string key_of(const fused::Program& program, const KernelShape& shape) {
+  std::string key = program.text();
+  auto add = [&](int value) { key += static_cast<char>(value); };
+  add(static_cast<int>(shape.variant));
+  add(shape.wide_index | shape.tail << 1);
+  add(shape.rank);
+  add(shape.reduced_rank);
+  add(shape.width);
+  add(shape.unroll);
+  for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 1 | load.moves);
+  for (const KernelShape::Store& store : shape.stores) add(static_cast<int>(store.dtype) << 1 | store.accumulate);
+  return key;
+}
+
+std::shared_ptr<const Kernel> kernel_for(const fused::Program& program, const KernelShape& shape) {
+  constexpr std::size_t kMostKernels = 8192;
+  static std::mutex mutex;
+  static std::atomic<std::uint64_t> ids{0};
+  static auto* kernels = new std::unordered_map<std::string, std::shared_ptr<const Kernel>>;  // threads may outlive statics
+  std::string key = key_of(program, shape);
+  {
+    std::lock_guard lock(mutex);
+    if (auto found = kernels->find(key); found != kernels->end()) return found->second;
+  }
+  const char* entry = shape.variant == KernelShape::Variant::map ? fused::kMapEntry : fused::kSumEntry;
+  auto kernel = std::make_shared<const Kernel>(Kernel{++ids, entry, fused::cuda_source(program, shape)});
+  std::lock_guard lock(mutex);
+  if (kernels->size() >= kMostKernels) kernels->clear();
+  return kernels->try_emplace(std::move(key), std::move(kernel)).first->second;
+}
+
+// Fills a parameter struct field by field with natural alignment.
+class Parameters {
+ public:
+  explicit Parameters(bool wide_index) : wide_(wide_index) {}
+
+  template <class T>
+  void put(const T& value, std::size_t alignment = sizeof(T)) {
+    bytes_.resize((bytes_.size() + alignment - 1) / alignment * alignment);
+    const char* raw = reinterpret_cast<const char*>(&value);
+    bytes_.insert(bytes_.end(), raw, raw + sizeof(T));
+  }
+  void pointer(const void* address) { put(reinterpret_cast<std::uint64_t>(address)); }
+  void index(std::int64_t value) {
+    if (wide_) {
+      put(value);
+    } else {
+      put(static_cast<std::int32_t>(value));
+    }
+  }
+  void divisor(std::int64_t value) {
+    if (wide_) {
+      put(Divisor<std::int64_t>::of(value));
+    } else {
+      put(Divisor<std::int32_t>::of(value), alignof(Divisor<std::int32_t>));
+    }
+  }
+  std::size_t size() const { return bytes_.size(); }
+  std::vector<char> take() {
+    bytes_.resize((bytes_.size() + 7) / 8 * 8);  // pointers come first: the struct is aligned to 8
+    return std::move(bytes_);
+  }
+
+ private:
+  bool wide_;
+  std::vector<char> bytes_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------- traffic
+// Distinct elements a view touches: overlapping windows span fewer than they visit.
+std::int64_t distinct_bytes(const GpuLoops& loops, const LoopView& view) {
+  std::int64_t visits = 1, span = 1;
+  for (int k = 0; k < loops.rank_; ++k) {
+    if (view.strides[k] == 0) continue;
+    visits *= loops.extents_[k];
+    span += (loops.extents_[k] - 1) * std::abs(view.strides[k]);
+  }
+  return std::min(visits, span) * view.bytes;
+}
+
+void count_traffic(const GpuLoops& loops, std::int64_t* read, std::int64_t* written) {
+  for (const LoopView& view : loops.operands_) *read += distinct_bytes(loops, view);
+  for (const LoopOutput& view : loops.outputs_) {
+    *written += distinct_bytes(loops, view);
+    if (view.accumulate) *read += distinct_bytes(loops, view);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------------- geometry
+bool fits_narrow_index(const GpuLoops& loops, const Limits& limits) {
+  auto fits = [&](const LoopView& view) {
+    std::int64_t reach = 0;
+    for (int k = 0; k < loops.rank_; ++k) reach += (loops.extents_[k] - 1) * std::abs(view.strides[k]);
+    return reach <= limits.narrow_index;
+  };
+  return loops.elements_ <= limits.narrow_index && std::all_of(loops.operands_.begin(), loops.operands_.end(), fits) &&
+         std::all_of(loops.outputs_.begin(), loops.outputs_.end(), fits);
+}
+
+// Whether `width` neighbours along the innermost loop are one aligned memory access (or one element) everywhere in the nest.
+bool takes_groups(const GpuLoops& loops, const LoopView& view, int width) {
+  const int inner = loops.rank_ - 1;
+  if (view.strides[inner] == 0) return true;
+  if (view.strides[inner] != 1 || width * view.bytes > kVectorBytes) return false;
+  if (reinterpret_cast<std::uintptr_t>(view.data) % (width * view.bytes) != 0) return false;
+  for (int k = 0; k < inner; ++k) {
+    if (view.strides[k] % width != 0) return false;
+  }
+  return true;
+}
+
+int choose_width(const GpuLoops& loops, bool sums) {
+  if (loops.rank_ == 0) return 1;
+  const int inner = loops.rank_ - 1;
+  for (int width = kVectorBytes; width > 1; width /= 2) {
+    if (loops.rank_ > 1 && loops.extents_[inner] % width != 0) continue;
+    if (loops.extents_[inner] < width) continue;
+    if (sums && width * static_cast<int>(loops.outputs_.size()) > kSumLimit) continue;
+    auto takes = [&](const LoopView& view) { return takes_groups(loops, view, width); };
+    auto moves = [&](const LoopView& view) { return view.strides[inner] != 0; };
+    if (std::none_of(loops.operands_.begin(), loops.operands_.end(), moves) && sums) return 1;
+    if (!std::all_of(loops.operands_.begin(), loops.operands_.end(), takes)) continue;
+    if (!sums && !std::all_of(loops.outputs_.begin(), loops.outputs_.end(), takes)) continue;
+    return width;
+  }
+  return 1;
+}
+
+// Groups a thread has on their way at once: single elements need more than vectors to keep the memory busy, but each takes a
+// register for every operand.
+int choose_unroll(std::size_t loads, int width) {
+  if (width > 1 || loads > 8) return 1;
+  return loads > 4 ? 2 : 4;
+}
+
+KernelShape shape_of(const GpuLoops& loops, const Limits& limits, int width) {
+  KernelShape shape;
+  shape.wide_index = !fits_narrow_index(loops, limits);
+  shape.width = width;
+  for (const LoopView& view : loops.operands_) {
+    shape.loads.push_back({view.dtype, width == 1 || view.strides[loops.rank_ - 1] != 0});
+  }
+  for (const LoopOutput& view : loops.outputs_) shape.stores.push_back({view.dtype, view.accumulate});
+  return shape;
+}
+
+// Some of a nest's loops, outer to inner; one loop of a single iteration where there is none.
+struct SomeLoops {
+  std::vector<int> loops;
+  std::int64_t elements = 1;
+
+  int rank() const { return std::max<int>(1, static_cast<int>(loops.size())); }
+};
+
+SomeLoops select_loops(const GpuLoops& loops, std::uint32_t reduced, bool wanted) {
+  SomeLoops some;
+  for (int k = 0; k < loops.rank_; ++k) {
+    if ((reduced >> k & 1) != wanted) continue;
+    some.loops.push_back(k);
+    some.elements *= loops.extents_[k];
+  }
+  return some;
+}
+
+void put_extents(Parameters& parameters, const GpuLoops& loops, const SomeLoops& some) {
+  if (some.loops.empty()) parameters.divisor(1);
+  for (int k : some.loops) parameters.divisor(loops.extents_[k]);
+}
+
+void put_strides(Parameters& parameters, const LoopView& view, const SomeLoops& some) {
+  if (some.loops.empty()) parameters.index(0);
+  for (int k : some.loops) parameters.index(view.strides[k]);
+}
+
+// Arrays of no elements do not exist, so a program without operands has one that nobody reads.
+void put_load_strides(Parameters& parameters, const GpuLoops& loops, const SomeLoops& some) {
+  if (loops.operands_.empty()) put_strides(parameters, LoopView{}, some);
+  for (const LoopView& view : loops.operands_) put_strides(parameters, view, some);
+}
+
+// ------------------------------------------------------------------------------------------------------------------- launches
+// Which windows of a pass lie in the workspace: their addresses count from its start.
+enum class Workspace { unused, read, written };
+
+class Planner {
+ public:
+  Planner(const Limits& limits, Plan& plan) : limits_(limits), plan_(plan) {}
+
+  // All outputs are summed over the same loops.
+  void pass(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
+            std::span<const OutputView> outputs, Workspace workspace) {
+    GpuLoops loops;
+    loops.collect(program, extents, operands, outputs);
+    loops.order();
+    loops.merge();
+    if (loops.outputs_.front().reduced == 0) {
+      map(program, loops, workspace);
+    } else {
+      sum(program, loops, workspace);
+    }
+  }
+
+ private:
+  void map(const fused::Program& program, const GpuLoops& loops, Workspace workspace) {
+    KernelShape shape = shape_of(loops, limits_, choose_width(loops, false));
+    const SomeLoops all = select_loops(loops, 0, false);
+    shape.rank = all.rank();
+    shape.tail = loops.rank_ == 1 && shape.width > 1;
+    shape.unroll = choose_unroll(loops.operands_.size(), shape.width);
+    Parameters parameters(shape.wide_index);
+    Launch launch;
+    put_pointers(parameters, launch, loops, workspace);
+    parameters.index(loops.elements_);
+    put_extents(parameters, loops, all);
+    put_load_strides(parameters, loops, all);
+    for (const LoopOutput& view : loops.outputs_) put_strides(parameters, view, all);
+    launch.parameters = parameters.take();
+    count_traffic(loops, &launch.bytes_read, &launch.bytes_written);
+    add(program, shape, std::move(launch), divide_up(loops.elements_, std::int64_t{kBlockThreads} * shape.width * shape.unroll),
+        1);
+  }
+
+  // See NOTE [Sums on the device] in fused/nest_kernel.h.
+  void sum(const fused::Program& program, GpuLoops& loops, Workspace workspace) {
+    const std::uint32_t reduced = loops.outputs_.front().reduced;
+    const SomeLoops kept = select_loops(loops, reduced, false), summed = select_loops(loops, reduced, true);
+    const bool rows = reduced >> (loops.rank_ - 1) & 1;
+    const int width = choose_width(loops, true);
+    const std::int64_t kept_groups = rows ? kept.elements : kept.elements / width;
+    const std::int64_t steps = rows ? divide_up(summed.elements, width) : summed.elements;
+    const int lanes = choose_lanes(rows, kept_groups, steps);
+    const std::int64_t blocks = divide_up(kept_groups, kBlockThreads / lanes);
+    const std::int64_t pieces = workspace == Workspace::read ? 1 : choose_pieces(blocks, steps, lanes);
+    const std::int64_t piece = divide_up(steps, pieces * lanes) * lanes * (rows ? width : 1);
+    const bool partial = pieces > 1;
+
+    const std::vector<LoopOutput> targets = loops.outputs_;
+    const std::int64_t base = plan_.workspace_bytes;
+    const std::int64_t used = divide_up(summed.elements, piece);
+    if (partial) {
+      for (LoopOutput& view : loops.outputs_) partial_sums(view, loops, kept, used);
+      workspace = Workspace::written;
+    }
+    KernelShape shape = shape_of(loops, limits_, width);
+    shape.variant = rows ? KernelShape::Variant::sum_rows : KernelShape::Variant::sum_columns;
+    shape.tail = rows && loops.rank_ == 1 && width > 1;
+    shape.rank = kept.rank();
+    shape.reduced_rank = summed.rank();
+    Parameters parameters(shape.wide_index);
+    Launch launch;
+    put_pointers(parameters, launch, loops, workspace);
+    parameters.index(kept.elements);
+    parameters.index(summed.elements);
+    parameters.index(piece);
+    parameters.index(partial ? kept.elements : 0);
+    parameters.put(static_cast<std::int32_t>(lanes));
+    put_extents(parameters, loops, kept);
+    put_extents(parameters, loops, summed);
+    put_load_strides(parameters, loops, kept);
+    for (const LoopOutput& view : loops.outputs_) put_strides(parameters, view, kept);
+    put_load_strides(parameters, loops, summed);
+    launch.parameters = parameters.take();
+    count_traffic(loops, &launch.bytes_read, &launch.bytes_written);
+    if (partial) launch.bytes_written *= used;
+    add(program, shape, std::move(launch), blocks, used);
+    if (partial) add_pieces(loops, targets, kept, base, used);
+  }
+
+  // Neighbouring threads read neighbouring elements in either layout; more lanes share a sum while threads are few.
+  int choose_lanes(bool rows, std::int64_t kept_groups, std::int64_t steps) const {
+    constexpr std::int64_t kWarp = 32, kWorthSharing = 8;
+    const std::int64_t wanted = threads_wanted();
+    const auto up_to = [](std::int64_t value, std::int64_t most) {
+      return static_cast<int>(std::bit_ceil(static_cast<std::uint64_t>(std::min(value, most))));
+    };
+    if (rows) {
+      int lanes = up_to(steps, kWarp);
+      while (lanes < kBlockThreads && kept_groups * lanes < wanted && steps / lanes >= kWorthSharing) lanes *= 2;
+      return lanes;
+    }
+    int across = up_to(kept_groups, kBlockThreads);
+    while (across > kWarp && kept_groups * (kBlockThreads / across) < wanted &&
+           steps / (kBlockThreads / across) >= kWorthSharing) {
+      across /= 2;
+    }
+    return std::min(kBlockThreads / across, up_to(steps, kBlockThreads));
+  }
+
+  std::int64_t choose_pieces(std::int64_t blocks, std::int64_t steps, int lanes) const {
+    const std::int64_t pieces = std::min({threads_wanted() / kBlockThreads / blocks,
+                                          steps / (static_cast<std::int64_t>(lanes) * limits_.iterations_per_lane), kMostPieces});
+    return pieces < kFewestPieces ? 1 : pieces;
+  }
+
+  std::int64_t threads_wanted() const {
+    return static_cast<std::int64_t>(limits_.multiprocessors) * limits_.threads_per_multiprocessor;
+  }
+
+  // Sends an output's sums to the end of the workspace, as [piece][kept element] in double.
+  void partial_sums(LoopOutput& view, const GpuLoops& loops, const SomeLoops& kept, std::int64_t pieces) {
+    view.data = reinterpret_cast<char*>(plan_.workspace_bytes);
+    view.dtype = Dtype::f64;
+    view.bytes = fused::size_in_bytes(view.dtype);
+    view.accumulate = false;
+    std::int64_t stride = 1;
+    for (auto k = kept.loops.rbegin(); k != kept.loops.rend(); ++k) {
+      view.strides[*k] = stride;
+      stride *= loops.extents_[*k];
+    }
+    plan_.workspace_bytes += divide_up(pieces * stride * view.bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
+  }
+
+  // The second pass of a sum: a program that adds the pieces, over the loops (piece, kept loops ...).
+  void add_pieces(const GpuLoops& loops, std::span<const LoopOutput> targets, const SomeLoops& kept, std::int64_t base,
+                  std::int64_t pieces) {
+    const std::size_t rank = kept.loops.size() + 1;
+    const std::string count = std::to_string(targets.size());
+    std::string text = "fused v1 rank=" + std::to_string(rank) + " operands=" + count + " compute=f64\n";
+    std::vector<std::int64_t> extents{pieces}, sources{kept.elements};
+    for (int k : kept.loops) {
+      extents.push_back(loops.extents_[k]);
+      sources.push_back(loops.outputs_.front().strides[k]);
+    }
+    std::vector<OperandView> operands;
+    std::vector<OutputView> outputs;
+    std::vector<std::int64_t> strides;
+    for (const LoopOutput& target : targets) {
+      strides.push_back(0);
+      for (int k : kept.loops) strides.push_back(target.strides[k]);
+    }
+    for (std::size_t i = 0; i < targets.size(); ++i) {
+      text += "out a" + std::to_string(i) + " " + fused::name(targets[i].dtype) + " sum=0\n";
+      operands.push_back({loops.outputs_[i].data, Dtype::f64, sources.data()});
+      outputs.push_back({targets[i].data, targets[i].dtype, strides.data() + i * rank, targets[i].accumulate});
+    }
+    pass(*fused::intern(text), extents, operands, outputs, Workspace::read);
+  }
+
+  void put_pointers(Parameters& parameters, Launch& launch, const GpuLoops& loops, Workspace workspace) {
+    if (loops.operands_.empty()) parameters.pointer(nullptr);
+    for (const LoopView& view : loops.operands_) {
+      if (workspace == Workspace::read) launch.workspace_pointers.push_back(parameters.size());
+      parameters.pointer(view.data);
+    }
+    for (const LoopOutput& view : loops.outputs_) {
+      if (workspace == Workspace::written) launch.workspace_pointers.push_back(parameters.size());
+      parameters.pointer(view.data);
+    }
+  }
+
+  void add(const fused::Program& program, const KernelShape& shape, Launch launch, std::int64_t blocks, std::int64_t pieces) {
+    constexpr std::size_t kParameterBytes = 32764;  // since compute capability 7.0 and CUDA 12.1
+    if (launch.parameters.size() > kParameterBytes) throw std::length_error("wengert: too many operands for one CUDA kernel");
+    if (blocks > std::numeric_limits<std::int32_t>::max())
+      throw std::length_error("wengert: too many elements for one CUDA kernel");
+    launch.kernel = kernel_for(program, shape);
+    launch.grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(pieces), 1};
+    launch.block = {static_cast<unsigned>(kBlockThreads), 1, 1};
+    plan_.launches.push_back(std::move(launch));
+  }
+
+  const Limits& limits_;
+  Plan& plan_;
+};
+
+// Program `program` with some of its outputs.
+std::shared_ptr<const fused::Program> subprogram(const fused::Program& program, std::span<const std::size_t> outputs) {
+  fused::ProgramSpec spec = program.spec();
+  spec.outputs.clear();
+  for (std::size_t i : outputs) spec.outputs.push_back(program.outputs()[i]);
+  return fused::intern(fused::to_text(program.pool(), spec));
+}
+
+// A program that stores 0 in outputs of these types.
+std::shared_ptr<const fused::Program> zero_program(std::size_t rank, std::span<const OutputView> outputs) {
+  std::string text = "fused v1 rank=" + std::to_string(rank) + " operands=0 compute=f32\n";
+  for (const OutputView& output : outputs) text += std::string("out 0 ") + fused::name(output.dtype) + "\n";
+  return fused::intern(text);
+}
+
+}  // namespace
+
+std::vector<char> Launch::parameters_at(const void* workspace) const {
+  std::vector<char> bytes = parameters;
+  for (std::size_t position : workspace_pointers) {
+    std::uint64_t address;
+    std::memcpy(&address, bytes.data() + position, sizeof address);
+    address += reinterpret_cast<std::uintptr_t>(workspace);
+    std::memcpy(bytes.data() + position, &address, sizeof address);
+  }
+  return bytes;
+}
+
+Plan plan(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
+          std::span<const OutputView> outputs, const Limits& limits) {
+  Plan plan;
+  Planner planner(limits, plan);
+  std::uint32_t longer = 0;  // axes of more than one iteration: a sum over a single one is that one
+  bool empty = false;
+  for (std::size_t k = 0; k < extents.size(); ++k) {
+    if (extents[k] != 1) longer |= std::uint32_t{1} << k;
+    empty = empty || extents[k] == 0;
+  }
+  std::vector<char> done(outputs.size());
+  for (std::size_t first = 0; first < outputs.size(); ++first) {
+    if (done[first]) continue;
+    const std::uint32_t reduced = program.outputs()[first].reduced & longer;
+    std::vector<std::size_t> members;
+    std::vector<OutputView> views;
+    for (std::size_t i = first; i < outputs.size(); ++i) {
+      if ((program.outputs()[i].reduced & longer) != reduced) continue;
+      done[i] = true;
+      if (empty && (reduced == 0 || outputs[i].accumulate)) continue;  // a sum over nothing adds nothing
+      members.push_back(i);
+      views.push_back(outputs[i]);
+    }
+    if (members.empty()) continue;
+    if (empty) {
+      std::vector<std::int64_t> kept(extents.begin(), extents.end());
+      std::int64_t elements = 1;
+      for (std::size_t k = 0; k < kept.size(); ++k) elements *= reduced >> k & 1 ? kept[k] = 1 : kept[k];
+      if (elements > 0) planner.pass(*zero_program(kept.size(), views), kept, {}, views, Workspace::unused);
+    } else if (members.size() == outputs.size()) {
+      planner.pass(program, extents, operands, views, Workspace::unused);
+    } else {
+      planner.pass(*subprogram(program, members), extents, operands, views, Workspace::unused);
+    }
+  }
+  if (!empty) {
+    GpuLoops loops;
+    loops.collect(program, extents, operands, outputs);
+    std::int64_t read = 0, written = 0;
+    count_traffic(loops, &read, &written);
+    plan.minimum_bytes = read + written;
+  } else {
+    plan.minimum_bytes = plan.bytes();
+  }
+  return plan;
+}
+
+}  // namespace wengert::kernels::cuda
