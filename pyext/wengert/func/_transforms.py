@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ import torch.func as _torch
 from torch import Tensor
 from torch._functorch.eager_transforms import (
     _construct_standard_basis_for,
-    _slice_argnums,
     _validate_and_wrap_argnums,
     assert_non_empty_tensor_output,
     error_if_complex,
 )
+from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
+from torch._functorch.vmap import _unwrap_batched, lazy_load_decompositions
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from .. import _engine
 from .._compile import eager
 from .._engine import Refused
+from ._trees import differentiated, flatten, unflatten
 
 Argnums = int | tuple[int, ...]
 
@@ -74,8 +76,7 @@ class Leaves:
     __slots__ = ("attached", "flat", "positions", "refused", "spec", "tensors", "tuple_of_args")
 
     def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
-        places = tree_unflatten(list(range(len(flat))), args_spec)
-        self.positions, self.spec = tree_flatten(_slice_argnums(places, argnums))
+        self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
         self.tuple_of_args = isinstance(argnums, tuple)
         self.flat = list(flat)
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
@@ -92,7 +93,7 @@ class Leaves:
             self.tensors.append(leaf)
 
     def nest(self, parts: Sequence[Any]) -> Any:
-        nested = tree_unflatten(list(parts), self.spec)
+        nested = unflatten(list(parts), self.spec)
         return nested if self.tuple_of_args else nested[0]
 
     def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
@@ -147,8 +148,7 @@ class Transform(Wrapped):
 
     def unusual(self, flat: Sequence[Any], args_spec: Any) -> str | None:
         """Why PyTorch should see these arguments (to raise an error, most often), or None."""
-        places = tree_unflatten(list(range(len(flat))), args_spec)
-        for k in tree_leaves(_slice_argnums(places, self.argnums)):
+        for k in differentiated(self.argnums, len(flat), args_spec)[0]:
             if not _is_plain(flat[k]) or not flat[k].is_floating_point():
                 return "differentiated arguments that are not plain real tensors"
         for x in flat:
@@ -166,28 +166,39 @@ class Transform(Wrapped):
             raise Refused("forward mode through torch.no_grad or a hook")
         return out
 
+    def chain(self) -> Iterator[Transform]:
+        """This transform, the one it differentiates, and so on."""
+        transform = self
+        while isinstance(transform, Transform):
+            yield transform
+            transform = transform.func
+
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.at_point(args, kwargs, self.name)
+
+    def at_point(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        """The derivative at these arguments, counted under `name`."""
         reason = _engine.refusal()
         if reason is None and (not args or (kwargs and not self.takes_kwargs)):
             reason = "unusual arguments"
         if reason is None:
-            flat, spec = tree_flatten(args)
+            flat, spec = flatten(args)
             reason = self.unusual(flat, spec)
         if reason is None:
             grad_mode = _is_grad_enabled()
             _set_grad_enabled(True)
             try:
                 leaves = Leaves(flat, spec, self.argnums, grad_mode)
-                out = self.check(self.run(self.func, tree_unflatten(leaves.flat, spec), kwargs))
+                out = self.check(self.run(self.func, unflatten(leaves.flat, spec), kwargs))
                 result = self.derive(out, leaves, grad_mode)
-                _engine.count(self.name, leaves.refused)
+                _engine.count(name, leaves.refused)
                 return result
             except Refused as error:
                 reason = str(error)
             finally:
                 _set_grad_enabled(grad_mode)
-        _engine.count_fallback(self.name, reason)
+        _engine.count_fallback(name, reason)
         return self.peer(*args, **kwargs)
 
     def run_batch(
@@ -208,11 +219,25 @@ class Transform(Wrapped):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
             out, leaves.refused = self.run(inner, (leaves.flat,), {})
         else:
-            sample = functools.wraps(self.func, updated=())(lambda *a, **k: self.check(self.func(*a, **k)))
-            in_dims = tree_unflatten(list(dims), spec)
-            out = self.run(_torch_vmap(sample, in_dims, 0, randomness), tree_unflatten(leaves.flat, spec), kwargs)
+            out = self.run(self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
         result = self.derive_batch(out, leaves, [dims[k] for k in leaves.positions], grad_mode)
         return result, leaves.refused
+
+    def _map(
+        self, flat: list[Any], spec: TreeSpec, dims: Sequence[int | None], kwargs: dict[str, Any], randomness: str
+    ) -> Any:
+        """torch.func.vmap of the checked function, batch axes in front."""
+        lazy_load_decompositions()
+        size = next(x.shape[0] for x, dim in zip(flat, dims) if dim is not None)
+        level = _vmap_increment_nesting(size, randomness)
+        try:
+            args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
+            out = self.check(self.func(*unflatten(args, spec), **kwargs))
+            if type(out) is Tensor:
+                return _remove_batch_dim(out, level, size, 0)
+            return _unwrap_batched(out, 0, level, size, self.func)
+        finally:
+            _vmap_decrement_nesting()
 
 
 class Jacobian(Transform):
@@ -250,7 +275,7 @@ class Jacobian(Transform):
 
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
-        flat, spec = tree_flatten(out)
+        flat, spec = flatten(out)
         self._check_dtypes(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         try:
@@ -263,17 +288,17 @@ class Jacobian(Transform):
         for y, row in zip(flat, blocks):
             for j, x in enumerate(leaves.tensors):
                 row[j] = _finish(row[j], x, y.shape + x.shape, create_graph)
-        result = tree_unflatten([leaves.nest(row) for row in blocks], spec)
+        result = unflatten([leaves.nest(row) for row in blocks], spec)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
 
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
-        flat, spec = tree_flatten(out)
+        flat, spec = flatten(out)
         self._check_dtypes(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         columns = _batch_columns(flat, leaves, dims, create_graph)
         rows = [leaves.nest([column[i] for column in columns]) for i in range(len(flat))]
-        result = tree_unflatten(rows, spec)
+        result = unflatten(rows, spec)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
 
     def _check_dtypes(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -379,9 +404,8 @@ class Hessian(Jacobian):
     def make_peer(self, argnums: Argnums) -> Callable[..., Any]:
         return _torch_hessian(self.scalar_func, argnums)
 
-    @eager
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _HessianAtPoint(self)(*args, **kwargs)
+    def at_point(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        return _HessianAtPoint(self).at_point(args, kwargs, name)
 
 
 class _HessianAtPoint(Transform):
@@ -401,7 +425,7 @@ class _HessianAtPoint(Transform):
         return self.inner.check(out)
 
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
-        flat, spec = tree_flatten(out)
+        flat, spec = flatten(out)
         xs = leaves.tensors
         if any(y.dtype is not x.dtype for y in (*flat, *xs) for x in xs):
             raise Refused("forward mode with outputs of another dtype")
@@ -414,7 +438,7 @@ class _HessianAtPoint(Transform):
                 for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
             ]
             results.append(leaves.nest(parts))
-        return tree_unflatten(results, spec)
+        return unflatten(results, spec)
 
 
 def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.Blocks:

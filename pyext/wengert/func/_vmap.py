@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 import torch.func as _torch
-from torch._functorch.vmap import _get_chunked_inputs, _process_batched_inputs
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch import Tensor
+from torch._functorch.vmap import _get_chunked_inputs
+from torch.utils._pytree import tree_map
 
 from .. import _engine
 from .._compile import eager
 from .._engine import Refused
 from ._transforms import Transform, Wrapped
+from ._trees import batched, flatten, unflatten
 
 _torch_vmap = _torch.vmap  # kept from before any patching
+_cpu_generator = torch.default_generator
 
 
 class BatchedTransform(Wrapped):
@@ -30,6 +33,7 @@ class BatchedTransform(Wrapped):
         peer = functools.wraps(transform, updated=())(lambda *a, **k: transform.peer(*a, **k))
         self.peer = _torch_vmap(peer, in_dims, out_dims, randomness, chunk_size=chunk_size)
         self.in_dims, self.out_dims = in_dims, out_dims
+        self.has_aux = any(t.has_aux for t in transform.chain())
         self.randomness, self.chunk_size = randomness, chunk_size
         self.name = f"func.vmap({transform.name.removeprefix('func.')})"
 
@@ -39,8 +43,12 @@ class BatchedTransform(Wrapped):
         if reason is None and (type(self.out_dims) is not int or (kwargs and not self.func.takes_kwargs)):
             reason = "unusual arguments"
         if reason is None:
-            size, dims, flat, spec = _process_batched_inputs(self.in_dims, args, self.func)
+            size, dims, flat, spec = batched(self.in_dims, args, self.func)
             reason = self._unusual(size, flat, spec)
+            if reason is None and size == 1 and not self.has_aux:
+                done, result = self._run_single(dims, flat, spec, kwargs)
+                if done:
+                    return result
         if reason is None:
             grad_mode = torch.is_grad_enabled()
             torch._C._set_grad_enabled(True)
@@ -60,15 +68,31 @@ class BatchedTransform(Wrapped):
             return "an empty batch"
         if self.chunk_size is not None and self.chunk_size < size and self.randomness == "same":
             return "chunks with the same randomness"
-        transform = self.func
-        while isinstance(transform, Transform):
+        for transform in self.func.chain():
             reason = transform.unusual(flat, spec)
             if reason is not None:
                 return reason
             if isinstance(transform.func, Transform) and transform.options.get("randomness") == "different":
                 return "nested transforms with different randomness"
-            transform = transform.func
         return None
+
+    def _run_single(
+        self, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]
+    ) -> tuple[bool, Any]:
+        """A batch of one sample is that sample: the function runs without torch's batching, which triples its cost.
+
+        Returns whether that holds, and the result.  It does not where torch forbids random numbers and some were drawn.
+        """
+        state = _cpu_generator.get_state() if self.randomness == "error" else None
+        sample = unflatten([x if d is None else x.select(d, 0) for x, d in zip(flat, dims)], spec)
+        result = self.func.at_point(sample, kwargs, self.name)
+        if state is not None and state.numpy().data != _cpu_generator.get_state().numpy().data:
+            _cpu_generator.set_state(state)
+            return False, None
+        return True, result.unsqueeze(self.out_dims) if type(result) is Tensor else tree_map(self._unsqueeze, result)
+
+    def _unsqueeze(self, t: Tensor) -> Tensor:
+        return t.unsqueeze(self.out_dims)
 
     def _run(
         self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any], grad_mode: bool
@@ -82,8 +106,8 @@ class BatchedTransform(Wrapped):
                 if all(x.shape[d] for x, d in zip(chunk, dims) if d is not None)
             )
         )
-        flat_results, specs = zip(*map(tree_flatten, results))
-        whole = tree_unflatten([torch.cat(parts, self.out_dims) for parts in zip(*flat_results)], specs[0])
+        flat_results, specs = zip(*map(flatten, results))
+        whole = unflatten([torch.cat(parts, self.out_dims) for parts in zip(*flat_results)], specs[0])
         return whole, next(filter(None, refused), None)
 
     def _run_chunk(
