@@ -22,7 +22,9 @@ using fused::KernelShape;
 namespace {
 
 constexpr int kVectorBytes = 16;            // of the widest memory instruction
+constexpr int kShortVector = 4;             // elements; long programs gain nothing from more
 constexpr int kSumLimit = 32;               // sums a thread carries
+constexpr std::size_t kBodyLimit = 64;      // instructions of the program, for all elements a thread takes together
 constexpr std::int64_t kMostPieces = 1024;  // of a summed range
 constexpr std::int64_t kFewestPieces = 4;   // fewer are not worth a second launch
 
@@ -142,12 +144,13 @@ bool takes_groups(const GpuLoops& loops, const LoopView& view, int width) {
   return true;
 }
 
-int choose_width(const GpuLoops& loops, bool sums) {
+int choose_width(const GpuLoops& loops, std::size_t instructions, bool sums) {
   if (loops.rank_ == 0) return 1;
   const int inner = loops.rank_ - 1;
   for (int width = kVectorBytes; width > 1; width /= 2) {
     if (loops.rank_ > 1 && loops.extents_[inner] % width != 0) continue;
     if (loops.extents_[inner] < width) continue;
+    if (width > kShortVector && width * instructions > kBodyLimit) continue;
     if (sums && width * static_cast<int>(loops.outputs_.size()) > kSumLimit) continue;
     auto takes = [&](const LoopView& view) { return takes_groups(loops, view, width); };
     auto moves = [&](const LoopView& view) { return view.strides[inner] != 0; };
@@ -161,9 +164,10 @@ int choose_width(const GpuLoops& loops, bool sums) {
 
 // Groups a thread has on their way at once: single elements need more than vectors to keep the memory busy, but each takes a
 // register for every operand.
-int choose_unroll(std::size_t loads, int width) {
-  if (width > 1 || loads > 8) return 1;
-  return loads > 4 ? 2 : 4;
+int choose_unroll(std::size_t loads, std::size_t instructions, int width) {
+  int unroll = width > 1 || loads > 8 ? 1 : loads > 4 ? 2 : 4;
+  while (unroll > 1 && unroll * instructions > kBodyLimit) unroll /= 2;
+  return unroll;
 }
 
 KernelShape shape_of(const GpuLoops& loops, const Limits& limits, int width) {
@@ -235,11 +239,11 @@ class Planner {
 
  private:
   void map(const fused::Program& program, const GpuLoops& loops, Workspace workspace) {
-    KernelShape shape = shape_of(loops, limits_, choose_width(loops, false));
+    KernelShape shape = shape_of(loops, limits_, choose_width(loops, program.bytecode().instructions.size(), false));
     const SomeLoops all = select_loops(loops, 0, false);
     shape.rank = all.rank();
     shape.tail = loops.rank_ == 1 && shape.width > 1;
-    shape.unroll = choose_unroll(loops.operands_.size(), shape.width);
+    shape.unroll = choose_unroll(loops.operands_.size(), program.bytecode().instructions.size(), shape.width);
     Parameters parameters(shape.wide_index);
     Launch launch;
     put_pointers(parameters, launch, loops, workspace);
@@ -258,7 +262,7 @@ class Planner {
     const std::uint32_t reduced = loops.outputs_.front().reduced;
     const SomeLoops kept = select_loops(loops, reduced, false), summed = select_loops(loops, reduced, true);
     const bool rows = reduced >> (loops.rank_ - 1) & 1;
-    const int width = choose_width(loops, true);
+    const int width = choose_width(loops, program.bytecode().instructions.size(), true);
     const std::int64_t kept_groups = rows ? kept.elements : kept.elements / width;
     const std::int64_t steps = rows ? divide_up(summed.elements, width) : summed.elements;
     const int lanes = choose_lanes(rows, kept_groups, steps);
