@@ -86,8 +86,8 @@ void evict(const fs::path& folder) {
   std::uint64_t total = 0;
   std::error_code error;
   for (fs::directory_iterator item(folder, error), end; !error && item != end; item.increment(error)) {
-    if (item->path().extension() != kSuffix) continue;
-    std::error_code gone;  // another process may be evicting too
+    if (item->path().filename().string().find(kSuffix) == std::string::npos) continue;  // temporary ones of the dead count too
+    std::error_code gone;                                                               // another process may be evicting too
     Entry entry{item->last_write_time(gone), item->file_size(gone), item->path()};
     if (gone) continue;
     total += entry.size;
