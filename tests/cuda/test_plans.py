@@ -39,8 +39,8 @@ def constant(launch, name):
 # ------------------------------------------------------------------------------------------------------------------------ width
 @pytest.mark.parametrize(
     "dtypes, width",
-    [(("f32", "f32"), 4), (("f64", "f64"), 2), (("bf16", "bf16"), 8), (("f16", "f16"), 8), (("u8", "b8"), 16), (("bf16", "f32"), 4),
-     (("b8", "f64"), 2)],
+    [(("f32", "f32"), 4), (("f64", "f64"), 2), (("bf16", "bf16"), 8), (("f16", "f16"), 8), (("u8", "b8"), 16),
+     (("bf16", "f32"), 4), (("b8", "f64"), 2)],
     ids=str,
 )  # fmt: skip
 def test_vectors_are_128_bits_of_the_widest_element(dtypes, width):
@@ -115,7 +115,8 @@ def test_magic_division(divisor):
     elements, first, _, _, last, magic, shift = struct.unpack_from("<iiIIiII", launch["parameters"], 16)
     assert (elements, first, last) == (3 * divisor, 3, divisor)
     largest = (1 << 31) - 1
-    samples = {n for k in (0, 1, 2, 3, 4, largest // divisor - 1, largest // divisor) for n in range(k * divisor - 2, k * divisor + 3)}
+    multiples = (0, 1, 2, 3, 4, largest // divisor - 1, largest // divisor)
+    samples = {k * divisor + near for k in multiples for near in range(-2, 3)}
     samples |= {(largest * k) // 1009 for k in range(1010)}
     for n in samples:
         if 0 <= n <= largest:
@@ -154,8 +155,8 @@ def test_overlapping_windows_are_counted_once():
 
 @pytest.mark.parametrize(
     "extents, axes",
-    [([1 << 24], "0"), ([64, 1 << 18], "1"), ([1 << 18, 64], "0"), ([1 << 18, 3], "0"), ([1 << 16, 256], "1"), ([256, 1 << 16], "0"),
-     ([100, 700, 30], "0,2")],
+    [([1 << 24], "0"), ([64, 1 << 18], "1"), ([1 << 18, 64], "0"), ([1 << 18, 3], "0"), ([1 << 16, 256], "1"),
+     ([256, 1 << 16], "0"), ([100, 700, 30], "0,2")],
     ids=str,
 )  # fmt: skip
 def test_sums_fill_the_device_and_touch_memory_once(extents, axes):
@@ -176,7 +177,7 @@ def test_short_sums_are_one_launch():
         assert len(made["launches"]) == 1 and made["workspace_bytes"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------ text of kernels
+# ----------------------------------------------------------------------------------------------------------------- text of kernels
 def test_kernels_are_shared_by_sizes_and_addresses():
     one, two = flat(1000, ("f32", "f32"))["launches"][0], flat(999999, ("f32", "f32"), 4)["launches"][0]
     assert one["kernel"] == two["kernel"] and one["source"] == two["source"]
