@@ -177,7 +177,7 @@ def test_short_sums_are_one_launch():
         assert len(made["launches"]) == 1 and made["workspace_bytes"] == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- text of kernels
+# ---------------------------------------------------------------------------------------------------------------- text of kernels
 def test_kernels_are_shared_by_sizes_and_addresses():
     one, two = flat(1000, ("f32", "f32"))["launches"][0], flat(999999, ("f32", "f32"), 4)["launches"][0]
     assert one["kernel"] == two["kernel"] and one["source"] == two["source"]
