@@ -98,13 +98,14 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
     base += shlex.split(os.environ.get("CXXFLAGS", ""))
     torch_flags = [word for path in include_paths() for word in ("-isystem", path)]
     torch_flags += ["-isystem", sysconfig.get_path("include"), "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    if sys.platform != "darwin":
+        torch_flags.append("-fopenmp")  # without it at::parallel_for, a template of torch's headers, runs on one thread
     libraries = library_paths()
     ccache = shutil.which("ccache")
     if ccache:
         torch_flags.append("-fpch-preprocess")  # lets ccache see which precompiled header a file was compiled with
     link = ["-shared", *(f"-L{path}" for path in libraries), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-    if sys.platform == "darwin":
-        link += ["-undefined", "dynamic_lookup"]
+    link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
     launcher = "env CCACHE_SLOPPINESS=pch_defines,time_macros ccache " if ccache else ""
     header = build / "torch_pch.h"
     lines = [

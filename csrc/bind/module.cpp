@@ -1,4 +1,5 @@
 // The Python module wengert._C.  Nothing outside this room includes pybind11.
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "accumulate/derivatives.h"
@@ -27,23 +28,23 @@ py::list to_python(const accumulate::TensorRows& rows) {
   return out;
 }
 
+// The tensors of a sequence.  A subclass other than Parameter may compute whatever it likes.
+Tensors plain(const py::sequence& given) {
+  Tensors out;
+  out.reserve(given.size());
+  for (const py::handle item : given) {
+    if (THPVariable_Check(item.ptr()) && !THPVariable_CheckExact(item.ptr()))
+      throw wengert::tape::Unsupported("a tensor subclass");
+    out.push_back(item.cast<at::Tensor>());
+  }
+  return out;
+}
+
 // Runs f without the GIL; nodes written in Python take it back for themselves.
 template <class F>
 auto released(F&& f) {
   py::gil_scoped_release release;
   return f();
-}
-
-Tensors cotangents(const py::object& given, std::size_t count) {
-  Tensors out(count);
-  if (given.is_none()) return out;
-  std::size_t i = 0;
-  for (const py::handle item : given) {
-    if (i == count) break;
-    if (!item.is_none()) out[i] = item.cast<at::Tensor>();
-    ++i;
-  }
-  return out;
 }
 
 }  // namespace
@@ -54,32 +55,34 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "jacobian",
-      [](const Tensors& outputs, const Tensors& inputs, bool create_graph) {
-        return to_python(released([&] { return accumulate::jacobian(outputs, inputs, create_graph); }));
+      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph) {
+        const Tensors ys = plain(outputs), xs = plain(inputs);
+        return to_python(released([&] { return accumulate::jacobian(ys, xs, create_graph); }));
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph") = false);
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"));
   m.def(
       "batch_jacobian",
-      [](const Tensors& outputs, const Tensors& inputs, bool create_graph, bool check) {
-        return to_python(released([&] { return accumulate::batch_jacobian(outputs, inputs, create_graph, check); }));
+      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool check) {
+        const Tensors ys = plain(outputs), xs = plain(inputs);
+        return to_python(released([&] { return accumulate::batch_jacobian(ys, xs, create_graph, check); }));
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph") = false, py::arg("check") = true);
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("check"));
   m.def(
       "grad",
-      [](const Tensors& outputs, const Tensors& inputs, const py::object& grad_outputs, bool retain_graph, bool create_graph,
-         bool batched) {
-        const Tensors given = cotangents(grad_outputs, outputs.size());
-        return to_python(
-            released([&] { return accumulate::gradient(outputs, inputs, given, retain_graph, create_graph, batched); }));
+      [](const py::sequence& outputs, const py::sequence& inputs, const py::sequence& cotangents, bool retain_graph,
+         bool create_graph, bool batched) {
+        const Tensors ys = plain(outputs), xs = plain(inputs), given = plain(cotangents);
+        return to_python(released([&] { return accumulate::gradient(ys, xs, given, retain_graph, create_graph, batched); }));
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("grad_outputs") = py::none(), py::arg("retain_graph") = false,
-      py::arg("create_graph") = false, py::arg("is_grads_batched") = false);
+      py::arg("outputs"), py::arg("inputs"), py::arg("cotangents"), py::arg("retain_graph"), py::arg("create_graph"),
+      py::arg("is_grads_batched"));
   m.def(
       "hessian",
-      [](const at::Tensor& output, const Tensors& inputs, bool create_graph) {
-        return to_python(released([&] { return accumulate::hessian(output, inputs, create_graph); }));
+      [](const py::object& output, const py::sequence& inputs, bool create_graph) {
+        const Tensors y = plain(py::make_tuple(output)), xs = plain(inputs);
+        return to_python(released([&] { return accumulate::hessian(y[0], xs, create_graph); }));
       },
-      py::arg("output"), py::arg("inputs"), py::arg("create_graph") = false);
+      py::arg("output"), py::arg("inputs"), py::arg("create_graph"));
   m.def("explain", [](const Tensors& outputs, const Tensors& inputs) {
     py::list rows;
     for (const accumulate::NodeReport& node : accumulate::explain(outputs, inputs).nodes) {

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.functional import _as_tuple, _grad_preprocess
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ._native import DISABLED, C, Unsupported
+from ._native import DISABLED, C, Refused
 from ._stats import fallback_calls, native_calls
 
 Blocks = list[list[Tensor | None]]
@@ -61,6 +62,18 @@ def is_plain(t: object) -> bool:
     return (kind is Tensor or kind is Parameter) and (t.is_cpu or t.is_cuda) and t.layout is _strided  # type: ignore[attr-defined]
 
 
+def as_tuple(given: Any, what: str, caller: str) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether a tuple was given, and what was given as a tuple; torch.autograd.functional's TypeError where it is neither."""
+    return (False, (given,)) if type(given) is Tensor else _as_tuple(given, what, caller)
+
+
+def fresh_leaves(inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor, ...]:
+    """The inputs as new tensors that require grad, attached to the caller's graph where the result is to be."""
+    if len(inputs) == 1 and not create_graph:
+        return (inputs[0].detach().requires_grad_(),)
+    return _grad_preprocess(inputs, create_graph, True)
+
+
 def count_fallback(name: str, reason: str) -> None:
     fallback_calls[name, reason] += 1
 
@@ -77,31 +90,17 @@ def count(name: str, reason: str | None) -> None:
         fallback_calls[name, reason] += 1
 
 
-class Refused(Exception):
-    """The engine cannot do it; the message is the reason."""
-
-
-def _native(method: Callable[..., Any], groups: tuple[Sequence[Tensor], ...], *options: bool) -> Any:
-    for group in groups:
-        if not all(map(is_plain, group)):
-            raise Refused("a tensor subclass, layout or device that the engine does not know")
-    try:
-        return method(*map(list, groups), *options)
-    except Unsupported as error:
-        raise Refused(str(error)) from None
-
-
 def native_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
     """``[i][j]`` of shape ``outputs[i].shape + inputs[j].shape``; the graph is never freed.
 
     Like the other native functions: not counted, and raises Refused.
     """
-    return _native(C.jacobian, (outputs, inputs), create_graph)
+    return C.jacobian(outputs, inputs, create_graph)
 
 
 def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
     """``[i][j]`` of shape ``inputs[i].shape + inputs[j].shape`` for a one-element output; the graph is never freed."""
-    return _native(lambda outputs, inputs: C.hessian(outputs[0], inputs, create_graph), ((output,), inputs))
+    return C.hessian(output, inputs, create_graph)
 
 
 def native_batch_jacobian(
@@ -111,7 +110,7 @@ def native_batch_jacobian(
 
     Raises ValueError where `check` finds samples coupled; without it the samples are known to be independent.
     """
-    return _native(C.batch_jacobian, (outputs, inputs), create_graph, check)
+    return C.batch_jacobian(outputs, inputs, create_graph, check)
 
 
 def native_vjp(
@@ -123,7 +122,7 @@ def native_vjp(
     is_grads_batched: bool = False,
 ) -> Sequence[Tensor | None]:
     """torch.autograd.grad with ``allow_unused=True`` and explicit cotangents, on outputs that require grad."""
-    return _native(C.grad, (outputs, inputs, cotangents), retain_graph, create_graph, is_grads_batched)
+    return C.grad(outputs, inputs, cotangents, retain_graph, create_graph, is_grads_batched)
 
 
 def _attempt(name: str, reason: str | None, method: Callable[..., Any], *args: Any) -> Any:

@@ -53,4 +53,4 @@ class _Disabled:
 
 
 C: Any = _Disabled if DISABLED else _load()
-Unsupported: type[Exception] = C.Unsupported
+Refused: type[Exception] = C.Unsupported  # the engine cannot do it; the message is the reason

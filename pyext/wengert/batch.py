@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.functional import _as_tuple, _grad_preprocess
 
 from . import _engine
 from ._compile import eager
@@ -45,10 +44,10 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
     grad_mode = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs = _as_tuple(inputs, "inputs", "batch_jacobian")
-        inputs = _grad_preprocess(inputs, create_graph, True)
+        is_inputs_tuple, inputs = _engine.as_tuple(inputs, "inputs", "batch_jacobian")
+        inputs = _engine.fresh_leaves(inputs, create_graph)
         outputs = func(*inputs)
-        is_outputs_tuple, outputs = _as_tuple(outputs, "outputs of the user-provided function", "batch_jacobian")
+        is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "batch_jacobian")
         size = _batch_size(inputs, outputs)
         try:
             if reason is not None:
@@ -71,11 +70,12 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
 
 
 def _batch_size(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> int:
-    sizes = {t.shape[0] if t.dim() else None for t in (*inputs, *outputs)}
-    if len(sizes) != 1 or None in sizes:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (*inputs, *outputs))
-        raise ValueError(f"batch_jacobian needs inputs and outputs with the same batch size in front, but got shapes {shapes}")
-    return sizes.pop()  # type: ignore[return-value]
+    shapes = [t.shape for t in (*inputs, *outputs)]
+    size = shapes[0][0] if shapes and shapes[0] else None
+    if size is None or not all(shape and shape[0] == size for shape in shapes):
+        listed = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"batch_jacobian needs inputs and outputs with the same batch size in front, but got shapes {listed}")
+    return size
 
 
 def _check_independence(

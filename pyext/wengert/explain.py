@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.functional import _as_tuple, _grad_preprocess
 
 from . import _engine
 from ._compile import eager
-from ._native import C, Unsupported
+from ._native import C, Refused
 from .functional import Function, Tensors
 
 _COLUMNS = ("node", "kind", "structure", "blocks", "stored", "dense")
@@ -79,17 +78,17 @@ def explain(func: Function | Tensor | Sequence[Tensor], inputs: Tensors) -> Repo
     True
     """
     reason = _engine.refusal()
-    _, inputs = _as_tuple(inputs, "inputs", "explain")
+    _, inputs = _engine.as_tuple(inputs, "inputs", "explain")
     if isinstance(func, (Tensor, tuple, list)):
         outputs: Any = tuple(func) if type(func) is list else func
     else:
         with torch.enable_grad():
-            inputs = _grad_preprocess(inputs, False, True)
+            inputs = _engine.fresh_leaves(inputs, False)
             outputs = func(*inputs)
-    _, outputs = _as_tuple(outputs, "outputs of the user-provided function", "explain")
+    _, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "explain")
     if reason is not None:
         return Report((), reason)
     try:
         return Report(tuple(C.explain(list(outputs), list(inputs))))
-    except Unsupported as error:
+    except Refused as error:
         return Report((), str(error))

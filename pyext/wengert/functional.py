@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import functional as _torch
-from torch.autograd.functional import _as_tuple, _check_requires_grad, _grad_preprocess
+from torch.autograd.functional import _check_requires_grad
 
 from . import _engine
 from ._compile import eager
@@ -75,10 +75,10 @@ def jacobian(
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs = _as_tuple(inputs, "inputs", "jacobian")
-        inputs = _grad_preprocess(inputs, create_graph, True)
+        is_inputs_tuple, inputs = _engine.as_tuple(inputs, "inputs", "jacobian")
+        inputs = _engine.fresh_leaves(inputs, create_graph)
         outputs = func(*inputs)
-        is_outputs_tuple, outputs = _as_tuple(outputs, "outputs of the user-provided function", "jacobian")
+        is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "jacobian")
         if strict:
             _check_requires_grad(outputs, "outputs", strict)
             if vectorize:
@@ -167,13 +167,13 @@ def hessian(
     if reason is not None or (strict and vectorize):
         _engine.count_fallback("hessian", reason or "strict and vectorize together")
         return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)
-    is_inputs_tuple, inputs = _as_tuple(inputs, "inputs", "hessian")
+    is_inputs_tuple, inputs = _engine.as_tuple(inputs, "inputs", "hessian")
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        inputs = _grad_preprocess(inputs, create_graph, True)
+        inputs = _engine.fresh_leaves(inputs, create_graph)
         out = func(*inputs)
-        is_out_tuple, outputs = _as_tuple(out, "outputs of the user-provided function", "hessian")
+        is_out_tuple, outputs = _engine.as_tuple(out, "outputs of the user-provided function", "hessian")
         if strict:
             _check_requires_grad(outputs, "outputs", strict)
         if is_out_tuple:
@@ -242,8 +242,8 @@ def _graph_hessian(output: Any, inputs: Any, create_graph: bool, allow_unused: b
 
 def _graph_arguments(outputs: Any, inputs: Any, name: str) -> tuple[bool, tuple[Tensor, ...], bool, tuple[Tensor, ...]]:
     """Both sides as tuples, with torch.autograd.grad's complaints about tensors outside of any graph."""
-    is_outputs_tuple, outputs = _as_tuple(tuple(outputs) if type(outputs) is list else outputs, "outputs", name)
-    is_inputs_tuple, inputs = _as_tuple(tuple(inputs) if type(inputs) is list else inputs, "inputs", name)
+    is_outputs_tuple, outputs = _engine.as_tuple(tuple(outputs) if type(outputs) is list else outputs, "outputs", name)
+    is_inputs_tuple, inputs = _engine.as_tuple(tuple(inputs) if type(inputs) is list else inputs, "inputs", name)
     if not inputs:
         raise RuntimeError("`inputs` argument to `grad()` cannot be empty.")
     if not any(out.requires_grad for out in outputs):

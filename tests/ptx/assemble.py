@@ -1,7 +1,8 @@
 """Turns the statements of a kernel, and of the functions it calls, into the executor's instructions.
 
-Every register of the PTX text gets a slot of its own in a thread's register file; constants lie in further slots that are filled in
-when a thread starts. Functions do not recurse, so each has its registers, its local variables and its parameters at fixed places.
+Every register of the PTX text gets a slot of its own in a thread's register file; constants lie in further slots that are
+filled in when a thread starts. Functions do not recurse, so each has its registers, its local variables and its parameters at
+fixed places.
 """
 
 import dataclasses
@@ -26,12 +27,14 @@ _SPECIAL_NAMES = {
 }
 _CONSTANT_NAMES = {"WARP_SZ": 32, "%smid": 0, "%nsmid": 1, "%gridid": 0, "%clock_hi": 0}
 _CLOCKS = {"%clock", "%clock64", "%globaltimer", "%globaltimer_lo"}
+_WAITING = ("bar", "shfl", "vote", "match", "redux")
 _UNINITIALISED = 2**64 - 1  # NaN in every floating-point type
 _MASK = 2**64 - 1
 _ONES = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80}  # other results of `set` are all ones
 
 _GUARD = re.compile(r"@(!?)\s*([\w$%]+)\s+(.*)$", re.S)
 _OPCODE = re.compile(r"([\w.:]+)\s*(.*)$", re.S)
+_REGISTERS = re.compile(r"\.reg\s+(?:\.v[24]\s+)?\.\w+\s+(.*)$", re.S)
 _REGISTER_RANGE = re.compile(r"(.+)<(\d+)>$")
 _ADDRESS = re.compile(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 _SYMBOL = re.compile(r"([\w$%.]+)\s*(?:\+\s*(-?\d+))?$")
@@ -139,7 +142,7 @@ class Assembler:
         self.source = source
         self.global_address = global_address
         self.operations = operations()
-        self.waiting = {number for name, number in self.operations.items() if name.startswith(("bar", "shfl", "vote", "match", "redux"))}
+        self.waiting = {number for name, number in self.operations.items() if name.startswith(_WAITING)}
         self.rows = []
         self.slots = [0] * len(Special)
         self.constants = {}
@@ -377,8 +380,7 @@ class Assembler:
     def _declaration(self, text):
         directive = text.split(None, 1)[0]
         if directive == ".reg":
-            _, ptx_type, names = re.match(r"\.reg\s+(\.v[24]\s+)?\.(\w+)\s+(.*)$", text).groups()
-            for name in split_operands(names):
+            for name in split_operands(_REGISTERS.match(text)[1]):
                 if match := _REGISTER_RANGE.match(name):
                     self.scope.ranges[match[1]] = int(match[2])
                 else:

@@ -25,7 +25,7 @@ class Module:
         entries = self.source.entries
         found = [name] if name in entries else [entry for entry in entries if name in entry]
         if len(found) != 1:
-            raise KeyError(f"{name} is {'a part of ' + ', '.join(found) if found else 'no'} entry of the module; it has {entries}")
+            raise KeyError(f"{name} does not name one entry of the module, which has {entries}")
         return found[0]
 
     def program(self, name):
@@ -110,7 +110,8 @@ def _pack(name, program, args):
         elif isinstance(argument, (bytes, bytearray)):
             content = bytes(argument)
         else:
-            raise TypeError(f"argument {i} of {name}: give an array, a tensor, a numpy scalar or bytes, not {type(argument).__name__}")
+            kind = type(argument).__name__
+            raise TypeError(f"argument {i} of {name}: give an array, a tensor, a numpy scalar or bytes, not {kind}")
         if len(content) != size:
             raise TypeError(f"argument {i} of {name} has {len(content)} bytes, its parameter {size}")
         packed[offset : offset + size] = content

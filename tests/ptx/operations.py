@@ -1,6 +1,7 @@
 """What each PTX opcode means: which operation of the executor it is, with which modifiers and operand types.
 
-A rule accepts exactly the modifiers it implements. Everything else is `Unsupported`, so that no modifier is ever silently dropped.
+A rule accepts exactly the modifiers it implements. Everything else is `Unsupported`, so that no modifier is ever silently
+dropped.
 """
 
 import dataclasses
@@ -211,7 +212,7 @@ def _shift(name, modifiers):
 
 @_rule("shf")
 def _funnel(name, modifiers):
-    rest, ptx_type = _only_type(modifiers)
+    rest, _ = _only_type(modifiers)
     return Form("shf.u32", ("u32",) * 3, **_options(rest, {"l", "r", "wrap", "clamp"}))
 
 

@@ -80,7 +80,9 @@ _VARIABLE = re.compile(
 )
 # A statement: a label, a brace that opens or closes a scope, or text up to its semicolon.
 _STATEMENT = re.compile(
-    r"\s*(?:(?P<label>[A-Za-z_$%][\w$]*)\s*:(?!:)|(?P<brace>[{}])|(?P<text>(?:[^;{}\"]|\{[^{}]*\}|\"(?:[^\"\\]|\\.)*\")*?);)", re.S
+    r"\s*(?:(?P<label>[A-Za-z_$%][\w$]*)\s*:(?!:)|(?P<brace>[{}])"
+    r'|(?P<text>(?:[^;{}"]|\{[^{}]*\}|"(?:[^"\\]|\\.)*")*?);)',
+    re.S,
 )
 
 

@@ -10,9 +10,13 @@ namespace wengert::kernels {
 // result[i] = prim(args[0][i], ...) for i in 0..n, n a multiple of the vector length.  Bit k of `varying`: argument k is a tile;
 // otherwise it is one vector that stands for all.
 using Kernel = void (*)(void* result, const void* const* args, unsigned varying, int n);
-// n elements `stride` apart, converted to the compute type, into a contiguous tile
-using Load = void (*)(void* tile, const void* source, std::int64_t stride, int n);
-using Store = void (*)(void* target, std::int64_t stride, const void* tile, int n, bool accumulate);
+// `rows` rows that begin `step` apart, each of n elements `stride` apart; converted to the compute type, into a contiguous tile
+struct Rows {
+  std::int64_t step, stride;
+  int rows, n;
+};
+using Load = void (*)(void* tile, const void* source, Rows rows);
+using Store = void (*)(void* target, const void* tile, Rows rows, bool accumulate);
 
 inline constexpr int kMaxColumns = 16;
 

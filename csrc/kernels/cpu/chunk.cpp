@@ -46,8 +46,8 @@ void LoopNest::Chunk::setup(bool fresh) {
     for (std::uint16_t r : code.outputs) {
       if (is_constant(r)) spread(r, most);
     }
-    scratch.sources.assign(loads, {nullptr, 0});
   }
+  scratch.sources.assign(loads, Scratch::kNothing);
   scratch.varying.assign(registers, 0);
   scratch.walks.resize(loads + nest.outputs_.size());
   for (std::size_t i = 0; i < loads; ++i) {
@@ -141,10 +141,10 @@ void LoopNest::Chunk::instructions(int n, Before before) const {
 void LoopNest::Chunk::load(std::size_t i, const char* source, std::int64_t stride, int n) const {
   scratch.registers[i] = tile_at(i);
   const int count = stride == 0 ? lanes : n;
-  Scratch::Source& held = scratch.sources[i];
-  if (held.data == source && held.count == count) return;
-  held = {source, count};
-  nest.backend_->loads[nest.wide_][static_cast<int>(nest.operands_[i].dtype)](tile_at(i), source, stride, count);
+  const Scratch::Source wanted{source, 1, count};
+  if (scratch.sources[i] == wanted) return;
+  scratch.sources[i] = wanted;
+  nest.backend_->loads[nest.wide_][static_cast<int>(nest.operands_[i].dtype)](tile_at(i), source, {0, stride, 1, count});
   fill_tail(tile_at(i), count);
 }
 
@@ -162,7 +162,7 @@ void LoopNest::Chunk::look_ahead(const char* data, std::int64_t step) const {
 // Repeats the one vector of a register over n elements of its tile.
 void LoopNest::Chunk::spread(std::uint16_t r, int n) const {
   const Dtype compute = nest.wide_ ? Dtype::f64 : Dtype::f32;
-  nest.backend_->loads[nest.wide_][static_cast<int>(compute)](tile_at(r), scratch.registers[r], 0, n);
+  nest.backend_->loads[nest.wide_][static_cast<int>(compute)](tile_at(r), scratch.registers[r], {0, 0, 1, n});
 }
 
 // The n elements of an output.  Constants were spread when the thread began.
@@ -239,7 +239,7 @@ void LoopNest::Chunk::run_rows() {
           if (n > kScatterBlock && output.strides[inner] != 1) {
             scattered = true;
           } else if (values != target_of(i)) {
-            backend.stores[wide][static_cast<int>(output.dtype)](target_of(i), output.strides[inner], values, n,
+            backend.stores[wide][static_cast<int>(output.dtype)](target_of(i), values, {0, output.strides[inner], 1, n},
                                                                  output.accumulate);
           }
         } else {
@@ -257,9 +257,9 @@ void LoopNest::Chunk::run_rows() {
           const Output& output = nest.outputs_[i];
           const std::int64_t stride = output.strides[inner];
           if (output.sums || stride == 1) continue;
-          backend.stores[wide][static_cast<int>(output.dtype)](target_of(i) + from * stride * output.bytes, stride,
-                                                               scratch.registers[code.outputs[i]] + from * element, count,
-                                                               output.accumulate);
+          backend.stores[wide][static_cast<int>(output.dtype)](target_of(i) + from * stride * output.bytes,
+                                                               scratch.registers[code.outputs[i]] + from * element,
+                                                               {0, stride, 1, count}, output.accumulate);
         }
       }
       reset_registers();
@@ -290,12 +290,13 @@ void LoopNest::Chunk::run_packed() {
     const int n = static_cast<int>(std::min<std::int64_t>(step, total - start));
     for (std::size_t i = 0; i < loads; ++i) {
       const View& view = nest.operands_[i];
-      const Walk& walk = scratch.walks[i];
+      Walk& walk = scratch.walks[i];
       const char* base = base_of(view);
       if (walk.rank == 1 && walk.strides[0] == 1 && view.dtype == compute) {
         look_ahead(base + start * view.bytes, view.bytes);
         if (direct || n % lanes == 0) {
           scratch.registers[i] = base + start * view.bytes;
+          walk.skip(n);
           continue;
         }
       }
@@ -305,10 +306,18 @@ void LoopNest::Chunk::run_packed() {
       }
       scratch.registers[i] = tile_at(i);
       const Load gather = backend.loads[wide][static_cast<int>(view.dtype)];
-      walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
-        gather(tile_at(i) + position * element, base + offset * view.bytes, stride, static_cast<int>(count));
+      bool held = false;
+      walk.rows(n, [&](std::int64_t offset, std::int64_t step, std::int64_t stride, std::int64_t position, std::int64_t rows,
+                       std::int64_t count) {
+        const char* source = base + offset * view.bytes;
+        // The tile that repeats one row is often the one of the step before.
+        const Scratch::Source wanted = step == 0 && rows * count == n ? Scratch::Source{source, rows, count} : Scratch::kNothing;
+        held = wanted.data && scratch.sources[i] == wanted;
+        if (held) return;
+        scratch.sources[i] = wanted;
+        gather(tile_at(i) + position * element, source, {step, stride, static_cast<int>(rows), static_cast<int>(count)});
       });
-      fill_tail(tile_at(i), n);
+      if (!held) fill_tail(tile_at(i), n);
     }
     auto target_of = [&](std::size_t i) { return base_of(nest.outputs_[i]) + start * nest.outputs_[i].bytes; };
     for (std::size_t i = 0; i < nest.outputs_.size(); ++i) {
@@ -318,15 +327,20 @@ void LoopNest::Chunk::run_packed() {
     execute(n);
     for (std::size_t i = 0; i < nest.outputs_.size(); ++i) {
       const Output& output = nest.outputs_[i];
-      const Walk& walk = scratch.walks[loads + i];
+      Walk& walk = scratch.walks[loads + i];
       const char* values = output_tile(i, n);
       auto piece = [&](std::int64_t position) { return values + position * element; };
-      if (values == target_of(i)) continue;
+      if (values == target_of(i)) {
+        walk.skip(n);
+        continue;
+      }
       if (output.sums == 0) {
         const Store store = backend.stores[wide][static_cast<int>(output.dtype)];
         char* base = base_of(output);
-        walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
-          store(base + offset * output.bytes, stride, piece(position), static_cast<int>(count), output.accumulate);
+        walk.rows(n, [&](std::int64_t offset, std::int64_t step, std::int64_t stride, std::int64_t position, std::int64_t rows,
+                         std::int64_t count) {
+          store(base + offset * output.bytes, piece(position), {step, stride, static_cast<int>(rows), static_cast<int>(count)},
+                output.accumulate);
         });
       } else {
         double* sums = sums_of(output);
@@ -335,14 +349,16 @@ void LoopNest::Chunk::run_packed() {
           const int count = static_cast<int>(n / row);
           if (walk.strides[0] == 1 && walk.strides[1] == 0) {
             backend.sum_rows[wide](sums + start / row, values, count, static_cast<int>(row));
+            walk.skip(n);
             continue;
           }
           if (walk.strides[0] == 0 && walk.strides[1] == 1 && row <= kMaxColumns) {
             backend.sum_columns[wide](sums, values, count, static_cast<int>(row));
+            walk.skip(n);
             continue;
           }
         }
-        walk.runs(start, n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
+        walk.runs(n, [&](std::int64_t offset, std::int64_t stride, std::int64_t position, std::int64_t count) {
           if (stride == 0) {
             sums[offset] += backend.sum[wide](piece(position), static_cast<int>(count));
           } else if (stride == 1) {

@@ -31,10 +31,12 @@ struct LoopNest::Scratch {
     std::int64_t lines;
   };
   std::vector<Stretch> ahead;  // what the next tile will touch
-  struct Source {              // what the tile of an operand holds
+  struct Source {              // what the tile of an operand holds: rows * count elements, each row the same
     const char* data;
-    int count;
+    std::int64_t rows, count;
+    bool operator==(const Source&) const = default;
   };
+  static constexpr Source kNothing{nullptr, 0, 0};
   std::vector<Source> sources;
   std::vector<double> sums;
 

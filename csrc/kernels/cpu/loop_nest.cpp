@@ -225,7 +225,7 @@ void LoopNest::flush(const Output& output, const double* sums, std::int64_t firs
     constexpr std::int64_t kPiece = 1 << 20;
     for (std::int64_t start = 0; start < lengths[inner]; start += kPiece) {
       const std::int64_t n = std::min(kPiece, lengths[inner] - start);
-      store(base + (target + start * to[inner]) * output.bytes, to[inner], sums + source + start, static_cast<int>(n),
+      store(base + (target + start * to[inner]) * output.bytes, sums + source + start, {0, to[inner], 1, static_cast<int>(n)},
             output.accumulate);
     }
     int k = inner - 1;
@@ -266,10 +266,10 @@ void LoopNest::fill_zero() {
     Walk walk;
     walk.start(rank_, lengths, output.strides);
     const double zero = 0;
-    walk.runs(0, count, [&](std::int64_t offset, std::int64_t stride, std::int64_t, std::int64_t n) {
+    walk.runs(count, [&](std::int64_t offset, std::int64_t stride, std::int64_t, std::int64_t n) {
       for (std::int64_t k = 0; k < n; ++k) {
-        backend_->stores[1][static_cast<int>(output.dtype)](output.data + (offset + k * stride) * output.bytes, 1, &zero, 1,
-                                                            false);
+        backend_->stores[1][static_cast<int>(output.dtype)](output.data + (offset + k * stride) * output.bytes, &zero,
+                                                            {0, 1, 1, 1}, false);
       }
     });
   }

@@ -44,46 +44,70 @@ constexpr Kernel kernel_for() {
 // -O2 does not vectorise these loops; memcpy would use longer vectors (see NOTE [Two vector lengths])
 #pragma GCC optimize("O3", "no-tree-loop-distribute-patterns")
 #endif
+constexpr int kFewColumns = 8;  // shorter rows are walked column by column
+
 template <class T, class S>
 struct Convert {
-  static void load(void* tile, const void* source, std::int64_t stride, int n) {
+  static void load(void* tile, const void* source, Rows at) {
     T* out = static_cast<T*>(tile);
     const S* in = static_cast<const S*>(source);
-    if (stride == 1) {
-      for (int i = 0; i < n; ++i) out[i] = widen<T>(in[i]);
-    } else if (stride == 0) {
-      T value = widen<T>(in[0]);
-      for (int i = 0; i < n; ++i) out[i] = value;
-    } else {
-      int i = 0;
-      for (; i + 4 <= n; i += 4, in += 4 * stride) {
-        out[i] = widen<T>(in[0]);
-        out[i + 1] = widen<T>(in[stride]);
-        out[i + 2] = widen<T>(in[2 * stride]);
-        out[i + 3] = widen<T>(in[3 * stride]);
+    if (at.rows > 1 && at.n < kFewColumns) {
+      for (int k = 0; k < at.n; ++k, in += at.stride, ++out) load_strided(out, at.n, in, at.step, at.rows);
+      return;
+    }
+    for (int r = 0; r < at.rows; ++r, in += at.step, out += at.n) {
+      if (at.stride == 1) {
+        for (int i = 0; i < at.n; ++i) out[i] = widen<T>(in[i]);
+      } else if (at.stride == 0) {
+        const T value = widen<T>(in[0]);
+        for (int i = 0; i < at.n; ++i) out[i] = value;
+      } else {
+        load_strided(out, 1, in, at.stride, at.n);
       }
-      for (; i < n; ++i, in += stride) out[i] = widen<T>(*in);
     }
   }
-  static void store(void* target, std::int64_t stride, const void* tile, int n, bool accumulate) {
+  static void store(void* target, const void* tile, Rows at, bool accumulate) {
     S* out = static_cast<S*>(target);
     const T* in = static_cast<const T*>(tile);
-    if (accumulate && stride == 1) {
-      for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(widen<T>(out[i]) + in[i]);
-    } else if (accumulate) {
-      for (int i = 0; i < n; ++i, out += stride) *out = Narrow<S>::from(widen<T>(*out) + in[i]);
-    } else if (stride == 1) {
-      for (int i = 0; i < n; ++i) out[i] = Narrow<S>::from(in[i]);
-    } else {
-      int i = 0;
-      for (; i + 4 <= n; i += 4, out += 4 * stride) {
-        out[0] = Narrow<S>::from(in[i]);
-        out[stride] = Narrow<S>::from(in[i + 1]);
-        out[2 * stride] = Narrow<S>::from(in[i + 2]);
-        out[3 * stride] = Narrow<S>::from(in[i + 3]);
-      }
-      for (; i < n; ++i, out += stride) *out = Narrow<S>::from(in[i]);
+    if (at.rows > 1 && at.n < kFewColumns) {
+      for (int k = 0; k < at.n; ++k, out += at.stride, ++in) store_strided(out, at.step, in, at.n, at.rows, accumulate);
+      return;
     }
+    for (int r = 0; r < at.rows; ++r, out += at.step, in += at.n) {
+      if (at.stride != 1) {
+        store_strided(out, at.stride, in, 1, at.n, accumulate);
+      } else if (accumulate) {
+        for (int i = 0; i < at.n; ++i) out[i] = Narrow<S>::from(widen<T>(out[i]) + in[i]);
+      } else {
+        for (int i = 0; i < at.n; ++i) out[i] = Narrow<S>::from(in[i]);
+      }
+    }
+  }
+
+ private:
+  static void load_strided(T* out, int step, const S* in, std::int64_t stride, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4, in += 4 * stride, out += 4 * step) {
+      out[0] = widen<T>(in[0]);
+      out[step] = widen<T>(in[stride]);
+      out[2 * step] = widen<T>(in[2 * stride]);
+      out[3 * step] = widen<T>(in[3 * stride]);
+    }
+    for (; i < n; ++i, in += stride, out += step) *out = widen<T>(*in);
+  }
+  static void store_strided(S* out, std::int64_t stride, const T* in, int step, int n, bool accumulate) {
+    if (accumulate) {
+      for (int i = 0; i < n; ++i, out += stride, in += step) *out = Narrow<S>::from(widen<T>(*out) + *in);
+      return;
+    }
+    int i = 0;
+    for (; i + 4 <= n; i += 4, out += 4 * stride, in += 4 * step) {
+      out[0] = Narrow<S>::from(in[0]);
+      out[stride] = Narrow<S>::from(in[step]);
+      out[2 * stride] = Narrow<S>::from(in[2 * step]);
+      out[3 * stride] = Narrow<S>::from(in[3 * step]);
+    }
+    for (; i < n; ++i, out += stride, in += step) *out = Narrow<S>::from(*in);
   }
 };
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.func as _torch
 from torch import Tensor
+from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
 from torch._functorch.eager_transforms import (
     _construct_standard_basis_for,
     _validate_and_wrap_argnums,
     assert_non_empty_tensor_output,
     error_if_complex,
 )
-from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
 from torch._functorch.vmap import _unwrap_batched, lazy_load_decompositions
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
