@@ -60,13 +60,15 @@ class Emitter {
     constant("kLoads", std::max<std::size_t>(1, shape_.loads.size()));
     constant("kOutputs", shape_.stores.size());
     constant("kRank", shape_.rank);
+    constant("kSums", shape_.sums);
     if (sums) constant("kReducedRank", shape_.reduced_rank);
     constant("kWidth", shape_.width);
     if (!sums) constant("kUnroll", shape_.unroll);
     line(std::string("  static constexpr bool kTail = ") + boolean(shape_.tail) + ";");
     load();
     evaluate();
-    store();
+    store_elements();
+    if (sums) store_sums();
     line("};");
     const char* parameters = sums ? "SumParameters" : "MapParameters";
     line(std::string("extern \"C\" __global__ void __launch_bounds__(kBlockThreads) ") + (sums ? kSumEntry : kMapEntry) +
@@ -118,18 +120,32 @@ class Emitter {
     line("  }");
   }
 
-  void store() {
-    // results of a map may be vectors; sums are few, and are stored one by one
-    const bool dense = shape_.variant == KernelShape::Variant::map && shape_.width > 1;
-    line("  template <class T, int W>");
-    line("  WENGERT_DEVICE static void store(void* const* bases, const Index* offsets, const Index* strides,");
-    line("                                   const T (&out)[W][kOutputs], int count) {");
-    for (std::size_t i = 0; i < shape_.stores.size(); ++i) {
+  void store_elements() {
+    line("  WENGERT_DEVICE static void store_elements(void* const* bases, const Index* offsets,");
+    line("                                            const Compute (&out)[kWidth][kOutputs], int count) {");
+    for (std::size_t i = shape_.sums; i < shape_.stores.size(); ++i) {
       const std::string k = std::to_string(i);
-      line(std::string("    store_lanes<") + storage_type(shape_.stores[i].dtype) + ", " + boolean(shape_.stores[i].accumulate) +
-           ", " + boolean(dense) + ">(bases[" + k + "], offsets[" + k + "], strides[" + k + "], out, " + k + ", count);");
+      line("    store_lanes<" + store_type(i) + ", true>(bases[" + k + "], offsets[" + std::to_string(i - shape_.sums) +
+           "], 1, out, " + k + ", count);");
     }
     line("  }");
+  }
+
+  // Sums are few, and are stored one by one.
+  void store_sums() {
+    line("  template <int W>");
+    line("  WENGERT_DEVICE static void store_sums(void* const* bases, const Index* offsets, const Index* strides,");
+    line("                                        const double (&out)[W][kSums]) {");
+    for (int i = 0; i < shape_.sums; ++i) {
+      const std::string k = std::to_string(i);
+      line("    store_lanes<" + store_type(i) + ", false>(bases[" + k + "], offsets[" + k + "], strides[" + k + "], out, " + k +
+           ", W);");
+    }
+    line("  }");
+  }
+
+  std::string store_type(std::size_t i) const {
+    return std::string(storage_type(shape_.stores[i].dtype)) + ", " + boolean(shape_.stores[i].accumulate);
   }
 
   const Bytecode& code_;

@@ -13,7 +13,7 @@ namespace wengert::fused {
 struct KernelShape {
   enum class Variant : std::uint8_t {
     map,         // no output is summed
-    sum_rows,    // all outputs are summed over the same loops, the innermost one among them
+    sum_rows,    // the first outputs are summed, all over the same loops, the innermost one among them
     sum_columns  // the same, and the innermost loop is kept
   };
   struct Load {
@@ -32,6 +32,7 @@ struct KernelShape {
   int reduced_rank = 1;     // loops that are summed over, at least 1; sums only
   int width = 1;            // neighbouring elements a thread takes together
   int unroll = 1;           // such groups of a thread; map only
+  int sums = 0;             // outputs that are summed
   std::vector<Load> loads;  // one per load of the bytecode
   std::vector<Store> stores;
 };

@@ -7,7 +7,9 @@
 //     kWidth   neighbours along the innermost loop that a thread takes together: one memory access of up to 16 bytes a view
 //     kTail    the last of these groups may be incomplete
 //     kUnroll  groups a thread loads before it evaluates the first, so that enough loads are on their way
-//     load(lanes, bases, offsets, count), evaluate(operands, results), store(bases, offsets, strides, lanes, count)
+//     kSums    outputs that are summed: the first ones.  The others are stored element by element
+//     load(lanes, bases, offsets, count), evaluate(operands, results),
+//     store_elements(bases, offsets, lanes, count), store_sums(bases, offsets, strides, lanes)
 //   };
 // and defines its kernel as map<Nest> or sum<Nest, rows>.
 #pragma once
@@ -90,8 +92,8 @@ WENGERT_DEVICE S stored(S before, T value) {
 }
 
 // Stores column k of lanes; `Dense`: the elements are neighbours, and their address is aligned to the group's size.
-template <class S, bool Accumulate, bool Dense, class T, int Width, int Columns, class Index>
-WENGERT_DEVICE void store_lanes(void* base, Index offset, Index stride, const T (&lanes)[Width][Columns], int k, int count) {
+template <class S, bool Accumulate, bool Dense, class T, int Width, int Columns, class Index, class Stride>
+WENGERT_DEVICE void store_lanes(void* base, Index offset, Stride stride, const T (&lanes)[Width][Columns], int k, int count) {
   S* target = static_cast<S*>(base) + offset;
   if constexpr (Dense) {
     if (count == Width) {
@@ -168,9 +170,7 @@ WENGERT_DEVICE void map(const MapParameters<Nest>& p) {
     Compute out[kWidth][Nest::kOutputs];
 #pragma unroll
     for (int w = 0; w < kWidth; ++w) Nest::evaluate(in[u][w], out[w]);
-    Index strides[Nest::kOutputs];
-    for (int o = 0; o < Nest::kOutputs; ++o) strides[o] = p.output_strides[o][Nest::kRank - 1];
-    Nest::store(p.outputs, targets[u], strides, out, elements_of_group<Nest>(at, p.elements));
+    Nest::store_elements(p.outputs, targets[u], out, elements_of_group<Nest>(at, p.elements));
   }
 }
 
@@ -194,7 +194,9 @@ struct SumParameters {
   Divisor<Index> reduced_extents[Nest::kReducedRank];
   Index load_strides[Nest::kLoads][Nest::kRank];
   Index output_strides[Nest::kOutputs][Nest::kRank];
-  Index reduced_strides[Nest::kLoads][Nest::kReducedRank];
+  Index reduced_load_strides[Nest::kLoads][Nest::kReducedRank];
+  Index reduced_element_strides[Nest::kOutputs - Nest::kSums + 1]
+                               [Nest::kReducedRank];  // of outputs that are not summed; and none
 };
 
 // Adds up a number of each of a group's lanes; lane 0 holds the result.  All threads of the block come here.
@@ -227,37 +229,44 @@ template <class Nest, bool Rows>
 WENGERT_DEVICE void sum(const SumParameters<Nest>& p) {
   using Index = typename Nest::Index;
   using Compute = typename Nest::Compute;
-  constexpr int kWidth = Nest::kWidth;
+  constexpr int kWidth = Nest::kWidth, kSums = Nest::kSums, kElements = Nest::kOutputs - kSums;
   constexpr int kKeptWidth = Rows ? 1 : kWidth, kReducedWidth = Rows ? kWidth : 1;
   const int thread = static_cast<int>(threadIdx.x), groups = kBlockThreads / p.lanes;
   const int lane = Rows ? thread % p.lanes : thread / groups;
   const int group = Rows ? thread / p.lanes : thread % groups;
   const Index kept = (static_cast<Index>(blockIdx.x) * groups + group) * kKeptWidth;
-  double sums[kWidth][Nest::kOutputs] = {};
+  double sums[kWidth][kSums] = {};
+  Index targets[Nest::kOutputs] = {};
   if (kept < p.kept_elements) {
     Index bases[Nest::kLoads] = {};
     advance(bases, kept, p.kept_extents, p.load_strides);
+    advance(targets, kept, p.kept_extents, p.output_strides);
     const Index begin = static_cast<Index>(blockIdx.y) * p.piece;
     const Index end = p.reduced_elements - begin < p.piece ? p.reduced_elements : begin + p.piece;
 #pragma unroll 4
     for (Index r = begin + lane * kReducedWidth; r < end; r += p.lanes * kReducedWidth) {
       Index sources[Nest::kLoads];
       for (int i = 0; i < Nest::kLoads; ++i) sources[i] = bases[i];
-      advance(sources, r, p.reduced_extents, p.reduced_strides);
+      advance(sources, r, p.reduced_extents, p.reduced_load_strides);
       const int count = Rows ? elements_of_group<Nest>(r, end) : kWidth;
-      Compute in[kWidth][Nest::kLoads];
+      Compute in[kWidth][Nest::kLoads], out[kWidth][Nest::kOutputs];
       Nest::load(in, p.loads, sources, count);
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
-        Compute out[Nest::kOutputs];
-        Nest::evaluate(in[w], out);
-        for (int o = 0; o < Nest::kOutputs; ++o) sums[w][o] += w < count ? static_cast<double>(out[o]) : 0.0;
+        Nest::evaluate(in[w], out[w]);
+        for (int o = 0; o < kSums; ++o) sums[w][o] += w < count ? static_cast<double>(out[w][o]) : 0.0;
+      }
+      if constexpr (kElements > 0) {
+        Index elements[kElements + 1] = {};
+        for (int o = 0; o < kElements; ++o) elements[o] = targets[kSums + o];
+        advance(elements, r, p.reduced_extents, p.reduced_element_strides);
+        Nest::store_elements(p.outputs, elements, out, count);
       }
     }
   }
-  double totals[kKeptWidth][Nest::kOutputs];
+  double totals[kKeptWidth][kSums];
 #pragma unroll
-  for (int o = 0; o < Nest::kOutputs; ++o) {
+  for (int o = 0; o < kSums; ++o) {
     if (Rows) {
       for (int w = 1; w < kWidth; ++w) sums[0][o] += sums[w][o];
     }
@@ -265,13 +274,12 @@ WENGERT_DEVICE void sum(const SumParameters<Nest>& p) {
     for (int w = 0; w < kKeptWidth; ++w) totals[w][o] = add_lanes<Rows>(sums[w][o], p.lanes);
   }
   if (lane != 0 || kept >= p.kept_elements) return;
-  Index targets[Nest::kOutputs], strides[Nest::kOutputs];
-  for (int o = 0; o < Nest::kOutputs; ++o) {
-    targets[o] = static_cast<Index>(blockIdx.y) * p.piece_stride;
+  Index strides[kSums];
+  for (int o = 0; o < kSums; ++o) {
+    targets[o] += static_cast<Index>(blockIdx.y) * p.piece_stride;
     strides[o] = p.output_strides[o][Nest::kRank - 1];
   }
-  advance(targets, kept, p.kept_extents, p.output_strides);
-  Nest::store(p.outputs, targets, strides, totals, kKeptWidth);
+  Nest::store_sums(p.outputs, targets, strides, totals);
 }
 
 }  // namespace wengert::fused

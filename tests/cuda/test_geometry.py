@@ -124,6 +124,19 @@ def test_float32_sums_are_carried_in_double():
     assert total.item() == 2.0**25 + 1000
 
 
+@pytest.mark.parametrize("limits", [{}, TWO_STAGES], ids=["one", "two"])
+@pytest.mark.parametrize("axes", ["0", "1", "0,1"])
+@pytest.mark.parametrize("shape", [(70, 64), (131, 3), (3, 1025)], ids=str)
+def test_values_beside_their_sums(shape, axes, limits):
+    """One pass stores the values and sums them, whatever order the outputs have."""
+    x, y = torch.randn(shape, dtype=torch.float64), torch.randn(shape[1], shape[0], dtype=torch.float64).t()
+    text = program(f"out t0 f64\nout t1 f32 sum={axes}\nout t1 bf16\nout t0 f64 sum={axes}\n")
+    runs = [agree([x, y], text, order=order, tolerance={"rtol": 1e-6, "atol": 1e-4}, **limits) for order in range(3)]
+    assert runs[0].plan["launches"][0]["entry"] == "wengert_sum" and len(runs[0].plan["launches"]) <= 2
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run.results, runs[0].results, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------- element types
 @pytest.mark.parametrize("compute", ["f32", "f64"])
 @pytest.mark.parametrize("wanted", sorted(DTYPES))

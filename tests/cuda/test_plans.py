@@ -147,6 +147,18 @@ def test_an_elementwise_chain_touches_memory_once(third):
     assert made["bytes"] == 4 * (4 * 1000 * 512 + small)
 
 
+@pytest.mark.parametrize("axes", ["0", "1", "0,1"])
+def test_values_and_their_sum_are_one_pass(axes):
+    """A layer's backward: the cotangent of its pre-activation and, summed over the batch, of its bias."""
+    text = f"fused v1 rank=2 operands=2 compute=f32\nt0 = mul a0 a1\nout t0 f32\nout t0 f32 sum={axes}\n"
+    kept = {"0": [0, 1], "1": [1, 0], "0,1": [0, 0]}[axes]
+    operands = [(BASE, "f32", [4096, 1]), (BASE << 1, "f32", [4096, 1])]
+    made = plan(text, [4096, 4096], operands, [(BASE << 2, "f32", [4096, 1]), (BASE << 3, "f32", kept)])
+    assert [launch["entry"] for launch in made["launches"]].count("wengert_map") == 0
+    assert constant(made["launches"][0], "kWidth") == 4
+    assert made["bytes"] < 1.02 * made["minimum_bytes"]
+
+
 def test_overlapping_windows_are_counted_once():
     text = "fused v1 rank=2 operands=1 compute=f32\nout a0 f32\n"
     made = plan(text, [100, 50], [(BASE, "f32", [1, 1])], [(BASE << 1, "f32", [50, 1])])

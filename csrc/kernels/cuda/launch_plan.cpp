@@ -42,6 +42,7 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
   add(shape.reduced_rank);
   add(shape.width);
   add(shape.unroll);
+  add(shape.sums);
   for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 1 | load.moves);
   for (const KernelShape::Store& store : shape.stores) add(static_cast<int>(store.dtype) << 1 | store.accumulate);
   return key;
@@ -144,19 +145,18 @@ bool takes_groups(const GpuLoops& loops, const LoopView& view, int width) {
   return true;
 }
 
-int choose_width(const GpuLoops& loops, std::size_t instructions, bool sums) {
+int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
   if (loops.rank_ == 0) return 1;
   const int inner = loops.rank_ - 1;
   for (int width = kVectorBytes; width > 1; width /= 2) {
     if (loops.rank_ > 1 && loops.extents_[inner] % width != 0) continue;
     if (loops.extents_[inner] < width) continue;
     if (width > kShortVector && width * instructions > kBodyLimit) continue;
-    if (sums && width * static_cast<int>(loops.outputs_.size()) > kSumLimit) continue;
+    if (width * sums > kSumLimit) continue;
     auto takes = [&](const LoopView& view) { return takes_groups(loops, view, width); };
-    auto moves = [&](const LoopView& view) { return view.strides[inner] != 0; };
-    if (std::none_of(loops.operands_.begin(), loops.operands_.end(), moves) && sums) return 1;
+    auto takes_or_sums = [&](const LoopOutput& view) { return view.reduced != 0 || takes(view); };
     if (!std::all_of(loops.operands_.begin(), loops.operands_.end(), takes)) continue;
-    if (!sums && !std::all_of(loops.outputs_.begin(), loops.outputs_.end(), takes)) continue;
+    if (!std::all_of(loops.outputs_.begin(), loops.outputs_.end(), takes_or_sums)) continue;
     return width;
   }
   return 1;
@@ -223,7 +223,7 @@ class Planner {
  public:
   Planner(const Limits& limits, Plan& plan) : limits_(limits), plan_(plan) {}
 
-  // All outputs are summed over the same loops.
+  // The first outputs are summed, all over the same loops, or none is.
   void pass(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
             std::span<const OutputView> outputs, Workspace workspace) {
     GpuLoops loops;
@@ -239,7 +239,7 @@ class Planner {
 
  private:
   void map(const fused::Program& program, const GpuLoops& loops, Workspace workspace) {
-    KernelShape shape = shape_of(loops, limits_, choose_width(loops, program.bytecode().instructions.size(), false));
+    KernelShape shape = shape_of(loops, limits_, choose_width(loops, program.bytecode().instructions.size(), 0));
     const SomeLoops all = select_loops(loops, 0, false);
     shape.rank = all.rank();
     shape.tail = loops.rank_ == 1 && shape.width > 1;
@@ -262,7 +262,9 @@ class Planner {
     const std::uint32_t reduced = loops.outputs_.front().reduced;
     const SomeLoops kept = select_loops(loops, reduced, false), summed = select_loops(loops, reduced, true);
     const bool rows = reduced >> (loops.rank_ - 1) & 1;
-    const int width = choose_width(loops, program.bytecode().instructions.size(), true);
+    const auto is_sum = [](const LoopOutput& view) { return view.reduced != 0; };
+    const int sums = static_cast<int>(std::count_if(loops.outputs_.begin(), loops.outputs_.end(), is_sum));
+    const int width = choose_width(loops, program.bytecode().instructions.size(), sums);
     const std::int64_t kept_groups = rows ? kept.elements : kept.elements / width;
     const std::int64_t steps = rows ? divide_up(summed.elements, width) : summed.elements;
     const int lanes = choose_lanes(rows, kept_groups, steps);
@@ -271,11 +273,10 @@ class Planner {
     const std::int64_t piece = divide_up(steps, pieces * lanes) * lanes * (rows ? width : 1);
     const bool partial = pieces > 1;
 
-    const std::vector<LoopOutput> targets = loops.outputs_;
-    const std::int64_t base = plan_.workspace_bytes;
+    const std::vector<LoopOutput> targets(loops.outputs_.begin(), loops.outputs_.begin() + sums);
     const std::int64_t used = divide_up(summed.elements, piece);
     if (partial) {
-      for (LoopOutput& view : loops.outputs_) partial_sums(view, loops, kept, used);
+      for (int i = 0; i < sums; ++i) partial_sums(loops.outputs_[i], loops, kept, used);
       workspace = Workspace::written;
     }
     KernelShape shape = shape_of(loops, limits_, width);
@@ -283,6 +284,7 @@ class Planner {
     shape.tail = rows && loops.rank_ == 1 && width > 1;
     shape.rank = kept.rank();
     shape.reduced_rank = summed.rank();
+    shape.sums = sums;
     Parameters parameters(shape.wide_index);
     Launch launch;
     put_pointers(parameters, launch, loops, workspace);
@@ -296,11 +298,13 @@ class Planner {
     put_load_strides(parameters, loops, kept);
     for (const LoopOutput& view : loops.outputs_) put_strides(parameters, view, kept);
     put_load_strides(parameters, loops, summed);
+    for (std::size_t i = sums; i < loops.outputs_.size(); ++i) put_strides(parameters, loops.outputs_[i], summed);
+    put_strides(parameters, LoopView{}, summed);
     launch.parameters = parameters.take();
     count_traffic(loops, &launch.bytes_read, &launch.bytes_written);
-    if (partial) launch.bytes_written *= used;
+    if (partial) launch.bytes_written += sums * (used - 1) * kept.elements * fused::size_in_bytes(Dtype::f64);
     add(program, shape, std::move(launch), blocks, used);
-    if (partial) add_pieces(loops, targets, kept, base, used);
+    if (partial) add_pieces(loops, targets, kept, used);
   }
 
   // Neighbouring threads read neighbouring elements in either layout; more lanes share a sum while threads are few.
@@ -348,8 +352,7 @@ class Planner {
   }
 
   // The second pass of a sum: a program that adds the pieces, over the loops (piece, kept loops ...).
-  void add_pieces(const GpuLoops& loops, std::span<const LoopOutput> targets, const SomeLoops& kept, std::int64_t base,
-                  std::int64_t pieces) {
+  void add_pieces(const GpuLoops& loops, std::span<const LoopOutput> targets, const SomeLoops& kept, std::int64_t pieces) {
     const std::size_t rank = kept.loops.size() + 1;
     const std::string count = std::to_string(targets.size());
     std::string text = "fused v1 rank=" + std::to_string(rank) + " operands=" + count + " compute=f64\n";
@@ -380,7 +383,7 @@ class Planner {
       parameters.pointer(view.data);
     }
     for (const LoopOutput& view : loops.outputs_) {
-      if (workspace == Workspace::written) launch.workspace_pointers.push_back(parameters.size());
+      if (workspace == Workspace::written && view.reduced != 0) launch.workspace_pointers.push_back(parameters.size());
       parameters.pointer(view.data);
     }
   }
@@ -438,26 +441,32 @@ Plan plan(const fused::Program& program, std::span<const std::int64_t> extents, 
     if (extents[k] != 1) longer |= std::uint32_t{1} << k;
     empty = empty || extents[k] == 0;
   }
-  std::vector<char> done(outputs.size());
-  for (std::size_t first = 0; first < outputs.size(); ++first) {
-    if (done[first]) continue;
-    const std::uint32_t reduced = program.outputs()[first].reduced & longer;
+  std::vector<std::uint32_t> reduced;  // of each output
+  for (const fused::OutputSpec& output : program.outputs()) reduced.push_back(output.reduced & longer);
+  std::vector<std::uint32_t> sets;  // that some outputs are summed over
+  for (std::uint32_t set : reduced) {
+    if (set != 0 && std::find(sets.begin(), sets.end(), set) == sets.end()) sets.push_back(set);
+  }
+  if (sets.empty() && !empty) sets.push_back(0);
+  for (std::uint32_t set : sets) {
     std::vector<std::size_t> members;
     std::vector<OutputView> views;
-    for (std::size_t i = first; i < outputs.size(); ++i) {
-      if ((program.outputs()[i].reduced & longer) != reduced) continue;
-      done[i] = true;
-      if (empty && (reduced == 0 || outputs[i].accumulate)) continue;  // a sum over nothing adds nothing
-      members.push_back(i);
-      views.push_back(outputs[i]);
-    }
-    if (members.empty()) continue;
+    auto take = [&](std::uint32_t wanted) {
+      for (std::size_t i = 0; i < outputs.size(); ++i) {
+        if (reduced[i] != wanted || (empty && outputs[i].accumulate)) continue;  // a sum over nothing adds nothing
+        members.push_back(i);
+        views.push_back(outputs[i]);
+      }
+    };
+    take(set);
+    // Outputs that are not summed are stored by the first of the passes, which computes their values anyway.
+    if (set != 0 && set == sets.front() && !empty) take(0);
     if (empty) {
       std::vector<std::int64_t> kept(extents.begin(), extents.end());
       std::int64_t elements = 1;
-      for (std::size_t k = 0; k < kept.size(); ++k) elements *= reduced >> k & 1 ? kept[k] = 1 : kept[k];
-      if (elements > 0) planner.pass(*zero_program(kept.size(), views), kept, {}, views, Workspace::unused);
-    } else if (members.size() == outputs.size()) {
+      for (std::size_t k = 0; k < kept.size(); ++k) elements *= set >> k & 1 ? kept[k] = 1 : kept[k];
+      if (elements > 0 && !views.empty()) planner.pass(*zero_program(kept.size(), views), kept, {}, views, Workspace::unused);
+    } else if (members.size() == outputs.size() && std::is_sorted(members.begin(), members.end())) {
       planner.pass(program, extents, operands, views, Workspace::unused);
     } else {
       planner.pass(*subprogram(program, members), extents, operands, views, Workspace::unused);
