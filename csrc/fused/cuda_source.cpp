@@ -63,7 +63,7 @@ class Emitter {
     constant("kSums", shape_.sums);
     if (sums) constant("kReducedRank", shape_.reduced_rank);
     constant("kWidth", shape_.width);
-    if (!sums) constant("kUnroll", shape_.unroll);
+    constant("kUnroll", shape_.unroll);
     line(std::string("  static constexpr bool kTail = ") + boolean(shape_.tail) + ";");
     load();
     evaluate();

@@ -31,7 +31,7 @@ struct KernelShape {
   int rank = 1;             // loops that are kept, at least 1
   int reduced_rank = 1;     // loops that are summed over, at least 1; sums only
   int width = 1;            // neighbouring elements a thread takes together
-  int unroll = 1;           // such groups of a thread; map only
+  int unroll = 1;           // such groups a thread takes at once
   int sums = 0;             // outputs that are summed
   std::vector<Load> loads;  // one per load of the bytecode
   std::vector<Store> stores;

@@ -6,7 +6,7 @@
 //     kLoads, kOutputs (at least 1: arrays of no elements do not exist), kRank, kReducedRank (loops, at least 1)
 //     kWidth   neighbours along the innermost loop that a thread takes together: one memory access of up to 16 bytes a view
 //     kTail    the last of these groups may be incomplete
-//     kUnroll  groups a thread loads before it evaluates the first, so that enough loads are on their way
+//     kUnroll  groups a thread takes at once, so that enough loads are on their way
 //     kSums    outputs that are summed: the first ones.  The others are stored element by element
 //     load(lanes, bases, offsets, count), evaluate(operands, results),
 //     store_elements(bases, offsets, lanes, count), store_sums(bases, offsets, strides, lanes)
@@ -243,7 +243,7 @@ WENGERT_DEVICE void sum(const SumParameters<Nest>& p) {
     advance(targets, kept, p.kept_extents, p.output_strides);
     const Index begin = static_cast<Index>(blockIdx.y) * p.piece;
     const Index end = p.reduced_elements - begin < p.piece ? p.reduced_elements : begin + p.piece;
-#pragma unroll 4
+#pragma unroll Nest::kUnroll
     for (Index r = begin + lane * kReducedWidth; r < end; r += p.lanes * kReducedWidth) {
       Index sources[Nest::kLoads];
       for (int i = 0; i < Nest::kLoads; ++i) sources[i] = bases[i];

@@ -164,9 +164,9 @@ int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
 
 // Groups a thread has on their way at once: single elements need more than vectors to keep the memory busy, but each takes a
 // register for every operand.
-int choose_unroll(std::size_t loads, std::size_t instructions, int width) {
-  int unroll = width > 1 || loads > 8 ? 1 : loads > 4 ? 2 : 4;
-  while (unroll > 1 && unroll * instructions > kBodyLimit) unroll /= 2;
+int choose_unroll(std::size_t loads, std::size_t instructions, int width, bool sums) {
+  int unroll = loads > 8 || (width > 1 && !sums) ? 1 : loads > 4 ? 2 : 4;
+  while (unroll > 1 && unroll * width * instructions > kBodyLimit) unroll /= 2;
   return unroll;
 }
 
@@ -243,7 +243,7 @@ class Planner {
     const SomeLoops all = select_loops(loops, 0, false);
     shape.rank = all.rank();
     shape.tail = loops.rank_ == 1 && shape.width > 1;
-    shape.unroll = choose_unroll(loops.operands_.size(), program.bytecode().instructions.size(), shape.width);
+    shape.unroll = choose_unroll(loops.operands_.size(), program.bytecode().instructions.size(), shape.width, false);
     Parameters parameters(shape.wide_index);
     Launch launch;
     put_pointers(parameters, launch, loops, workspace);
@@ -285,6 +285,7 @@ class Planner {
     shape.rank = kept.rank();
     shape.reduced_rank = summed.rank();
     shape.sums = sums;
+    shape.unroll = choose_unroll(loops.operands_.size(), program.bytecode().instructions.size(), width, true);
     Parameters parameters(shape.wide_index);
     Launch launch;
     put_pointers(parameters, launch, loops, workspace);
