@@ -73,7 +73,7 @@ _FUNCTION = re.compile(r"(?:\.(?:visible|weak|extern)\s+)*\.(entry|func)\b")
 _ATTRIBUTE = re.compile(r"\.attribute\s*\([^)]*\)")
 _PARENTHESES = re.compile(r"\(((?:[^()]|\([^()]*\))*)\)")
 _VARIABLE = re.compile(
-    r"(?:\.(?:visible|weak|extern|common)\s+)*\.(?P<space>global|const|shared|local|param|reg)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
+    r"(?:\.(?:visible|weak|extern|common)\s+)*\.(?P<space>global|const|shared|local|param|reg)\s*(?:\.align\s+(?P<align>\d+)\s+)?"
     r"(?:\.v(?P<vector>[24])\s+)?\.(?P<type>\w+)\s+(?:\.ptr(?:\s*\.(?:global|const|shared|local))?(?:\s*\.align\s+\d+)?\s+)?"
     r"(?P<name>[\w$%]+)\s*(?P<dimensions>(?:\[\s*\d*\s*\]\s*)*)(?:=\s*(?P<initializer>.*))?$",
     re.S,
