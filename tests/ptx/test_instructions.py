@@ -334,6 +334,12 @@ def test_traps_and_endless_loops():
     assert "endless loop" in message and "thread (1, 0, 0)" in message
 
 
+def test_launch_bounds():
+    text = instruction("mov.b32 d, a", "u32", ["u32"]).replace(") {", ") .maxntid 2, 2, 1 {")
+    launch(text, np.zeros(4, np.uint32), np.zeros(4, np.uint32))
+    assert "launch bounds allow 4" in fault(text, np.zeros(5, np.uint32), np.zeros(5, np.uint32))
+
+
 def test_packed_comparisons():
     a, b = _floats(np.float16, 256), _floats(np.float16, 256)
     both = (a.view(np.uint32), b.view(np.uint32))
