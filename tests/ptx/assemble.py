@@ -34,7 +34,8 @@ _ONES = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80}  # other results of `
 
 _GUARD = re.compile(r"@(!?)\s*([\w$%]+)\s+(.*)$", re.S)
 _OPCODE = re.compile(r"([\w.:]+)\s*(.*)$", re.S)
-_REGISTERS = re.compile(r"\.reg\s+(?:\.v[24]\s+)?\.\w+\s+(.*)$", re.S)
+_DIRECTIVE = re.compile(r"\.\w+")
+_REGISTERS = re.compile(r"\.reg\s*(?:\.v[24]\s*)?\.\w+\s+(.*)$", re.S)
 _REGISTER_RANGE = re.compile(r"(.+)<(\d+)>$")
 _ADDRESS = re.compile(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 _SYMBOL = re.compile(r"([\w$%.]+)\s*(?:\+\s*(-?\d+))?$")
@@ -378,7 +379,7 @@ class Assembler:
                 row["target"] = targets[0]
 
     def _declaration(self, text):
-        directive = text.split(None, 1)[0]
+        directive = _DIRECTIVE.match(text)[0]
         if directive == ".reg":
             for name in split_operands(_REGISTERS.match(text)[1]):
                 if match := _REGISTER_RANGE.match(name):

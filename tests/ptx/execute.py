@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import re
 import struct
 
@@ -184,6 +185,9 @@ def run(ptx, kernel, args, grid, block, shared_bytes=0, memory=(), check=True, o
     program = module.program(name)
     if order not in (0, 1, 2):
         raise ValueError("order is 0, 1 or 2")
+    max_threads = module.source.functions[name].max_threads
+    if max_threads is not None and math.prod(_extents(block)) > max_threads:
+        raise PtxError(f"{math.prod(_extents(block))} threads in a block of {name}, whose launch bounds allow {max_threads}")
     parameters = ctypes.create_string_buffer(_pack(name, program, args))
     arrays = [array for array in (*args, *memory) if _pointer(array) is not None and _elements(array)]
     touchable = [*map(_range, arrays), *module.ranges()]

@@ -282,9 +282,9 @@ def _set(name, modifiers):
     operand, mode, combine, rest = _comparison(rest, types[1])
     options = {"mode": int(mode), **_options(rest, {"ftz"})}
     if operand in ("f16x2", "bf16x2"):
-        if combine or types[0] != operand:
+        if combine or types[0] not in (operand, "u32", "s32"):
             raise Unsupported("packed set to another type")
-        return Form(f"set.{operand}", (operand,) * 2, **options)
+        return Form(f"set.{operand if types[0] == operand else 'mask.' + operand}", (operand,) * 2, **options)
     # The last source names the type of the result: the assembler needs its one.
     return Form(f"setp.{operand}", (operand, operand, types[0]), kind="set", combine=combine, **options)
 

@@ -6,6 +6,7 @@ Bodies are parsed only when asked for: a module may hold many kernels of which o
 import bisect
 import dataclasses
 import functools
+import math
 import re
 
 # Bytes of one element of each type. Predicates live in registers only.
@@ -52,12 +53,16 @@ class Statement:
 
 @dataclasses.dataclass
 class Function:
-    """An entry or a device function; `body` is None where the module only declares it."""
+    """An entry or a device function; `body` is None where the module only declares it.
+
+    `max_threads` of a block is what `__launch_bounds__` promised, or None.
+    """
 
     name: str
     is_entry: bool
     returns: list[Variable]
     parameters: list[Variable]
+    max_threads: int | None
     body: str | None
     body_line: int
 
@@ -71,9 +76,10 @@ _DIRECTIVE_LINE = re.compile(r"^[ \t]*\.(?:file|loc|version|target|address_size)
 _TOP_LEVEL = re.compile(r'"(?:[^"\\]|\\.)*"|[{};]')
 _FUNCTION = re.compile(r"(?:\.(?:visible|weak|extern)\s+)*\.(entry|func)\b")
 _ATTRIBUTE = re.compile(r"\.attribute\s*\([^)]*\)")
+_LAUNCH_BOUNDS = re.compile(r"\.(?:maxntid|reqntid)\s+(\d+(?:\s*,\s*\d+)*)")
 _PARENTHESES = re.compile(r"\(((?:[^()]|\([^()]*\))*)\)")
 _VARIABLE = re.compile(
-    r"(?:\.(?:visible|weak|extern|common)\s+)*\.(?P<space>global|const|shared|local|param|reg)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
+    r"(?:\.(?:visible|weak|extern|common)\s+)*\.(?P<space>global|const|shared|local|param|reg)\s*(?:\.align\s+(?P<align>\d+)\s+)?"
     r"(?:\.v(?P<vector>[24])\s+)?\.(?P<type>\w+)\s+(?:\.ptr(?:\s*\.(?:global|const|shared|local))?(?:\s*\.align\s+\d+)?\s+)?"
     r"(?P<name>[\w$%]+)\s*(?P<dimensions>(?:\[\s*\d*\s*\]\s*)*)(?:=\s*(?P<initializer>.*))?$",
     re.S,
@@ -188,11 +194,13 @@ class Source:
         if body is None and name in self.functions:
             return
         parameters = _PARENTHESES.match(rest[len(name) :].strip())
+        bounds = _LAUNCH_BOUNDS.search(rest)
         self.functions[name] = Function(
             name,
             kind[1] == "entry",
             [parse_variable(text) for text in split_operands(returns)],
             [parse_variable(text) for text in split_operands(parameters[1] if parameters else "")],
+            math.prod(int(extent) for extent in bounds[1].split(",")) if bounds else None,
             body,
             line,
         )

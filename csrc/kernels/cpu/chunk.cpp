@@ -26,10 +26,12 @@ void LoopNest::Chunk::setup(bool fresh) {
   for (int k = 0; k < inner; ++k) row_count *= lengths[k];
   rows = nest.blocked_ || lengths[inner] >= kShortRow || row_count == 1;
   element = nest.wide_ ? 8 : 4;
-  tile = kTileBytes / element;
+  tile_bytes = kLargestTile;  // few registers take longer tiles: less to decide per element
+  while (tile_bytes > kTileBytes && registers * tile_bytes > kCacheBytes) tile_bytes /= 2;
+  tile = static_cast<int>(tile_bytes) / element;
   lanes = nest.backend_->vector_bytes / element;
   if (fresh) {
-    memory = scratch.reserve(registers * kTileBytes);
+    memory = scratch.reserve(registers * tile_bytes);
     scratch.registers.resize(registers);
     for (std::size_t r = 0; r < registers; ++r) scratch.registers[r] = tile_at(r);
     for (std::size_t c = 0; c < constants; ++c) {

@@ -12,7 +12,8 @@ namespace wengert::kernels {
 
 inline constexpr std::int64_t kShortRow = 256;  // rows shorter than this share a tile
 inline constexpr int kCacheLine = 64;
-inline constexpr int kTileBytes = 2048;  // about 16 live registers fit the L1 cache
+inline constexpr std::size_t kTileBytes = 2048, kLargestTile = 8192;
+inline constexpr std::size_t kCacheBytes = 32 * 1024;  // tiles of all registers together, to stay in the L1 cache
 
 // Buffers of one thread.
 struct LoopNest::Scratch {
@@ -56,6 +57,7 @@ struct LoopNest::Chunk {
   std::int64_t index;          // of the chunk
   std::int64_t first, length;  // its part of the chunked loop
   std::int64_t lengths[kMaxLoops];
+  std::size_t tile_bytes;
   int tile, lanes, element;  // elements of a tile and of a vector, bytes of an element
   char* memory;
   bool rows;    // tiles are pieces of rows (long inner loop)
@@ -65,7 +67,7 @@ struct LoopNest::Chunk {
     if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
     return scratch.sums.data() + output.offset;
   }
-  char* tile_at(std::size_t which) const { return memory + which * kTileBytes; }
+  char* tile_at(std::size_t which) const { return memory + which * tile_bytes; }
   char* base_of(const View& view) const { return view.data + first * view.strides[nest.chunked_] * view.bytes; }
 
   void setup(bool fresh);

@@ -175,11 +175,13 @@ void add_comparisons(Table& table) {
   (table.add(std::string("setp.") + kTypeName<Types>, &apply<decltype(test), bool, Types, Types>), ...);
 }
 
-template <class T>
+// The result is a pair of ones and zeros, or of masks.
+template <class T, bool kMask>
 void set_pair(Thread& thread, const Instruction& instruction) {
   const auto a = get<Pair<T>>(thread, instruction.operand[1]), b = get<Pair<T>>(thread, instruction.operand[2]);
   const auto one = [&](T x, T y) {
-    return narrow<T>(holds(instruction.mode, read_float(instruction, x), read_float(instruction, y)), rounding::kNearest);
+    const bool outcome = holds(instruction.mode, read_float(instruction, x), read_float(instruction, y));
+    return kMask ? T{static_cast<u16>(outcome ? 0xffff : 0)} : narrow<T>(outcome, rounding::kNearest);
   };
   put<Pair<T>>(thread, instruction.operand[0], {one(a.low, b.low), one(a.high, b.high)});
 }
@@ -215,8 +217,10 @@ void add_float_operations(Table& table) {
   add_transcendentals(table);
   add_sign_operations(table);
   add_comparisons<u16, u32, u64, s16, s32, s64, f16, bf16, float, double>(table);
-  table.add("set.f16x2", &set_pair<f16>);
-  table.add("set.bf16x2", &set_pair<bf16>);
+  table.add("set.f16x2", &set_pair<f16, false>);
+  table.add("set.bf16x2", &set_pair<bf16, false>);
+  table.add("set.mask.f16x2", &set_pair<f16, true>);
+  table.add("set.mask.bf16x2", &set_pair<bf16, true>);
   table.add("setp.f16x2", &setp_pair<f16>);
   table.add("setp.bf16x2", &setp_pair<bf16>);
   add_classification<float, double>(table);

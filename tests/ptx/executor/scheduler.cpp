@@ -15,7 +15,7 @@ namespace {
 constexpr u32 kWarp = 32, kBarriers = 16;
 constexpr u32 kMaxThreads = 1024, kMaxSharedBytes = 232448;
 constexpr unsigned char kUninitialised = 0xff;  // NaN in every floating-point type
-constexpr u64 kEndless = 2'000'000'000;         // instructions of one thread between two waits: it spins
+constexpr u64 kEndless = 100'000'000;           // instructions of one thread between two waits: it spins
 
 struct Launch {
   const Instruction* code;
