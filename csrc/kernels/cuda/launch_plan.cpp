@@ -43,7 +43,7 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
   add(shape.width);
   add(shape.unroll);
   add(shape.sums);
-  for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 1 | load.moves);
+  for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 2 | load.moves << 1 | load.immediate);
   for (const KernelShape::Store& store : shape.stores) add(static_cast<int>(store.dtype) << 1 | store.accumulate);
   return key;
 }
@@ -115,7 +115,7 @@ std::int64_t distinct_bytes(const GpuLoops& loops, const LoopView& view) {
 }
 
 void count_traffic(const GpuLoops& loops, std::int64_t* read, std::int64_t* written) {
-  for (const LoopView& view : loops.operands_) *read += distinct_bytes(loops, view);
+  for (const LoopView& view : loops.operands_) *read += view.in_host_memory ? 0 : distinct_bytes(loops, view);
   for (const LoopOutput& view : loops.outputs_) {
     *written += distinct_bytes(loops, view);
     if (view.accumulate) *read += distinct_bytes(loops, view);
@@ -175,7 +175,8 @@ KernelShape shape_of(const GpuLoops& loops, const Limits& limits, int width) {
   shape.wide_index = !fits_narrow_index(loops, limits);
   shape.width = width;
   for (const LoopView& view : loops.operands_) {
-    shape.loads.push_back({view.dtype, width == 1 || view.strides[loops.rank_ - 1] != 0});
+    const bool moves = width == 1 || view.strides[loops.rank_ - 1] != 0;
+    shape.loads.push_back({.dtype = view.dtype, .moves = moves, .immediate = view.in_host_memory});
   }
   for (const LoopOutput& view : loops.outputs_) shape.stores.push_back({view.dtype, view.accumulate});
   return shape;
@@ -381,7 +382,13 @@ class Planner {
     if (loops.operands_.empty()) parameters.pointer(nullptr);
     for (const LoopView& view : loops.operands_) {
       if (workspace == Workspace::read) launch.workspace_pointers.push_back(parameters.size());
-      parameters.pointer(view.data);
+      if (view.in_host_memory) {
+        std::uint64_t bits = 0;
+        std::memcpy(&bits, view.data, static_cast<std::size_t>(view.bytes));
+        parameters.put(bits);
+      } else {
+        parameters.pointer(view.data);
+      }
     }
     for (const LoopOutput& view : loops.outputs_) {
       if (workspace == Workspace::written && view.reduced != 0) launch.workspace_pointers.push_back(parameters.size());
