@@ -75,7 +75,7 @@ struct Group {
 template <class S, bool Moves, class T, int Width, int Columns, class Index>
 WENGERT_DEVICE void load_lanes(T (&lanes)[Width][Columns], int k, const void* base, Index offset, int count) {
   const S* source = static_cast<const S*>(base) + offset;
-  if (!Moves) {
+  if constexpr (!Moves) {  // its element may be wider than the group's memory access
     const T value = widen<T>(Group<S, 1>::read_operand(source).items[0]);
     for (int w = 0; w < Width; ++w) lanes[w][k] = value;
   } else if (count == Width) {
