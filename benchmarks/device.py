@@ -28,7 +28,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 Call = Callable[[], Any]
@@ -227,10 +226,10 @@ class CudaDevice(Device):
         with self._profile(activities=list(self.activities)) as profile:
             call()
             self.synchronise()
-        # Ranges that a person or a compiler named appear among the device's events too, around the kernels.
-        events = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        copies = sum(e.name.startswith(("Memcpy", "Memset")) for e in events)
-        return Kernels(len(events) - copies, copies, sum(e.time_range.elapsed_us() for e in events) * 1e-6)
+        # Ranges that a person or a compiler named stand among the device's events too, around the kernels: not work.
+        work = [e for e in profile.events() if e.activity_type in ("kernel", "gpu_memcpy", "gpu_memset")]
+        launches = sum(e.activity_type == "kernel" for e in work)
+        return Kernels(launches, len(work) - launches, sum(e.time_range.elapsed_us() for e in work) * 1e-6)
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from device import Backend, CudaDevice
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 RECORD = 1e-3
@@ -104,9 +103,9 @@ class FakeProfile:
         self._ranges = self._cuda.ranges[self._first[1] :]
 
     def events(self) -> list[Any]:
-        host = types.SimpleNamespace(name="cudaLaunchKernel", device_type=DeviceType.CPU, is_user_annotation=False)
-        named = _device_event("named by a person", 1.0, annotation=True)
-        return [host, named, *(_device_event(name, seconds) for name, seconds in self._launched)]
+        around = [_event("cudaLaunchKernel", "cuda_runtime", 1.0), _event("named by a person", "gpu_user_annotation", 1.0)]
+        kinds = {"Memset": "gpu_memset", "Memcpy": "gpu_memcpy"}
+        return around + [_event(name, kinds.get(name.split()[0], "kernel"), seconds) for name, seconds in self._launched]
 
     def export_chrome_trace(self, path: str) -> None:
         names = ["/".join(r) for r in self._ranges] + [name for name, _ in self._launched]
@@ -114,9 +113,10 @@ class FakeProfile:
             json.dump({"traceEvents": [{"name": name} for name in names]}, f)
 
 
-def _device_event(name: str, seconds: float, annotation: bool = False) -> Any:
-    took = types.SimpleNamespace(elapsed_us=lambda: seconds * 1e6)
-    return types.SimpleNamespace(name=name, device_type=DeviceType.CUDA, is_user_annotation=annotation, time_range=took)
+def _event(name: str, kind: str, seconds: float) -> Any:
+    return types.SimpleNamespace(
+        name=name, activity_type=kind, time_range=types.SimpleNamespace(elapsed_us=lambda: seconds * 1e6)
+    )
 
 
 class FakeDevice(CudaDevice):

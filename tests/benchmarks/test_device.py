@@ -80,6 +80,13 @@ def test_kernels_copies_and_fills_are_counted_apart_and_named_ranges_not_at_all(
     assert (found.launches, found.copies, found.seconds) == (2, 2, pytest.approx(1.0))
 
 
+def test_the_real_profilers_events_have_what_is_read():
+    with torch.profiler.profile(activities=list(Device.activities)) as profile:
+        torch.ones(3).sin()
+    kinds = {e.activity_type: e.time_range.elapsed_us() for e in profile.events()}
+    assert kinds["cpu_op"] > 0
+
+
 def test_events_that_the_profiler_dropped_do_not_lower_the_count(cuda, device):
     dropped = iter([0, 2, 1, 0, 0])
     call = lambda: [cuda.launch() for _ in range(3 - next(dropped))]
