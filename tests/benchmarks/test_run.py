@@ -89,7 +89,10 @@ def test_table_record_and_page(fake, capsys, tmp_path):
     page = (tmp_path / "fake-gpu-8-gb.md").read_text()
     assert page.startswith("# Benchmark on Fake GPU (8 GB)\n")
     assert "L2 was overwritten" in page
-    assert [cells(line) for line in page.splitlines() if line.startswith(("| two", "| cart"))] == lines
+    shown = [cells(line) for line in page.splitlines() if line.startswith(("| two", "| cart"))]
+    assert shown[:3] == lines
+    assert [line[1] for line in shown[3:]] == [peer["name"] for row in record["rows"] for peer in row["peers"]]
+    assert all(line[2:4] == ["yes", "1 ms"] for line in shown[3:] if line[1] != "functional of the batch sum")
     assert all(f"| {key} | {value} |" in page for key, value in stamp.items())
 
 
