@@ -86,6 +86,13 @@ WENGERT_DEVICE void load_lanes(T (&lanes)[Width][Columns], int k, const void* ba
   }
 }
 
+// The element lies in the parameter, in the place of its address.
+template <class S, class T, int Width, int Columns>
+WENGERT_DEVICE void load_immediate(T (&lanes)[Width][Columns], int k, const void* const* base) {
+  const T value = widen<T>(*reinterpret_cast<const S*>(base));
+  for (int w = 0; w < Width; ++w) lanes[w][k] = value;
+}
+
 template <class S, bool Accumulate, class T>
 WENGERT_DEVICE S stored(S before, T value) {
   return Narrow<S>::from(Accumulate ? widen<T>(before) + value : value);

@@ -38,7 +38,7 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
   add(shape.unroll);
   add(shape.sums);
   add(shape.sums >> 8);
-  for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 1 | load.moves);
+  for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 2 | load.moves << 1 | load.immediate);
   for (const KernelShape::Store& store : shape.stores) add(static_cast<int>(store.dtype) << 1 | store.accumulate);
   return key;
 }
@@ -279,7 +279,13 @@ class Planner {
     if (loops.operands_.empty()) parameters.pointer(nullptr);
     for (const LoopView& view : loops.operands_) {
       if (workspace == Workspace::read) launch.workspace_pointers.push_back(parameters.size());
-      parameters.pointer(view.data);
+      if (view.in_host_memory) {
+        std::uint64_t bits = 0;
+        std::memcpy(&bits, view.data, static_cast<std::size_t>(view.bytes));
+        parameters.put(bits);
+      } else {
+        parameters.pointer(view.data);
+      }
     }
     for (const LoopOutput& view : loops.outputs_) {
       if (workspace == Workspace::written && view.reduced != 0) launch.workspace_pointers.push_back(parameters.size());

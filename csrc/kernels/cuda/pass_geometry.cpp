@@ -50,7 +50,7 @@ bool takes_groups(const GpuLoops& loops, const LoopView& view, int width) {
 }  // namespace
 
 void count_traffic(const GpuLoops& loops, std::int64_t* read, std::int64_t* written) {
-  for (const LoopView& view : loops.operands_) *read += distinct_bytes(loops, view);
+  for (const LoopView& view : loops.operands_) *read += view.in_host_memory ? 0 : distinct_bytes(loops, view);
   for (const LoopOutput& view : loops.outputs_) {
     *written += distinct_bytes(loops, view);
     if (view.accumulate) *read += distinct_bytes(loops, view);
@@ -85,7 +85,8 @@ KernelShape shape_of(const GpuLoops& loops, const Limits& limits, int width) {
   shape.wide_index = !fits_narrow_index(loops, limits);
   shape.width = width;
   for (const LoopView& view : loops.operands_) {
-    shape.loads.push_back({view.dtype, width == 1 || view.strides[loops.rank_ - 1] != 0});
+    const bool moves = width == 1 || view.strides[loops.rank_ - 1] != 0;
+    shape.loads.push_back({.dtype = view.dtype, .moves = moves, .immediate = view.in_host_memory});
   }
   for (const LoopOutput& view : loops.outputs_) shape.stores.push_back({view.dtype, view.accumulate});
   return shape;
