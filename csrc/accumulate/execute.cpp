@@ -144,7 +144,9 @@ class MemoryRun : public Run<MemoryRun> {
     }
   }
 
-  void run(const blocks::Arange& step) { slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(tape_.device)); }
+  void run(const blocks::Arange& step) {
+    slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(tape_.device));
+  }
 };
 
 }  // namespace

@@ -214,8 +214,9 @@ class DifferentiableRun : public Run<DifferentiableRun> {
   }
 
  private:
-  at::TensorOptions options(const Slot& slot) const { return at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device); }
-
+  at::TensorOptions options(const Slot& slot) const {
+    return at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device);
+  }
 };
 
 }  // namespace

@@ -77,8 +77,8 @@ std::vector<at::Tensor> fused_dense(at::TensorList operands, std::string_view te
     const at::Tensor& operand = operands[i];
     TORCH_CHECK_VALUE(operand.layout() == at::kStrided, "wengert::fused: operand ", i, " has layout ", operand.layout(),
                       "; only strided tensors are supported");
-    TORCH_CHECK_VALUE(operand.device() == device, "wengert::fused: operand ", i, " is on ", operand.device(),
-                      ", operand 0 on ", device, "; all have to be on one device");
+    TORCH_CHECK_VALUE(operand.device() == device, "wengert::fused: operand ", i, " is on ", operand.device(), ", operand 0 on ",
+                      device, "; all have to be on one device");
     TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
     for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
     inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
