@@ -110,8 +110,10 @@ def test_profile_writes_a_trace_and_ranges_for_every_row(fake, tmp_path):
 
 
 def test_profile_on_the_processor(tmp_path):
-    assert run.main([*QUICK, "--only", "two_variables_2/graph", "--profile", str(tmp_path)]) == 0
-    assert {"two_variables_2.graph", "wengert", "_vmap of row gradients"} <= set(traced(tmp_path / "two_variables_2.graph.json"))
+    record = tmp_path / "r.json"
+    assert run.main([*QUICK, "--only", "two_variables_2/graph", "--profile", str(tmp_path), "--json", str(record)]) == 0
+    fastest = json.loads(record.read_text())["rows"][0]["fastest"]
+    assert {"two_variables_2.graph", "wengert", fastest} <= set(traced(tmp_path / "two_variables_2.graph.json"))
 
 
 def traced(path):
@@ -181,6 +183,7 @@ WRONG = [
     (["--only", "mlp,"], "no row's name contains ''"),
     (["--nvtx"], "--nvtx needs --device cuda"),
     (["--device", "cuda", "--nvtx", "--profile", "out"], "excludes --profile"),
+    (["--only", "mlp", "--save"], "--save of a selection of rows needs a folder"),
     (["--device", "tpu"], "invalid choice"),
 ]
 
