@@ -90,7 +90,12 @@ std::shared_ptr<const blocks::Plan> plan_for(const tape::Tape& tape, const Reque
 
 std::vector<at::Tensor> run(const tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
   const std::shared_ptr<const blocks::Plan> plan = plan_for(tape, request);
-  return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
+  try {
+    return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
+  } catch (const ops::Unavailable& error) {
+    TORCH_WARN_ONCE(error.what(), "\nPyTorch's own kernels are used instead.");
+    throw tape::Unsupported("a kernel that is not available");
+  }
 }
 
 // Saved tensors have to keep their history exactly when the results are to be differentiable.

@@ -9,11 +9,13 @@
 #include <stdexcept>
 
 #include "kernels/cpu/loop_nest.h"
+#include "ops/strided.h"
 
 namespace wengert::ops {
 namespace {
 
 std::atomic<std::uint64_t> launches{0};
+Evaluator cuda_evaluator = nullptr;
 
 // Below this many iterations a nest is not shared out: waking a thread costs more.
 constexpr std::int64_t kSerialElements = 32768;
@@ -59,31 +61,6 @@ c10::SmallVector<Int, 8> output_sizes(const c10::SmallVector<Int, 8>& extents, c
   return sizes;
 }
 
-std::vector<at::Tensor> fused_cpu(at::TensorList operands, std::string_view text) {
-  std::shared_ptr<const fused::Program> program = load(text);
-  auto extents = infer_extents<std::int64_t>(*program, operands, [](const at::Tensor& t) { return t.sizes(); });
-  const int rank = program->rank();
-  c10::SmallVector<OperandView, 8> inputs;
-  c10::SmallVector<std::int64_t, 64> strides(operands.size() * rank);
-  for (std::size_t i = 0; i < operands.size(); ++i) {
-    const at::Tensor& operand = operands[i];
-    TORCH_CHECK_VALUE(operand.device().is_cpu() && operand.layout() == at::kStrided,
-                      "wengert::fused: operands must be strided tensors on one device");
-    TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
-    for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
-    inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
-  }
-  std::vector<at::Tensor> results;
-  c10::SmallVector<OutputView, 4> outputs;
-  results.reserve(program->outputs().size());
-  for (const fused::OutputSpec& output : program->outputs()) {
-    results.push_back(at::empty(output_sizes(extents, output), at::device(at::kCPU).dtype(to_scalar_type(output.dtype))));
-    outputs.push_back({results.back().mutable_data_ptr(), output.dtype, results.back().strides().data(), false});
-  }
-  evaluate(*program, extents, inputs, outputs);
-  return results;
-}
-
 std::vector<at::Tensor> fused_meta(at::TensorList operands, std::string_view text) {
   std::shared_ptr<const fused::Program> program = load(text);
   auto extents = infer_extents<c10::SymInt>(*program, operands, [](const at::Tensor& t) { return t.sym_sizes(); });
@@ -114,9 +91,15 @@ std::shared_ptr<const fused::Program> load(std::string_view text) {
 
 std::uint64_t launch_count() { return launches.load(std::memory_order_relaxed); }
 
+void set_cuda_evaluator(Evaluator evaluator) { cuda_evaluator = evaluator; }
+
 void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
-              std::span<const OutputView> outputs) {
+              std::span<const OutputView> outputs, at::Device device) {
   launches.fetch_add(1, std::memory_order_relaxed);
+  if (!device.is_cpu()) {
+    TORCH_CHECK_NOT_IMPLEMENTED(device.is_cuda() && cuda_evaluator != nullptr, "wengert was built without kernels for ", device);
+    return cuda_evaluator(program, extents, operands, outputs, device);
+  }
   thread_local kernels::LoopNest scratch;
   kernels::LoopNest& nest = scratch;
   nest.prepare(program, extents, operands, outputs);
@@ -128,6 +111,33 @@ void evaluate(const fused::Program& program, std::span<const std::int64_t> exten
   nest.finish();
 }
 
+std::vector<at::Tensor> fused_strided(at::TensorList operands, std::string_view text) {
+  std::shared_ptr<const fused::Program> program = load(text);
+  auto extents = infer_extents<std::int64_t>(*program, operands, [](const at::Tensor& t) { return t.sizes(); });
+  const int rank = program->rank();
+  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
+  c10::SmallVector<OperandView, 8> inputs;
+  c10::SmallVector<std::int64_t, 64> strides(operands.size() * rank);
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    const at::Tensor& operand = operands[i];
+    TORCH_CHECK_VALUE(operand.device() == device && operand.layout() == at::kStrided,
+                      "wengert::fused: operands must be strided tensors on one device, but operand 0 is on ", device,
+                      " and operand ", i, " is ", operand.layout(), " on ", operand.device());
+    TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
+    for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
+    inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
+  }
+  std::vector<at::Tensor> results;
+  c10::SmallVector<OutputView, 4> outputs;
+  results.reserve(program->outputs().size());
+  for (const fused::OutputSpec& output : program->outputs()) {
+    results.push_back(at::empty(output_sizes(extents, output), at::device(device).dtype(to_scalar_type(output.dtype))));
+    outputs.push_back({results.back().mutable_data_ptr(), output.dtype, results.back().strides().data(), false});
+  }
+  evaluate(*program, extents, inputs, outputs, device);
+  return results;
+}
+
 std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("wengert::fused", "")
@@ -136,7 +146,7 @@ std::vector<at::Tensor> fused(at::TensorList operands, const std::string& progra
 }
 
 TORCH_LIBRARY(wengert, m) { m.def("fused(Tensor[] operands, str program) -> Tensor[]", {at::Tag::pt2_compliant_tag}); }
-TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_cpu); }
+TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_strided); }
 TORCH_LIBRARY_IMPL(wengert, Meta, m) { m.impl("fused", fused_meta); }
 
 }  // namespace wengert::ops

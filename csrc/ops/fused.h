@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -20,11 +21,16 @@ std::vector<at::Tensor> fused(at::TensorList operands, const std::string& progra
 using OperandView = kernels::OperandView;
 using OutputView = kernels::OutputView;
 
-// Evaluates the program over the nest on CPU memory, straight from and into the given windows; below autograd, threaded through
-// at::parallel_for, deterministic for any number of threads.  Windows of different outputs must not overlap, nor an output's
-// window and an operand's.
+// What a device cannot do at the moment, with the reason (no compiler for its kernels, say); the message stands for itself.
+struct Unavailable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Evaluates the program over the nest straight from and into the given windows of the device's memory; below autograd and
+// deterministic.  On the CPU threaded through at::parallel_for, with the same bits for any number of threads; on a GPU queued on
+// the current stream.  Windows of different outputs must not overlap, nor an output's window and an operand's.
 void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
-              std::span<const OutputView> outputs);
+              std::span<const OutputView> outputs, at::Device device = at::kCPU);
 
 // Number of nests evaluated so far by this process.
 std::uint64_t launch_count();
