@@ -5,17 +5,21 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
 #include <stdexcept>
 
 #include "kernels/cpu/loop_nest.h"
-#include "ops/strided.h"
 
 namespace wengert::ops {
 namespace {
 
 std::atomic<std::uint64_t> launches{0};
-Evaluator cuda_evaluator = nullptr;
+
+std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)>& evaluators() {
+  static std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)> table{};
+  return table;
+}
 
 // Below this many iterations a nest is not shared out: waking a thread costs more.
 constexpr std::int64_t kSerialElements = 32768;
@@ -61,6 +65,35 @@ c10::SmallVector<Int, 8> output_sizes(const c10::SmallVector<Int, 8>& extents, c
   return sizes;
 }
 
+// The kernel of every device that has an evaluator.
+std::vector<at::Tensor> fused_dense(at::TensorList operands, std::string_view text) {
+  std::shared_ptr<const fused::Program> program = load(text);
+  auto extents = infer_extents<std::int64_t>(*program, operands, [](const at::Tensor& t) { return t.sizes(); });
+  const int rank = program->rank();
+  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
+  c10::SmallVector<OperandView, 8> inputs;
+  c10::SmallVector<std::int64_t, 64> strides(operands.size() * rank);
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    const at::Tensor& operand = operands[i];
+    TORCH_CHECK_VALUE(operand.layout() == at::kStrided, "wengert::fused: operand ", i, " has layout ", operand.layout(),
+                      "; only strided tensors are supported");
+    TORCH_CHECK_VALUE(operand.device() == device, "wengert::fused: operand ", i, " is on ", operand.device(), ", operand 0 on ",
+                      device, "; all have to be on one device");
+    TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
+    for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
+    inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
+  }
+  std::vector<at::Tensor> results;
+  c10::SmallVector<OutputView, 4> outputs;
+  results.reserve(program->outputs().size());
+  for (const fused::OutputSpec& output : program->outputs()) {
+    results.push_back(at::empty(output_sizes(extents, output), at::device(device).dtype(to_scalar_type(output.dtype))));
+    outputs.push_back({results.back().mutable_data_ptr(), output.dtype, results.back().strides().data(), false});
+  }
+  evaluate(device, *program, extents, inputs, outputs);
+  return results;
+}
+
 std::vector<at::Tensor> fused_meta(at::TensorList operands, std::string_view text) {
   std::shared_ptr<const fused::Program> program = load(text);
   auto extents = infer_extents<c10::SymInt>(*program, operands, [](const at::Tensor& t) { return t.sym_sizes(); });
@@ -91,15 +124,25 @@ std::shared_ptr<const fused::Program> load(std::string_view text) {
 
 std::uint64_t launch_count() { return launches.load(std::memory_order_relaxed); }
 
-void set_cuda_evaluator(Evaluator evaluator) { cuda_evaluator = evaluator; }
-
-void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
-              std::span<const OutputView> outputs, at::Device device) {
+void evaluate(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
+              std::span<const OperandView> operands, std::span<const OutputView> outputs) {
+  const Evaluator evaluator = evaluators()[static_cast<std::size_t>(device.type())].load(std::memory_order_relaxed);
+  TORCH_CHECK(evaluator != nullptr, "wengert::fused: this build has no kernels for ", device);
   launches.fetch_add(1, std::memory_order_relaxed);
-  if (!device.is_cpu()) {
-    TORCH_CHECK_NOT_IMPLEMENTED(device.is_cuda() && cuda_evaluator != nullptr, "wengert was built without kernels for ", device);
-    return cuda_evaluator(program, extents, operands, outputs, device);
-  }
+  evaluator(device, program, extents, operands, outputs);
+}
+
+Evaluator exchange_evaluator(at::DeviceType type, Evaluator evaluator) {
+  return evaluators()[static_cast<std::size_t>(type)].exchange(evaluator);
+}
+
+bool can_evaluate(at::DeviceType type) { return evaluators()[static_cast<std::size_t>(type)].load() != nullptr; }
+
+namespace {
+
+// Threaded through at::parallel_for, with the same bits for any number of threads.
+void evaluate_on_cpu(at::Device, const fused::Program& program, std::span<const std::int64_t> extents,
+                     std::span<const OperandView> operands, std::span<const OutputView> outputs) {
   thread_local kernels::LoopNest scratch;
   kernels::LoopNest& nest = scratch;
   nest.prepare(program, extents, operands, outputs);
@@ -111,32 +154,9 @@ void evaluate(const fused::Program& program, std::span<const std::int64_t> exten
   nest.finish();
 }
 
-std::vector<at::Tensor> fused_strided(at::TensorList operands, std::string_view text) {
-  std::shared_ptr<const fused::Program> program = load(text);
-  auto extents = infer_extents<std::int64_t>(*program, operands, [](const at::Tensor& t) { return t.sizes(); });
-  const int rank = program->rank();
-  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
-  c10::SmallVector<OperandView, 8> inputs;
-  c10::SmallVector<std::int64_t, 64> strides(operands.size() * rank);
-  for (std::size_t i = 0; i < operands.size(); ++i) {
-    const at::Tensor& operand = operands[i];
-    TORCH_CHECK_VALUE(operand.device() == device && operand.layout() == at::kStrided,
-                      "wengert::fused: operands must be strided tensors on one device, but operand 0 is on ", device,
-                      " and operand ", i, " is ", operand.layout(), " on ", operand.device());
-    TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
-    for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
-    inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
-  }
-  std::vector<at::Tensor> results;
-  c10::SmallVector<OutputView, 4> outputs;
-  results.reserve(program->outputs().size());
-  for (const fused::OutputSpec& output : program->outputs()) {
-    results.push_back(at::empty(output_sizes(extents, output), at::device(device).dtype(to_scalar_type(output.dtype))));
-    outputs.push_back({results.back().mutable_data_ptr(), output.dtype, results.back().strides().data(), false});
-  }
-  evaluate(*program, extents, inputs, outputs, device);
-  return results;
-}
+[[maybe_unused]] const Evaluator before = exchange_evaluator(at::kCPU, evaluate_on_cpu);
+
+}  // namespace
 
 std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program) {
   static auto op = c10::Dispatcher::singleton()
@@ -146,7 +166,8 @@ std::vector<at::Tensor> fused(at::TensorList operands, const std::string& progra
 }
 
 TORCH_LIBRARY(wengert, m) { m.def("fused(Tensor[] operands, str program) -> Tensor[]", {at::Tag::pt2_compliant_tag}); }
-TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_strided); }
+TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_dense); }
+TORCH_LIBRARY_IMPL(wengert, CUDA, m) { m.impl("fused", fused_dense); }
 TORCH_LIBRARY_IMPL(wengert, Meta, m) { m.impl("fused", fused_meta); }
 
 }  // namespace wengert::ops

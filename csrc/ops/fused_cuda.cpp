@@ -1,17 +1,16 @@
-// wengert::fused on CUDA memory: plans and launches generated kernels.
+// Nests in CUDA memory: generated kernels, planned and launched the way PyTorch expects it of an op.
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <nvtx3/nvToolsExt.h>
-#include <torch/library.h>
 
 #include <cstdlib>
 #include <string>
 
 #include "kernels/cuda/compiler.h"
 #include "kernels/cuda/launcher_cuda.h"
-#include "ops/strided.h"
+#include "ops/fused.h"
 
 namespace wengert::ops {
 namespace {
@@ -42,8 +41,8 @@ class Range {
   bool on_;
 };
 
-void evaluate_cuda(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
-                   std::span<const OutputView> outputs, at::Device device) {
+void evaluate_on_cuda(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
+                      std::span<const OperandView> operands, std::span<const OutputView> outputs) {
   const c10::cuda::CUDAGuard guard(device);
   const Range range("wengert::fused");
   cuda::DeviceFacts facts;
@@ -62,17 +61,13 @@ void evaluate_cuda(const fused::Program& program, std::span<const std::int64_t> 
       C10_CUDA_CHECK(cuda::launch(launch, kernel, workspace.get(), stream));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
-  } catch (const cuda::CompileError& error) {
-    throw Unavailable(error.what());
   } catch (const std::length_error& error) {  // more operands or elements than one kernel takes
-    throw Unavailable(error.what());
+    throw cuda::CompileError(error.what());
   }
 }
 
-[[maybe_unused]] const bool registered = (set_cuda_evaluator(evaluate_cuda), true);
+[[maybe_unused]] const Evaluator before = exchange_evaluator(at::kCUDA, evaluate_on_cuda);
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(wengert, CUDA, m) { m.impl("fused", fused_strided); }
 
 }  // namespace wengert::ops

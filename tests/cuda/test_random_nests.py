@@ -52,6 +52,9 @@ def operand_of(extents, drawn, seed):
 @settings(deadline=None)
 @given(NEST)
 @example(([8, 64], [("f32", 0, IN_ORDER, [1] * 4, 0)], [("f32", 0, IN_ORDER, 0), ("f32", 1, IN_ORDER, 0)], "f32", True, {}))
+@example(  # a group of narrow elements beside one wide element
+    ([4], [("f32", 0, IN_ORDER, [1] * 4, 0), ("f64", 1, IN_ORDER, [1] * 4, 0)], [("f32", 0, IN_ORDER, 0)], "f32", False, {})
+)
 def test_agrees_with_the_cpu_kernel(nest):
     extents, operands, outputs, compute, accumulate, limits = nest
     while math.prod(extents) > MOST:
