@@ -4,6 +4,7 @@
 
 #include "accumulate/derivatives.h"
 #include "bind/cuda_plan.h"
+#include "bind/cuda_static.h"
 #include "tape/tape.h"
 
 namespace py = pybind11;
@@ -110,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
   wengert::bind::define_cuda(m.def_submodule("cuda"));
+  wengert::bind::define_cuda_static(m.attr("cuda"));
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
 }
