@@ -57,8 +57,3 @@ def execute(ptx_of):
         )
 
     return run
-
-
-@pytest.fixture(params=["materialize", "segment_sum", "small_matmul"])
-def kernel_file(request):
-    return request.param
