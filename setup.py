@@ -220,7 +220,7 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
         f"build {escape(header)}.gch: header {escape(header)}",
     ]
     if gpu:
-        device = ["-std=c++20", "-O3", f"-I{CSRC}", "-ccbin", *shlex.split(cxx)[:1], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        device = ["-std=c++17", "-O3", f"-I{CSRC}", "-ccbin", *shlex.split(cxx)[:1], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         lines += [
             "rule nvcc",
             "  description = compile $in",

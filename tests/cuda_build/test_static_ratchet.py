@@ -111,7 +111,7 @@ def test_every_static_source_has_a_bound():
 @pytest.mark.parametrize("arch", STATIC_ARCHS)
 @pytest.mark.parametrize("source", STATIC_SOURCES, ids=lambda path: path.name)
 def test_static_kernels(source, arch, tool, tmp_path):
-    command = [tool("nvcc"), "-std=c++20", "-O3", f"-I{CSRC}", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", source]
+    command = [tool("nvcc"), "-std=c++17", "-O3", f"-I{CSRC}", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", source]
     done = subprocess.run([*command, "-o", tmp_path / "x.cubin"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = resources(done.stderr)
