@@ -50,6 +50,9 @@ class Run:
             table(self.results, markdown=True, floors=False),
             "\n".join(f"- {line}" for line in slope_lines(self.slopes)),
             "\n".join(f"- broken: {line}" for line in self.broken),
+            "## Every peer\n\nThe ratio goes by those that count; the others (compiled, other libraries) are for orientation.",
+            peers_table(self.results),
+            "## Where this was measured",
             "\n".join(["| what | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in self.stamp.items())]),
         ]
         path.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -116,9 +119,23 @@ def table(results: list[Result], markdown: bool, floors: bool) -> str:
             line += ["" if r.floor is None else f"{r.floor:g}x", "pass" if r.passes else "FAIL"]
         lines.append(line)
     if markdown:
-        return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+        return _markdown(header, lines)
     widths = [max(len(line[k]) for line in [header, *lines]) for k in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [header, *lines])
+
+
+def peers_table(results: list[Result]) -> str:
+    header = ["problem / form", "peer", "counts", "time", "difference", "note"]
+    lines = []
+    for r in results:
+        for p in r.peers:
+            difference = "" if p.difference is None else f"{p.difference:.0e}"
+            lines.append([r.row, p.name, "yes" if p.counted else "no", human(p.seconds), difference, p.note.replace("|", "/")])
+    return _markdown(header, lines)
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def slope_lines(slopes: list[Slope]) -> list[str]:

@@ -88,6 +88,8 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.nvtx and (arguments.device != "cuda" or arguments.profile is not None):
         parser.error("--nvtx needs --device cuda and excludes --profile: only one tool at a time can profile the device")
+    if arguments.only and arguments.save == RESULTS:
+        parser.error("--save of a selection of rows needs a folder: the results kept beside this script are of all rows")
     try:
         arguments.rows = selected(arguments.only)
     except ValueError as error:

@@ -14,6 +14,7 @@ from rows import Prepared
 
 SAMPLE_SECONDS = 0.004  # one timed sample repeats a call until it lasts about this long
 HOPELESS = 25.0  # a peer this many times slower than the fastest is timed once
+SECOND_LOOK = 1.0  # a first call shorter than this says nothing of a peer; a longer one may
 
 
 @dataclasses.dataclass
@@ -145,7 +146,7 @@ def measure(name: str, floor: float | None, prepared: Prepared, device: Device, 
     ours.seconds = min(device.sample(prepared.ours, 1) for _ in range(3))
     first = min(t.seconds for t, _ in calls)
     for timing, call in calls:
-        if timing.seconds <= 4 * HOPELESS * first:  # the first call of anything is slow; beyond this it does not matter
+        if timing.seconds <= max(SECOND_LOOK, 4 * HOPELESS * first):  # the first call of anything is slow
             timing.seconds = device.sample(call, 1)
     quickest = min(t.seconds for t, _ in calls if t.counted)
     racing = []

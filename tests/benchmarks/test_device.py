@@ -178,6 +178,15 @@ def test_a_far_slower_peer_is_timed_once_and_a_far_faster_uncounted_one_excludes
     assert found.fastest == "peer"
 
 
+def test_a_slow_first_call_does_not_make_a_peer_look_hopeless(cuda, device):
+    costs = iter([0.9])
+    slow_start = lambda: cuda.launch(host=next(costs, 0.0)) or torch.ones(10)
+    peers = [Peer("peer", scripted(cuda, 0.001)), Peer("slow start", slow_start)]
+    found = measure(*ROW, Prepared(scripted(cuda, 0.001), peers), device, *LIMITS)
+    assert [p.note for p in found.peers] == ["", ""]
+    assert found.fastest == "slow start"
+
+
 def test_compiling_does_not_make_a_peer_look_hopeless(cuda, device, monkeypatch):
     def compiler(call):
         costs = iter([1000.0])

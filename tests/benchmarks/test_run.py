@@ -89,7 +89,10 @@ def test_table_record_and_page(fake, capsys, tmp_path):
     page = (tmp_path / "fake-gpu-8-gb.md").read_text()
     assert page.startswith("# Benchmark on Fake GPU (8 GB)\n")
     assert "L2 was overwritten" in page
-    assert [cells(line) for line in page.splitlines() if line.startswith(("| two", "| cart"))] == lines
+    shown = [cells(line) for line in page.splitlines() if line.startswith(("| two", "| cart"))]
+    assert shown[:3] == lines
+    assert [line[1] for line in shown[3:]] == [peer["name"] for row in record["rows"] for peer in row["peers"]]
+    assert all(line[2:4] == ["yes", "1 ms"] for line in shown[3:] if line[1] != "functional of the batch sum")
     assert all(f"| {key} | {value} |" in page for key, value in stamp.items())
 
 
@@ -107,8 +110,10 @@ def test_profile_writes_a_trace_and_ranges_for_every_row(fake, tmp_path):
 
 
 def test_profile_on_the_processor(tmp_path):
-    assert run.main([*QUICK, "--only", "two_variables_2/graph", "--profile", str(tmp_path)]) == 0
-    assert {"two_variables_2.graph", "wengert", "_vmap of row gradients"} <= set(traced(tmp_path / "two_variables_2.graph.json"))
+    record = tmp_path / "r.json"
+    assert run.main([*QUICK, "--only", "two_variables_2/graph", "--profile", str(tmp_path), "--json", str(record)]) == 0
+    fastest = json.loads(record.read_text())["rows"][0]["fastest"]
+    assert {"two_variables_2.graph", "wengert", fastest} <= set(traced(tmp_path / "two_variables_2.graph.json"))
 
 
 def traced(path):
@@ -178,6 +183,7 @@ WRONG = [
     (["--only", "mlp,"], "no row's name contains ''"),
     (["--nvtx"], "--nvtx needs --device cuda"),
     (["--device", "cuda", "--nvtx", "--profile", "out"], "excludes --profile"),
+    (["--only", "mlp", "--save"], "--save of a selection of rows needs a folder"),
     (["--device", "tpu"], "invalid choice"),
 ]
 
