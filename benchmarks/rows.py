@@ -15,7 +15,7 @@ Peers marked as counted decide the ratio (the fastest of them does); the others 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,12 +93,18 @@ class Numbers:
     def __init__(self, convert: Callable[[np.ndarray], Any]) -> None:
         self._random = np.random.RandomState(0)
         self._convert = convert
+        self.bytes = 0  # of all the numbers drawn: a problem's inputs, data and weights
 
     def randn(self, *shape: int) -> Any:
-        return self._convert(self._random.randn(*shape).astype("float32"))
+        return self._draw(self._random.randn(*shape))
 
     def positive(self, *shape: int) -> Any:
-        return self._convert((self._random.rand(*shape) + 0.5).astype("float32"))
+        return self._draw(self._random.rand(*shape) + 0.5)
+
+    def _draw(self, values: np.ndarray) -> Any:
+        drawn = np.ascontiguousarray(values, dtype="float32")
+        self.bytes += drawn.nbytes
+        return self._convert(drawn)
 
 
 @dataclasses.dataclass
@@ -106,14 +112,26 @@ class Peer:
     name: str
     call: Call
     counted: bool = True
+    compiles: bool = False  # in its first call
+
+
+def compiled_peer(name: str, call: Callable[..., Any], *arguments: Any, convert: Callable[[Any], Any] = lambda r: r) -> Peer:
+    """torch.compile of a peer's function, for orientation."""
+    fast = torch.compile(call)
+    return Peer(f"compiled {name}", lambda: convert(fast(*arguments)), counted=False, compiles=True)
 
 
 @dataclasses.dataclass
 class Prepared:
-    """Everything a row needs to be timed; `ours` and the peers return comparable nested tensors."""
+    """Everything a row needs to be timed; `ours` and the peers return comparable nested tensors.
+
+    `input_bytes` is what any method must read; None where that cannot be said from outside.
+    """
 
     ours: Call
     peers: list[Peer]
+    input_bytes: int | None = None
+    reads_result: bool = False
 
 
 def as_tuple(x: Any) -> tuple[Any, ...]:
@@ -121,14 +139,20 @@ def as_tuple(x: Any) -> tuple[Any, ...]:
 
 
 def prepare(row: Row, device: torch.device, *, compiled: bool = False) -> Prepared:
+    if compiled:
+        torch.compiler.reset()  # all rows compile the same wrapper, which PyTorch stops doing after a few times
     problem = LIBRARY[row.problem]
-    numbers = Numbers(lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device))
+    numbers = Numbers(lambda a: torch.from_numpy(a).to(device))
     f, x = problem.build(numbers.randn, numbers.positive, row.size)
     prepared = _PREPARE[row.form](problem.kind, f, x, compiled)
-    if (other := jax_peer(row)) is not None:
+    if (other := jax_peer(row, device)) is not None:
         prepared.peers.append(other)
+    if row.form != "graph":  # which starts from whatever the graph saved
+        prepared.input_bytes = numbers.bytes
     if row.read:
-        prepared = Prepared(reading(prepared.ours), [Peer(p.name, reading(p.call), p.counted) for p in prepared.peers])
+        prepared.ours = reading(prepared.ours)
+        prepared.peers = [dataclasses.replace(p, call=reading(p.call)) for p in prepared.peers]
+        prepared.reads_result = True
     return prepared
 
 
@@ -153,8 +177,7 @@ def _functional(kind: str, f: Any, x: Any, compiled: bool) -> Prepared:
         run = getattr(torch.func, transform)(f, where)
         peers.append(Peer(f"func.{transform}", lambda run=run: run(*as_tuple(x))))
         if compiled:
-            fast = torch.compile(run)
-            peers.append(Peer(f"compiled func.{transform}", lambda fast=fast: fast(*as_tuple(x)), counted=False))
+            peers.append(compiled_peer(f"func.{transform}", run, *as_tuple(x)))
     ours = getattr(wengert, name)
     return Prepared(lambda: ours(f, x), peers)
 
@@ -200,8 +223,7 @@ def batched_peers(f: Any, x: torch.Tensor, compiled: bool) -> list[Peer]:
         run = torch.func.vmap(getattr(torch.func, transform)(f))
         peers.append(Peer(f"vmap(func.{transform})", lambda run=run: run(x)))
         if compiled:
-            fast = torch.compile(run)
-            peers.append(Peer(f"compiled vmap(func.{transform})", lambda fast=fast: fast(x), counted=False))
+            peers.append(compiled_peer(f"vmap(func.{transform})", run, x))
     out = f(x)
     if out.numel() * x.numel() <= DENSE_LIMIT and out.numel() <= ROW_LIMIT:
         batch = x.shape[0]
@@ -236,8 +258,7 @@ def _grad(kind: str, f: Any, x: Any, compiled: bool) -> Prepared:
         Peer("func.grad", lambda: func_grad(x.detach())),
     ]
     if compiled:
-        fast = torch.compile(func_grad)
-        peers.append(Peer("compiled func.grad", lambda: fast(x.detach()), counted=False))
+        peers.append(compiled_peer("func.grad", func_grad, x.detach()))
     return Prepared(lambda: wengert.grad(f(x).sum(), x)[0], peers)
 
 
@@ -245,11 +266,11 @@ def _persample(kind: str, loss: Any, x: Any, compiled: bool) -> Prepared:
     params, inputs, targets = x
     ours = wengert.func.vmap(wengert.func.grad(loss), (None, 0, 0))
     theirs = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
-    peers = [Peer("vmap(func.grad)", lambda: tuple(theirs(params, inputs, targets).values()))]
+    values = lambda gradients: tuple(gradients.values())
+    peers = [Peer("vmap(func.grad)", lambda: values(theirs(params, inputs, targets)))]
     if compiled:
-        fast = torch.compile(theirs)
-        peers.append(Peer("compiled vmap(func.grad)", lambda: tuple(fast(params, inputs, targets).values()), counted=False))
-    return Prepared(lambda: tuple(ours(params, inputs, targets).values()), peers)
+        peers.append(compiled_peer("vmap(func.grad)", theirs, params, inputs, targets, convert=values))
+    return Prepared(lambda: values(ours(params, inputs, targets)), peers)
 
 
 _PREPARE: dict[str, Callable[[str, Any, Any, bool], Prepared]] = {
@@ -262,12 +283,14 @@ _PREPARE: dict[str, Callable[[str, Any, Any, bool], Prepared]] = {
 }
 
 
-def jax_peer(row: Row) -> Peer | None:
-    """jax.jit of jax's own transform, for orientation, where jax is installed."""
+def jax_peer(row: Row, device: torch.device) -> Peer | None:
+    """jax.jit of jax's own transform, for orientation, where jax is installed for the same kind of device."""
     try:
         import jax
         import jax.numpy as jnp
     except ImportError:
+        return None
+    if (jax.default_backend() == "gpu") != (device.type == "cuda"):
         return None
     problem = LIBRARY[row.problem]
     numbers = Numbers(jnp.asarray)
@@ -287,11 +310,15 @@ def jax_peer(row: Row) -> Peer | None:
         result = jax.block_until_ready(run(*arguments))
         return tuple(result[k] for k in x[0]) if row.form == "persample" else result
 
-    return Peer("jax.jit", call, counted=False)
+    return Peer("jax.jit", call, counted=False, compiles=True)
 
 
-def selected(only: str | None) -> Iterator[Row]:
-    wanted = [part.strip() for part in only.split(",")] if only else []
-    for row in ROWS:
-        if not wanted or any(part in row.name for part in wanted):
-            yield row
+def selected(only: str | None) -> list[Row]:
+    """Rows whose name contains one of the parts; raises ValueError for a part that no name contains."""
+    if only is None:
+        return ROWS
+    wanted = [part.strip() for part in only.split(",")]
+    for part in wanted:
+        if not part or not any(part in row.name for row in ROWS):
+            raise ValueError(f"no row's name contains {part!r}; --list shows the names")
+    return [row for row in ROWS if any(part in row.name for part in wanted)]

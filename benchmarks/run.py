@@ -5,98 +5,71 @@ python benchmarks/run.py --only rosenbrock      rows whose name contains this (s
 python benchmarks/run.py --floors               pass or fail against the floors; exit status 1 if any fails
 python benchmarks/run.py --markdown             the table of the README
 python benchmarks/run.py --json out.json --plot out.png
+
+On a GPU (the floors are stated for the CPU; there a row passes when it is no slower than PyTorch):
+
+python benchmarks/run.py --device cuda --compile --save          writes benchmarks/results/<device>.json and .md
+python benchmarks/run.py --device cuda --only mlp --profile out  chrome traces, one a row, and NVTX ranges
+nsys profile python benchmarks/run.py --device cuda --only mlp --nvtx
+
+Exit status: 0; 1 if a row is broken or, with --floors, below its floor; 2 for wrong arguments or a missing device.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import math
+import contextlib
 import pathlib
 import sys
 
 import torch
-from rows import ROWS, Row, prepare, selected
-from slopes import Slope, pointwise_slopes
-from timer import Result, environment, measure
+from device import Device, DeviceError, open_device
+from report import Run, plot, slope_lines, table
+from rows import ROWS, Prepared, Row, prepare, selected
+from slopes import pointwise_slopes
+from timer import Result, measure
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PROFILED_CALLS = 3
 
 
-def human(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def run_row(row: Row, arguments: argparse.Namespace, device: torch.device) -> Result:
+def run_row(row: Row, arguments: argparse.Namespace, device: Device) -> Result:
     """Measure; a row below its floor (or below 0.95) is measured once more and the better result stands."""
-    prepared = prepare(row, device, compiled=arguments.compile)
-    result = measure(row.name, row.floor, prepared, device, arguments.seconds, arguments.tolerance)
+    prepared = prepare(row, device.tensors, compiled=arguments.compile)
+    floor = row.floor if device.has_floors else None
+    result = measure(row.name, floor, prepared, device, arguments.seconds, arguments.tolerance)
     if not result.passes:
-        again = measure(row.name, row.floor, prepared, device, 2 * arguments.seconds, arguments.tolerance)
+        again = measure(row.name, floor, prepared, device, 2 * arguments.seconds, arguments.tolerance)
         if again.ratio > result.ratio:
             result = again
         result.repeated = True
+    if arguments.profile is not None or arguments.nvtx:
+        profile_row(row, prepared, result, device, arguments.profile)
     return result
 
 
-def table(results: list[Result], markdown: bool, floors: bool) -> str:
-    header = ["problem / form", "wengert", "fastest PyTorch", "time", "ratio", "95 % of median", "peak MiB", "difference"]
-    if floors:
-        header += ["floor", ""]
-    lines = []
-    for r in results:
-        best = next(p for p in r.peers if p.name == r.fastest)
-        peaks = "/".join("-" if p is None else f"{p:.0f}" for p in (r.ours.peak_mib, best.peak_mib))
-        line = [r.row, human(r.ours.seconds), r.fastest, human(best.seconds), f"{r.ratio:.2f}x", f"{r.low:.2f} to {r.high:.2f}"]
-        line += [peaks, f"{best.difference:.0e}"]
-        if floors:
-            line += ["" if r.floor is None else f"{r.floor:g}x", "pass" if r.passes else "FAIL"]
-        lines.append(line)
-    if markdown:
-        return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-    widths = [max(len(line[k]) for line in [header, *lines]) for k in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [header, *lines])
-
-
-def slope_lines(slopes: list[Slope]) -> list[str]:
-    lines = []
-    for s in slopes:
-        times = ", ".join(f"{n}: {human(t)}" for n, t in zip(s.sizes, s.seconds))
-        lines.append(f"pointwise Jacobian's arithmetic, {s.name}: cost ~ N^{s.exponent:.2f}  ({times})")
-    return lines
-
-
-def plot(results: list[Result], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ordered = sorted(results, key=lambda r: r.ratio)
-    figure, axes = plt.subplots(figsize=(9, 0.28 * len(ordered) + 1.6), layout="constrained")
-    at = range(len(ordered))
-    axes.barh(at, [r.ratio for r in ordered], color=["#2a6f97" if r.ratio >= 1 else "#c1121f" for r in ordered], height=0.66)
-    errors = [[r.ratio - r.low for r in ordered], [r.high - r.ratio for r in ordered]]
-    axes.errorbar([r.ratio for r in ordered], at, xerr=errors, fmt="none", ecolor="#333333", elinewidth=1)
-    floors = [(k, r.floor) for k, r in enumerate(ordered) if r.floor is not None]
-    axes.scatter([f for _, f in floors], [k for k, _ in floors], marker="|", s=130, color="#f4a261", label="floor", zorder=3)
-    axes.axvline(1, color="#333333", linewidth=0.8)
-    axes.set(xscale="log", yticks=list(at), yticklabels=[r.row for r in ordered])
-    axes.set_xlabel("times faster than the fastest PyTorch form (log scale)")
-    axes.tick_params(axis="y", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if floors:
-        axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def profile_row(row: Row, prepared: Prepared, result: Result, device: Device, folder: pathlib.Path | None) -> None:
+    """A few calls of every side that raced, in named ranges, apart from what is timed; with a folder, a trace of them."""
+    label = row.name.replace("/", ".")  # a slash separates nested ranges in Nsight's filters, and folders on disk
+    raced = {t.name for t in result.peers if not t.note}
+    calls = [("wengert", prepared.ours), *((p.name, p.call) for p in prepared.peers if p.name in raced)]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(device.trace(folder / f"{label}.json"))
+        stack.enter_context(device.span(label))
+        for name, call in calls:
+            with device.span(name):
+                for _ in range(PROFILED_CALLS):
+                    call()
+                device.synchronise()
 
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", help="rows whose name contains this; several parts by commas")
     parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on the rounds of one row")
@@ -106,10 +79,20 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-slopes", action="store_true")
     parser.add_argument("--floors", action="store_true", help="pass or fail for every row")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", type=pathlib.Path)
     parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--save", metavar="DIR", type=pathlib.Path, nargs="?", const=RESULTS, help="JSON and Markdown, stamped")
+    parser.add_argument("--profile", metavar="DIR", type=pathlib.Path, help="a chrome trace and named ranges for every row")
+    parser.add_argument("--nvtx", action="store_true", help="named ranges only, for a run under Nsight; launches are not counted")
     parser.add_argument("--list", action="store_true", help="names of the rows")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.nvtx and (arguments.device != "cuda" or arguments.profile is not None):
+        parser.error("--nvtx needs --device cuda and excludes --profile: only one tool at a time can profile the device")
+    try:
+        arguments.rows = selected(arguments.only)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,9 +101,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(row.name for row in ROWS))
         return 0
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    try:
+        device = open_device(arguments.device, seen_by_nsight=arguments.nvtx)
+    except DeviceError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
     results, broken = [], []
-    for row in selected(arguments.only):
+    for row in arguments.rows:
         print(f"{row.name} ...", end="\r", file=sys.stderr, flush=True)
         try:
             results.append(run_row(row, arguments, device))
@@ -129,20 +116,16 @@ def main(argv: list[str] | None = None) -> int:
             broken.append(f"{row.name}: {type(error).__name__}: {error}")
     print(" " * 60, end="\r", file=sys.stderr)
     slopes = [] if arguments.no_slopes or arguments.only else pointwise_slopes(device, arguments.seconds)
-    stamp = environment(device)
+    run = Run(device.stamp(), results, slopes, broken)
     if results:
         print(table(results, arguments.markdown, arguments.floors))
-    print("\n".join(["", *slope_lines(slopes), ", ".join(f"{k} {v}" for k, v in stamp.items())]))
+    print("\n".join(["", *slope_lines(slopes), ", ".join(f"{k} {v}" for k, v in run.stamp.items())]))
     for line in broken:
         print(f"BROKEN {line}")
     if arguments.json:
-        record = {
-            "environment": stamp,
-            "rows": [dataclasses.asdict(r) | {"passes": r.passes} for r in results],
-            "slopes": [dataclasses.asdict(s) for s in slopes],
-            "broken": broken,
-        }
-        pathlib.Path(arguments.json).write_text(json.dumps(record, indent=1))
+        run.write_json(arguments.json)
+    if arguments.save:
+        print("wrote " + " and ".join(map(str, run.save(arguments.save))))
     if arguments.plot and results:
         plot(results, arguments.plot)
     failed = [r.row for r in results if not r.passes]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import wengert
+from device import Device
 from timer import Timing, race
 from torch.autograd import functional as torch_functional
 
@@ -41,12 +42,10 @@ class Slope:
     exponent: float
 
 
-def arithmetic(
-    jacobian: Callable[[Any, torch.Tensor], Any], sizes: tuple[int, ...], device: torch.device, seconds: float
-) -> Slope:
+def arithmetic(jacobian: Callable[[Any, torch.Tensor], Any], sizes: tuple[int, ...], device: Device, seconds: float) -> Slope:
     times = []
     for n in sizes:
-        x = torch.linspace(0.1, 0.9, n, device=device)
+        x = torch.linspace(0.1, 0.9, n, device=device.tensors)
         busy, fill = Timing("deep", 0.01), Timing("shallow", 0.01)
         calls = [lambda: jacobian(deep, x), lambda: jacobian(shallow, x)]
         for call in calls:
@@ -57,7 +56,7 @@ def arithmetic(
     return Slope("", list(sizes), times, exponent)
 
 
-def pointwise_slopes(device: torch.device, seconds: float) -> list[Slope]:
+def pointwise_slopes(device: Device, seconds: float) -> list[Slope]:
     ours = arithmetic(wengert.jacobian, SIZES, device, seconds)
     ours.name = "wengert"
     peer = arithmetic(lambda f, x: torch_functional.jacobian(f, x, vectorize=True), SIZES[:2], device, seconds)

@@ -1,20 +1,17 @@
-"""One timer for everything: agreement first, then interleaved paired rounds, medians, an interval, peak memory."""
+"""One timer for everything: agreement first, then interleaved paired rounds, medians, an interval, memory and launches."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import math
-import os
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from rows import Peer, Prepared
+from device import Call, Device, Kernels
+from rows import Prepared
 
-Call = Callable[[], Any]
 SAMPLE_SECONDS = 0.004  # one timed sample repeats a call until it lasts about this long
 HOPELESS = 25.0  # a peer this many times slower than the fastest is timed once
 
@@ -27,13 +24,17 @@ class Timing:
     seconds: float
     counted: bool = True
     peak_mib: float | None = None
+    kernels: Kernels | None = None
     difference: float | None = None
     note: str = ""
 
 
 @dataclasses.dataclass
 class Result:
-    """One row measured. `ratio` is the median over rounds of fastest peer / ours; low and high bound it."""
+    """One row measured. `ratio` is the median over rounds of fastest peer / ours; low and high bound it.
+
+    `bytes` is the least that any method must read and write; `copy_bandwidth` what the device's own copy reaches.
+    """
 
     row: str
     floor: float | None
@@ -44,16 +45,22 @@ class Result:
     low: float
     high: float
     rounds: int
+    bytes: int | None = None
+    copy_bandwidth: float | None = None
     repeated: bool = False
 
     @property
     def passes(self) -> bool:
         return self.low >= 0.95 if self.floor is None else self.ratio >= self.floor and self.low >= 0.95
 
+    @property
+    def bandwidth(self) -> float | None:
+        """Necessary bytes a second of our call."""
+        return None if self.bytes is None else self.bytes / self.ours.seconds
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    @property
+    def share_of_copy(self) -> float | None:
+        return None if self.bandwidth is None or self.copy_bandwidth is None else self.bandwidth / self.copy_bandwidth
 
 
 def leaves(tree: Any) -> list[torch.Tensor]:
@@ -81,52 +88,6 @@ def largest_difference(ours: Any, theirs: Any) -> float:
     return worst
 
 
-def once(call: Call, device: torch.device) -> float:
-    synchronise(device)
-    begin = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - begin
-
-
-def sample(call: Call, repeats: int, device: torch.device) -> float:
-    synchronise(device)
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronise(device)
-    return (time.perf_counter() - begin) / repeats
-
-
-def peak_memory(call: Call, device: torch.device) -> float | None:
-    """MiB a call adds at its peak: the allocator's count on CUDA, the resident set on Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        gc.collect()
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # resets the high-water mark of the resident set
-        before = _status_mib("VmRSS")
-        result = call()
-        peak = _status_mib("VmHWM")
-        del result
-    except OSError:
-        return None
-    return max(0.0, peak - before)
-
-
-def _status_mib(field: str) -> float:
-    with open("/proc/self/status") as f:
-        for line in f:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 1024
-    raise OSError(field)
-
-
 def bootstrap(ratios: np.ndarray) -> tuple[float, float]:
     """95 % interval of the median."""
     draws = np.random.RandomState(0).randint(0, len(ratios), (2000, len(ratios)))
@@ -134,55 +95,78 @@ def bootstrap(ratios: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def measure(name: str, floor: float | None, prepared: Prepared, device: torch.device, seconds: float, tolerance: float) -> Result:
-    reference = None
-    timings: list[Timing] = []
-    calls: list[tuple[Timing, Call]] = []
-    ours = Timing("wengert", 0.0)
-    result = prepared.ours()
+def minimum_bytes(prepared: Prepared, result: Any) -> int | None:
+    """Every input read once, the result written once (and read again where the row does)."""
+    if prepared.input_bytes is None:
+        return None
+    if prepared.reads_result:
+        result = result[0]
+    written = sum(t.numel() * t.element_size() for t in leaves(result))
+    return prepared.input_bytes + written * (2 if prepared.reads_result else 1)
+
+
+def agreement(name: str, prepared: Prepared, result: Any, device: Device, tolerance: float) -> list[tuple[Timing, Call | None]]:
+    """Every peer run once: its first seconds and its difference from our result. A peer that cannot run gets no call.
+
+    Raises AssertionError, naming every peer that differs, before anything is timed.
+    """
+    field: list[tuple[Timing, Call | None]] = []
     for peer in prepared.peers:
         timing = Timing(peer.name, math.inf, peer.counted)
-        timings.append(timing)
-        begin = time.perf_counter()
         try:
-            found = peer.call()
+            if peer.compiles:
+                peer.call()  # so that compiling does not make it look hopeless
+            found, timing.seconds = device.timed(peer.call)
         except Exception as error:
             timing.note = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            field.append((timing, None))
             continue
-        synchronise(device)
-        timing.seconds = time.perf_counter() - begin
         timing.difference = largest_difference(result, found)
-        if peer.counted and reference is None:
-            reference = timing.difference
-        if not timing.difference <= tolerance:
-            raise AssertionError(f"{name}: wengert and {peer.name} differ by {timing.difference:.2e}")
-        calls.append((timing, peer.call))
+        field.append((timing, peer.call))
+    wrong = [f"{t.name} by {t.difference:.2e}" for t, call in field if call is not None and not t.difference <= tolerance]
+    if wrong:
+        raise AssertionError(f"wengert differs from {', '.join(wrong)}; nothing was timed")
+    if not any(t.counted and call is not None for t, call in field):
+        raise RuntimeError("no peer ran: " + "; ".join(f"{t.name}: {t.note}" for t, _ in field))
+    return field
+
+
+def measure(name: str, floor: float | None, prepared: Prepared, device: Device, seconds: float, tolerance: float) -> Result:
+    ours = Timing("wengert", 0.0)
+    result = prepared.ours()
+    field = agreement(name, prepared, result, device, tolerance)
+    size = minimum_bytes(prepared, result)
     del result
-    ours.peak_mib = peak_memory(prepared.ours, device)
-    ours.difference = reference
-    ours.seconds = min(once(prepared.ours, device) for _ in range(3))
+    timings = [t for t, _ in field]
+    calls = [(t, call) for t, call in field if call is not None]
+    ours.difference = next(t.difference for t, _ in calls if t.counted)
+    ours.peak_mib = device.peak_memory(prepared.ours)
+    ours.kernels = device.kernels(prepared.ours)
+    ours.seconds = min(device.sample(prepared.ours, 1) for _ in range(3))
     first = min(t.seconds for t, _ in calls)
     for timing, call in calls:
         if timing.seconds <= 4 * HOPELESS * first:  # the first call of anything is slow; beyond this it does not matter
-            timing.seconds = once(call, device)
-    quickest = min(t.seconds for t, _ in calls)
+            timing.seconds = device.sample(call, 1)
+    quickest = min(t.seconds for t, _ in calls if t.counted)
     racing = []
     for timing, call in calls:
         if timing.seconds > HOPELESS * quickest:
             timing.note = "timed once"
         else:
-            timing.seconds = min(timing.seconds, once(call, device))
+            timing.seconds = min(timing.seconds, device.sample(call, 1))
             racing.append((timing, call))
     rounds = race(ours, prepared.ours, racing, device, seconds)
-    best = min((t for t, _ in racing if t.counted), key=lambda t: t.seconds)
-    best.peak_mib = peak_memory(next(call for t, call in racing if t is best), device)
+    best, best_call = min(((t, call) for t, call in racing if t.counted), key=lambda pair: pair[0].seconds)
+    best.peak_mib = device.peak_memory(best_call)
+    best.kernels = device.kernels(best_call)
     ratios = rounds[best.name] / rounds[ours.name]
     low, high = bootstrap(ratios)
-    return Result(name, floor, ours, timings, best.name, float(np.median(ratios)), low, high, len(ratios))
+    middle = float(np.median(ratios))
+    return Result(name, floor, ours, timings, best.name, middle, low, high, len(ratios), size, device.copy_bandwidth)
 
 
 def race(
-    ours: Timing, our_call: Call, racing: list[tuple[Timing, Call]], device: torch.device, seconds: float
+    ours: Timing, our_call: Call, racing: list[tuple[Timing, Call]], device: Device, seconds: float
 ) -> dict[str, np.ndarray]:
     """Interleaved rounds in alternating order; fills the medians and returns every sample by name."""
     field = [(ours, our_call), *racing]
@@ -193,44 +177,15 @@ def race(
     collecting = gc.isenabled()
     gc.disable()
     try:
+        for _ in range(device.warm_up_calls):
+            for _, call in field:
+                call()
         for k in range(count):
             for timing, call in field if k % 2 else reversed(field):
-                samples[timing.name].append(sample(call, repeats[timing.name], device))
+                samples[timing.name].append(device.sample(call, repeats[timing.name]))
     finally:
         if collecting:
             gc.enable()
     for timing, _ in field:
         timing.seconds = float(np.median(samples[timing.name]))
     return {name: np.array(values) for name, values in samples.items()}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    import platform
-
-    import wengert
-
-    cpu = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
-    stamp = {
-        "wengert": getattr(wengert, "__version__", "?"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    try:
-        import jax
-
-        stamp["jax"] = jax.__version__
-    except ImportError:
-        pass
-    return stamp
-
-
-__all__ = ["Peer", "Result", "Timing", "environment", "measure", "once", "race"]

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "accumulate/execute.h"
+#include "kernels/cuda/compiler.h"
 #include "ops/fused.h"
 
 namespace wengert::accumulate {
@@ -90,13 +91,20 @@ std::shared_ptr<const blocks::Plan> plan_for(const tape::Tape& tape, const Reque
 
 std::vector<at::Tensor> run(const tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
   const std::shared_ptr<const blocks::Plan> plan = plan_for(tape, request);
-  return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
+  try {
+    return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
+  } catch (const kernels::cuda::CompileError& error) {
+    TORCH_WARN_ONCE("wengert cannot compile CUDA kernels and leaves the work to PyTorch. ", error.what());
+    throw tape::Unsupported("CUDA kernels cannot be compiled");
+  }
 }
 
 // Saved tensors have to keep their history exactly when the results are to be differentiable.
 tape::Tape capture(at::TensorList outputs, at::TensorList inputs, bool create_graph) {
   torch::autograd::AutoGradMode mode(create_graph);
-  return tape::capture(outputs, inputs);
+  tape::Tape tape = tape::capture(outputs, inputs);
+  if (!ops::can_evaluate(tape.device.type())) throw tape::Unsupported("a device that this build has no kernels for");
+  return tape;
 }
 
 TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
@@ -132,9 +140,9 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
     Cotangent cotangent{.given = has, .shape = {}, .dtype = at::kFloat};
     if (has) {
       const at::Tensor& tensor = cotangents[i];
-      if (tensor.layout() != at::kStrided || !tensor.device().is_cpu() || tensor.is_complex() || tensor.is_conj() ||
+      if (tensor.layout() != at::kStrided || tensor.device() != tape.device || tensor.is_complex() || tensor.is_conj() ||
           tensor.is_neg()) {
-        throw tape::Unsupported("grad_outputs that are not plain strided CPU tensors");
+        throw tape::Unsupported("grad_outputs that are not plain strided tensors on the outputs' device");
       }
       cotangent.shape = tensor.sizes().vec();
       cotangent.dtype = tensor.scalar_type();

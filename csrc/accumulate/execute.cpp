@@ -30,11 +30,18 @@ using blocks::Take;
 // From this size on, zeros come from calloc: fresh pages are zero already and are only touched where blocks are written.
 constexpr std::size_t kLazyZeroBytes = 64 * 1024;
 
-at::Tensor zeros(const Slot& slot) {
+at::Tensor empty(const Slot& slot, at::Device device) {
   const at::ScalarType dtype = to_aten(slot.dtype);
+  if (device.is_cpu()) return at::detail::empty_cpu(slot.shape, dtype, false, std::nullopt);  // past the dispatcher
+  return at::empty(slot.shape, at::TensorOptions().dtype(dtype).device(device));
+}
+
+at::Tensor zeros(const Slot& slot, at::Device device) {
+  const at::ScalarType dtype = to_aten(slot.dtype);
+  if (!device.is_cpu()) return at::zeros(slot.shape, at::TensorOptions().dtype(dtype).device(device));
   const std::size_t bytes = static_cast<std::size_t>(blocks::numel(slot.shape)) * c10::elementSize(dtype);
   if (bytes < kLazyZeroBytes) {
-    at::Tensor out = at::detail::empty_cpu(slot.shape, dtype, false, std::nullopt);
+    at::Tensor out = empty(slot, device);
     std::memset(out.mutable_data_ptr(), 0, bytes);
     return out;
   }
@@ -70,7 +77,7 @@ class MemoryRun : public Run<MemoryRun> {
     at::Tensor& tensor = slots_[s];
     if (tensor.defined()) return tensor;
     const Slot& slot = plan_.slots[s];
-    tensor = slot.zero_filled ? zeros(slot) : at::detail::empty_cpu(slot.shape, to_aten(slot.dtype), false, std::nullopt);
+    tensor = slot.zero_filled ? zeros(slot, tape_.device) : empty(slot, tape_.device);
     return tensor;
   }
 
@@ -96,7 +103,8 @@ class MemoryRun : public Run<MemoryRun> {
       const std::int64_t offset = locate(tensor, read.axes);
       operands.push_back({.data = static_cast<const char*>(tensor.const_data_ptr()) + offset,
                           .dtype = plan_.slots[read.slot].dtype,
-                          .strides = at});
+                          .strides = at,
+                          .in_host_memory = tensor.device() != tape_.device});
       at += n;
     }
     for (const blocks::Target& target : step.targets) {
@@ -108,30 +116,37 @@ class MemoryRun : public Run<MemoryRun> {
                          .accumulate = target.accumulate});
       at += n;
     }
-    ops::evaluate(*step.program, step.extents, operands, outputs);
+    ops::evaluate(tape_.device, *step.program, step.extents, operands, outputs);
   }
 
   void run(const Matmul& step) {
     count_matmul();
     slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape,
-                                          window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
-                                          window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
+                                          window(on_device(made(step.a.slot)), step.a, step.extents, matmul_axes(step, true)),
+                                          window(on_device(made(step.b.slot)), step.b, step.extents, matmul_axes(step, false)));
   }
 
   void run(const Take& step) {
     count_take();
-    slots_[step.out] = accumulate::take(made(step.source), made(step.index));
+    slots_[step.out] = accumulate::take(on_device(made(step.source)), on_device(made(step.index)));
   }
 
   void run(const PutAdd& step) {
     std::vector<std::size_t> loops(step.extents.size());
     for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
-    const at::Tensor index = window(made(step.index.slot), step.index, step.extents, loops);
-    const at::Tensor value = window(made(step.value.slot), step.value, step.extents, loops);
-    made(step.out).view(-1).index_add_(0, index.reshape(-1), value.reshape(-1));
+    const at::Tensor index = window(on_device(made(step.index.slot)), step.index, step.extents, loops).reshape(-1);
+    const at::Tensor value = window(on_device(made(step.value.slot)), step.value, step.extents, loops).reshape(-1);
+    at::Tensor out = made(step.out).view(-1);
+    if (tape_.device.is_cpu()) {
+      out.index_add_(0, index, value);
+    } else {
+      out.index_put_({index}, value, true);  // sorts first: index_add_ on CUDA adds in any order
+    }
   }
 
-  void run(const blocks::Arange& step) { slots_[step.out] = at::arange(plan_.slots[step.out].shape[0]); }
+  void run(const blocks::Arange& step) {
+    slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(tape_.device));
+  }
 };
 
 }  // namespace

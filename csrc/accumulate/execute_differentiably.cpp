@@ -24,7 +24,8 @@ using blocks::Target;
 
 // The flat position of the affine coordinates in a contiguous array of the given shape, over the given loops.
 at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, const Shape& extents,
-                      const std::vector<std::size_t>& loops) {
+                      const std::vector<std::size_t>& loops, at::Device device) {
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kLong).device(device);
   std::int64_t start = 0;
   std::vector<std::int64_t> steps(extents.size(), 0);
   std::int64_t stride = 1;
@@ -33,11 +34,11 @@ at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, co
     for (std::size_t k = 0; k < extents.size(); ++k) steps[k] += axes[a].step[k] * stride;
     stride *= shape[a];
   }
-  at::Tensor index = at::full({}, start, at::kLong);
+  at::Tensor index = at::full({}, start, options);
   for (std::size_t q = 0; q < loops.size(); ++q) {
     Shape sizes(loops.size(), 1);
     sizes[q] = extents[loops[q]];
-    index = index + (at::arange(extents[loops[q]]) * steps[loops[q]]).view(sizes);
+    index = index + (at::arange(extents[loops[q]], options) * steps[loops[q]]).view(sizes);
   }
   Shape full;
   for (std::size_t k : loops) full.push_back(extents[k]);
@@ -78,7 +79,7 @@ at::Tensor read_window(const at::Tensor& tensor, const Read& read, const Shape& 
     for (std::size_t k : loops) {
       if (read.moves(k)) movers.push_back(k);
     }
-    view = accumulate::take(tensor, flat_index(read.axes, tensor.sizes(), extents, movers));
+    view = accumulate::take(tensor, flat_index(read.axes, tensor.sizes(), extents, movers, tensor.device()));
     owner = movers;
   }
   // Axes into loop order, size 1 for loops that do not move.
@@ -100,7 +101,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
 
   const at::Tensor& made(std::int32_t s) {
     if (!slots_[s].defined()) slots_[s] = at::zeros(plan_.slots[s].shape, options(plan_.slots[s]));
-    return slots_[s];
+    return on_device(slots_[s]);
   }
 
   void run(const Evaluate& step) {
@@ -113,7 +114,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
         double value = 0;
         step.program->pool().is_constant(output.expr, &value);
         values.push_back(
-            at::full(Shape(loops.size(), 1), value, at::TensorOptions().dtype(to_aten(output.dtype)).device(device_)));
+            at::full(Shape(loops.size(), 1), value, at::TensorOptions().dtype(to_aten(output.dtype)).device(tape_.device)));
       }
     } else {
       values = ops::fused(operands, step.text);
@@ -166,7 +167,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
     } else {
       std::vector<std::size_t> loops;
       for (std::size_t k = 0; k < n; ++k) loops.push_back(k);
-      const at::Tensor index = flat_index(target.axes, slot.shape, full, loops);
+      const at::Tensor index = flat_index(target.axes, slot.shape, full, loops, tape_.device);
       piece = at::zeros({blocks::numel(slot.shape)}, options(slot))
                   .index_add(0, index.reshape(-1), value.reshape(-1))
                   .view(slot.shape);
@@ -209,13 +210,13 @@ class DifferentiableRun : public Run<DifferentiableRun> {
   }
 
   void run(const blocks::Arange& step) {
-    slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(device_));
+    slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(tape_.device));
   }
 
  private:
-  at::TensorOptions options(const Slot& slot) const { return at::TensorOptions().dtype(to_aten(slot.dtype)).device(device_); }
-
-  at::Device device_{at::kCPU};
+  at::TensorOptions options(const Slot& slot) const {
+    return at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device);
+  }
 };
 
 }  // namespace

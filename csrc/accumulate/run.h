@@ -48,6 +48,12 @@ class Run {
   }
 
  protected:
+  // A scalar that PyTorch keeps on the CPU goes where the others are.
+  at::Tensor& on_device(at::Tensor& tensor) const {
+    if (tensor.device() != tape_.device) tensor = tensor.to(tape_.device, tensor.scalar_type(), /*non_blocking=*/true);
+    return tensor;
+  }
+
   const blocks::Plan& plan_;
   const tape::Tape& tape_;
   std::vector<at::Tensor> slots_;

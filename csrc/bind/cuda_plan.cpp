@@ -17,7 +17,7 @@ namespace wengert::bind {
 namespace {
 
 using Strides = std::vector<std::int64_t>;
-using Operand = std::tuple<std::uintptr_t, std::string, Strides>;
+using Operand = std::tuple<std::uintptr_t, std::string, Strides, bool>;  // the last: whether it lies in host memory
 using Output = std::tuple<std::uintptr_t, std::string, Strides, bool>;
 
 fused::Dtype dtype_of(const std::string& name) {
@@ -61,20 +61,28 @@ py::dict to_python(const cuda::Launch& launch) {
   return out;
 }
 
-py::dict plan(const std::string& text, const Strides& extents, const std::vector<Operand>& operands,
+// (address, dtype, strides) or (address, dtype, strides, in_host_memory)
+Operand operand_of(const py::tuple& given) {
+  return given.size() == 4 ? given.cast<Operand>()
+                           : std::tuple_cat(given.cast<std::tuple<std::uintptr_t, std::string, Strides>>(), std::tuple(false));
+}
+
+py::dict plan(const std::string& text, const Strides& extents, const std::vector<py::tuple>& given,
               const std::vector<Output>& outputs, const py::dict& limits) {
   const auto program = fused::intern(text);
   auto check = [&](bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(std::string("the program and its views disagree: ") + what);
   };
   check(static_cast<int>(extents.size()) == program->rank(), "extents");
-  check(static_cast<int>(operands.size()) == program->operands(), "operands");
+  check(static_cast<int>(given.size()) == program->operands(), "operands");
   check(outputs.size() == program->outputs().size(), "outputs");
+  std::vector<Operand> operands;
+  for (const py::tuple& operand : given) operands.push_back(operand_of(operand));
   std::vector<kernels::OperandView> inputs;
   std::vector<kernels::OutputView> targets;
-  for (const auto& [address, dtype, strides] : operands) {
+  for (const auto& [address, dtype, strides, in_host_memory] : operands) {
     check(strides.size() == extents.size(), "strides of an operand");
-    inputs.push_back({reinterpret_cast<const void*>(address), dtype_of(dtype), strides.data()});
+    inputs.push_back({reinterpret_cast<const void*>(address), dtype_of(dtype), strides.data(), in_host_memory});
   }
   for (const auto& [address, dtype, strides, accumulate] : outputs) {
     check(strides.size() == extents.size(), "strides of an output");

@@ -5,6 +5,7 @@
 #include "accumulate/derivatives.h"
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
+#include "bind/evaluator.h"
 #include "tape/tape.h"
 
 namespace py = pybind11;
@@ -112,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("outputs"), py::arg("inputs"));
   wengert::bind::define_cuda(m.def_submodule("cuda"));
   wengert::bind::define_cuda_static(m.attr("cuda"));
+  wengert::bind::define_evaluator(m);
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
 }

@@ -94,6 +94,10 @@ class Emitter {
         "count) {");
     for (std::size_t i = 0; i < shape_.loads.size(); ++i) {
       const std::string k = std::to_string(i);
+      if (shape_.loads[i].immediate) {
+        line(std::string("    load_immediate<") + storage_type(shape_.loads[i].dtype) + ">(in, " + k + ", bases + " + k + ");");
+        continue;
+      }
       line(std::string("    load_lanes<") + storage_type(shape_.loads[i].dtype) + ", " + boolean(shape_.loads[i].moves) +
            ">(in, " + k + ", bases[" + k + "], offsets[" + k + "], count);");
     }

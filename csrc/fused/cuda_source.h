@@ -18,7 +18,8 @@ struct KernelShape {
   };
   struct Load {
     Dtype dtype;
-    bool moves;  // along the innermost loop; matters where width > 1
+    bool moves;              // along the innermost loop; matters where width > 1
+    bool immediate = false;  // the parameter holds the element itself instead of its address
   };
   struct Store {
     Dtype dtype;

@@ -75,7 +75,7 @@ struct Group {
 template <class S, bool Moves, class T, int Width, int Columns, class Index>
 WENGERT_DEVICE void load_lanes(T (&lanes)[Width][Columns], int k, const void* base, Index offset, int count) {
   const S* source = static_cast<const S*>(base) + offset;
-  if (!Moves) {
+  if constexpr (!Moves) {  // its element may be wider than the group's memory access
     const T value = widen<T>(Group<S, 1>::read_operand(source).items[0]);
     for (int w = 0; w < Width; ++w) lanes[w][k] = value;
   } else if (count == Width) {
@@ -84,6 +84,13 @@ WENGERT_DEVICE void load_lanes(T (&lanes)[Width][Columns], int k, const void* ba
   } else {
     for (int w = 0; w < Width; ++w) lanes[w][k] = w < count ? widen<T>(Group<S, 1>::read_operand(source + w).items[0]) : T(0);
   }
+}
+
+// The element lies in the parameter, in the place of its address.
+template <class S, class T, int Width, int Columns>
+WENGERT_DEVICE void load_immediate(T (&lanes)[Width][Columns], int k, const void* const* base) {
+  const T value = widen<T>(*reinterpret_cast<const S*>(base));
+  for (int w = 0; w < Width; ++w) lanes[w][k] = value;
 }
 
 template <class S, bool Accumulate, class T>

@@ -15,6 +15,7 @@ struct LoopView {
   fused::Dtype dtype;
   int bytes;
   std::int64_t strides[fused::kMaxRank];  // per loop, outer to inner, in elements
+  bool in_host_memory = false;            // operands only
 };
 
 struct LoopOutput : LoopView {
@@ -58,6 +59,7 @@ void Loops<Output>::collect(const fused::Program& program, std::span<const std::
     const OperandView& given = operands[loads[i]];
     LoopView& view = operands_[i];
     view.data = static_cast<char*>(const_cast<void*>(given.data));
+    view.in_host_memory = given.in_host_memory;
     view.dtype = given.dtype;
     view.bytes = fused::size_in_bytes(given.dtype);
     for (int k = 0; k < rank_; ++k) view.strides[k] = given.strides[axes[k]];

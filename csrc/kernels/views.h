@@ -10,6 +10,7 @@ struct OperandView {
   const void* data;
   fused::Dtype dtype;
   const std::int64_t* strides;  // one per loop, in elements; 0 = broadcast
+  bool in_host_memory = false;  // a single element that the host may read, whatever device the nest runs on
 };
 
 struct OutputView {

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
 #include <stdexcept>
 
@@ -14,6 +15,11 @@ namespace wengert::ops {
 namespace {
 
 std::atomic<std::uint64_t> launches{0};
+
+std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)>& evaluators() {
+  static std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)> table{};
+  return table;
+}
 
 // Below this many iterations a nest is not shared out: waking a thread costs more.
 constexpr std::int64_t kSerialElements = 32768;
@@ -59,16 +65,20 @@ c10::SmallVector<Int, 8> output_sizes(const c10::SmallVector<Int, 8>& extents, c
   return sizes;
 }
 
-std::vector<at::Tensor> fused_cpu(at::TensorList operands, std::string_view text) {
+// The kernel of every device that has an evaluator.
+std::vector<at::Tensor> fused_dense(at::TensorList operands, std::string_view text) {
   std::shared_ptr<const fused::Program> program = load(text);
   auto extents = infer_extents<std::int64_t>(*program, operands, [](const at::Tensor& t) { return t.sizes(); });
   const int rank = program->rank();
+  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
   c10::SmallVector<OperandView, 8> inputs;
   c10::SmallVector<std::int64_t, 64> strides(operands.size() * rank);
   for (std::size_t i = 0; i < operands.size(); ++i) {
     const at::Tensor& operand = operands[i];
-    TORCH_CHECK_VALUE(operand.device().is_cpu() && operand.layout() == at::kStrided,
-                      "wengert::fused: operands must be strided tensors on one device");
+    TORCH_CHECK_VALUE(operand.layout() == at::kStrided, "wengert::fused: operand ", i, " has layout ", operand.layout(),
+                      "; only strided tensors are supported");
+    TORCH_CHECK_VALUE(operand.device() == device, "wengert::fused: operand ", i, " is on ", operand.device(), ", operand 0 on ",
+                      device, "; all have to be on one device");
     TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
     for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
     inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
@@ -77,10 +87,10 @@ std::vector<at::Tensor> fused_cpu(at::TensorList operands, std::string_view text
   c10::SmallVector<OutputView, 4> outputs;
   results.reserve(program->outputs().size());
   for (const fused::OutputSpec& output : program->outputs()) {
-    results.push_back(at::empty(output_sizes(extents, output), at::device(at::kCPU).dtype(to_scalar_type(output.dtype))));
+    results.push_back(at::empty(output_sizes(extents, output), at::device(device).dtype(to_scalar_type(output.dtype))));
     outputs.push_back({results.back().mutable_data_ptr(), output.dtype, results.back().strides().data(), false});
   }
-  evaluate(*program, extents, inputs, outputs);
+  evaluate(device, *program, extents, inputs, outputs);
   return results;
 }
 
@@ -114,9 +124,25 @@ std::shared_ptr<const fused::Program> load(std::string_view text) {
 
 std::uint64_t launch_count() { return launches.load(std::memory_order_relaxed); }
 
-void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
-              std::span<const OutputView> outputs) {
+void evaluate(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
+              std::span<const OperandView> operands, std::span<const OutputView> outputs) {
+  const Evaluator evaluator = evaluators()[static_cast<std::size_t>(device.type())].load(std::memory_order_relaxed);
+  TORCH_CHECK(evaluator != nullptr, "wengert::fused: this build has no kernels for ", device);
   launches.fetch_add(1, std::memory_order_relaxed);
+  evaluator(device, program, extents, operands, outputs);
+}
+
+Evaluator exchange_evaluator(at::DeviceType type, Evaluator evaluator) {
+  return evaluators()[static_cast<std::size_t>(type)].exchange(evaluator);
+}
+
+bool can_evaluate(at::DeviceType type) { return evaluators()[static_cast<std::size_t>(type)].load() != nullptr; }
+
+namespace {
+
+// Threaded through at::parallel_for, with the same bits for any number of threads.
+void evaluate_on_cpu(at::Device, const fused::Program& program, std::span<const std::int64_t> extents,
+                     std::span<const OperandView> operands, std::span<const OutputView> outputs) {
   thread_local kernels::LoopNest scratch;
   kernels::LoopNest& nest = scratch;
   nest.prepare(program, extents, operands, outputs);
@@ -128,6 +154,10 @@ void evaluate(const fused::Program& program, std::span<const std::int64_t> exten
   nest.finish();
 }
 
+[[maybe_unused]] const Evaluator before = exchange_evaluator(at::kCPU, evaluate_on_cpu);
+
+}  // namespace
+
 std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("wengert::fused", "")
@@ -136,7 +166,8 @@ std::vector<at::Tensor> fused(at::TensorList operands, const std::string& progra
 }
 
 TORCH_LIBRARY(wengert, m) { m.def("fused(Tensor[] operands, str program) -> Tensor[]", {at::Tag::pt2_compliant_tag}); }
-TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_cpu); }
+TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_dense); }
+TORCH_LIBRARY_IMPL(wengert, CUDA, m) { m.impl("fused", fused_dense); }
 TORCH_LIBRARY_IMPL(wengert, Meta, m) { m.impl("fused", fused_meta); }
 
 }  // namespace wengert::ops

@@ -20,11 +20,16 @@ std::vector<at::Tensor> fused(at::TensorList operands, const std::string& progra
 using OperandView = kernels::OperandView;
 using OutputView = kernels::OutputView;
 
-// Evaluates the program over the nest on CPU memory, straight from and into the given windows; below autograd, threaded through
-// at::parallel_for, deterministic for any number of threads.  Windows of different outputs must not overlap, nor an output's
-// window and an operand's.
-void evaluate(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
-              std::span<const OutputView> outputs);
+// Evaluates the program over the nest in a device's memory, straight from and into the given windows; below autograd,
+// deterministic.  Windows of different outputs must not overlap, nor an output's window and an operand's.
+using Evaluator = void (*)(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
+                           std::span<const OperandView> operands, std::span<const OutputView> outputs);
+void evaluate(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
+              std::span<const OperandView> operands, std::span<const OutputView> outputs);
+
+// Each type of device has one evaluator, or none.  Returns the one before; tests put another in the place of the CPU's.
+Evaluator exchange_evaluator(at::DeviceType type, Evaluator evaluator);
+bool can_evaluate(at::DeviceType type);
 
 // Number of nests evaluated so far by this process.
 std::uint64_t launch_count();

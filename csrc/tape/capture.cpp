@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <optional>
 #include <string>
 #include <unordered_set>
 
@@ -23,7 +24,7 @@ void check_dtype(at::ScalarType dtype) {
   if (at::isQIntType(dtype)) throw Unsupported("quantised numbers");
 }
 
-// Only plain strided tensors in CPU memory can be read by the engine's kernels.
+// Only plain strided tensors can be read by the engine's kernels.
 void check_tensor(const at::Tensor& tensor) {
   static const c10::DispatchKeySet kForeign({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
                                              c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched,
@@ -31,7 +32,6 @@ void check_tensor(const at::Tensor& tensor) {
                                              c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
   if (tensor.key_set().has_any(kForeign)) throw Unsupported("a wrapped, lazily negated or subclass tensor");
   if (tensor.layout() != at::kStrided || tensor.is_nested()) throw Unsupported("a layout other than strided");
-  if (!tensor.device().is_cpu()) throw Unsupported("a device other than the CPU");
   if (tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) throw Unsupported("symbolic sizes");
   check_dtype(tensor.scalar_type());
 }
@@ -64,7 +64,6 @@ Meta read_meta(const autograd::InputMetadata& metadata) {
   if (metadata.is_tensor_subclass()) throw Unsupported("a tensor subclass");
   if (metadata.is_nested_tensor()) throw Unsupported("a nested tensor");
   if (metadata.layout() != at::kStrided) throw Unsupported("a layout other than strided");
-  if (!metadata.device().is_cpu()) throw Unsupported("a device other than the CPU");
   meta.dtype = c10::typeMetaToScalarType(metadata.dtype());
   check_dtype(meta.dtype);
   if (metadata.grad_dtype().has_value() && *metadata.grad_dtype() != meta.dtype) throw Unsupported("a gradient dtype of its own");
@@ -340,6 +339,30 @@ std::int64_t Take::concrete(const c10::SymInt& value) {
   return value.as_int_unchecked();
 }
 
+namespace {
+
+// The device of the graph's values, which has to be one.
+class OneDevice {
+ public:
+  void see(const autograd::InputMetadata& metadata) {
+    if (metadata.was_default_constructed()) return;
+    if (!device_) device_ = metadata.device();
+    if (*device_ != metadata.device()) throw Unsupported("tensors on several devices");
+  }
+  at::Device operator()(const std::vector<at::Tensor>& slots) const {
+    const at::Device device = device_.value_or(at::kCPU);
+    for (const at::Tensor& slot : slots) {
+      if (slot.device() != device && !(slot.is_cpu() && slot.dim() == 0)) throw Unsupported("tensors on several devices");
+    }
+    return device;
+  }
+
+ private:
+  std::optional<at::Device> device_;
+};
+
+}  // namespace
+
 Tape capture(at::TensorList outputs, at::TensorList inputs) {
   check_ambient();
   std::vector<autograd::Edge> output_edges, input_edges;
@@ -359,6 +382,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
   tape.nodes.resize(walk.order().size());
   tape.signature.reserve(32 * tape.nodes.size() + 64);
   SlotTable slots(tape.slots);
+  OneDevice device;
   for (std::size_t k = 0; k < tape.nodes.size(); ++k) {
     const Visit& visit = walk.visit(walk.order()[k]);
     Node& node = tape.nodes[k];
@@ -367,7 +391,11 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
     check_hooks(*visit.fn, visit.below);
     if (node.reader == &opaque_reader()) check_opaque(*visit.fn);
     node.outputs.reserve(visit.fn->num_inputs());
-    for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) node.outputs.push_back(read_meta(visit.fn->input_metadata(o)));
+    for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) {
+      const autograd::InputMetadata& metadata = visit.fn->input_metadata(o);
+      device.see(metadata);
+      node.outputs.push_back(read_meta(metadata));
+    }
     node.inputs.reserve(visit.fn->num_outputs());
     for (const autograd::Edge& edge : visit.fn->next_edges()) node.inputs.push_back(walk.value(edge));
     if (visit.below) {
@@ -376,6 +404,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
     }
     sign(tape.signature, node);
   }
+  tape.device = device(tape.slots);
   for (const autograd::Edge& edge : output_edges) tape.outputs.push_back(walk.value(edge));
   for (std::size_t i = 0; i < input_edges.size(); ++i) {
     tape.inputs.push_back(walk.input_reached(i) ? walk.value(input_edges[i]) : Value());

@@ -48,7 +48,8 @@ struct Node {
 };
 
 struct Tape {
-  std::vector<Node> nodes;  // a node stands before all nodes it leads to; leaves are nodes with no inputs
+  at::Device device = at::kCPU;  // of all its tensors, but for saved scalars: PyTorch keeps Python numbers on the CPU
+  std::vector<Node> nodes;       // a node stands before all nodes it leads to; leaves are nodes with no inputs
   std::vector<at::Tensor>
       slots;                   // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
   std::vector<Value> outputs;  // of the requested outputs; node = -1 where an output does not require grad

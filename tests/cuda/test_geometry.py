@@ -149,6 +149,23 @@ def test_element_types(wanted, compute):
     agree(operands, program(outputs, body, operands=len(operands), compute=compute), tolerance=exact)
 
 
+@pytest.mark.parametrize("sums", ["", " sum=0"], ids=["map", "sum"])
+def test_scalars_of_the_host_travel_in_the_parameters(sums):
+    """No kernel may read them from memory: the addresses are not among what it may touch."""
+    scalars = [torch.tensor(3).to(DTYPES[name]) for name in sorted(DTYPES)]
+    x, count = torch.randn(4, 16, dtype=torch.float64), len(scalars)
+    body = "t0 = mul a0 a1\n" + "".join(f"t{k} = add t{k - 1} a{k + 1}\n" for k in range(1, count))
+    text = program(f"out t{count - 1} f64{sums}\n", body, operands=count + 1)
+    (y,) = ptx_device.new_outputs(text, [x])
+    operands = [(x.data_ptr(), "f64", [16, 1])]
+    operands += [(s.data_ptr(), ptx_device.NAMES[s.dtype], [0, 0], True) for s in scalars]
+    plan = ptx_device.cuda.plan(text, [4, 16], operands, [(y.data_ptr(), "f64", list(y.stride()), False)])
+    ptx_device.execute(plan, [x, y])
+    (expected,) = reference.evaluate([x, *(s.view(1, 1) for s in scalars)], text)
+    torch.testing.assert_close(y, expected, **F64)
+    assert plan["bytes"] == plan["minimum_bytes"] == 8 * (x.numel() + y.numel())
+
+
 @pytest.mark.parametrize("wanted", ["bf16", "f16"])
 def test_rounding_to_16_bits(wanted):
     values = [torch.linspace(-70000, 70000, 2003), torch.logspace(-30, 5, 1003), torch.tensor([float("nan"), float("inf"), -0.0])]

@@ -1,8 +1,8 @@
 """Scalar functions: their Hessians are sparse, banded, low rank or dense, and couple several inputs."""
 
 import torch
+from end_to_end.test_structure import hand_layer_norm, heat, scores, shift_chain
 from support.zoo import Zoo
-from test_structure import hand_layer_norm, heat, scores, shift_chain
 
 zoo = Zoo()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib.util
+import math
 import pathlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from ptx import run
 from torch import Tensor
@@ -81,7 +85,7 @@ def aligned(count: int, alignment: int = 256) -> Tensor:
     return memory[start : start + count]
 
 
-def execute(plan: dict, memory: Sequence[Tensor], order: int = 0, seed: int = 0) -> list[str]:
+def execute(plan: dict, memory: Sequence[Tensor | np.ndarray], order: int = 0, seed: int = 0) -> list[str]:
     """Runs the launches of a plan; `memory` is all that kernels may touch, beside the workspace."""
     nvrtc()
     workspace = aligned(plan["workspace_bytes"])
@@ -121,3 +125,35 @@ def evaluate(
     results = list(outputs) if outputs is not None else new_outputs(text, operands)
     plan = make_plan(text, operands, results, accumulate, **limits)
     return Evaluation(results, plan, execute(plan, [*operands, *results], order, seed))
+
+
+def hull(address: int, dtype: str, strides: Sequence[int], extents: Sequence[int]) -> np.ndarray:
+    """The memory from the first to the last element of a window: all that a kernel may touch there."""
+    reach = [(extent - 1) * stride for extent, stride in zip(extents, strides)]
+    low, high = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
+    item = DTYPES[dtype].itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * ((high - low + 1) * item)).from_address(address + low * item))
+
+
+@contextlib.contextmanager
+def evaluating_nests() -> Iterator[list[int]]:
+    """Within the block every nest on CPU memory is evaluated by its CUDA kernels; gives the number of launches of each."""
+    launches: list[int] = []
+
+    def evaluate_nest(text: str, extents: list[int], operands: list[tuple], outputs: list[tuple]) -> None:
+        plan = cuda.plan(text, extents, operands, outputs)
+        launches.append(len(plan["launches"]))
+        if not plan["launches"]:
+            return
+        memory = [hull(*window, extents) for window in operands] if math.prod(extents) else []
+        for (address, dtype, strides, _), (_, _, axes) in zip(outputs, parse(text).outputs):
+            kept = [1 if k in axes else extent for k, extent in enumerate(extents)]
+            if math.prod(kept):
+                memory.append(hull(address, dtype, strides, kept))
+        execute(plan, memory)
+
+    _C.evaluate_with(evaluate_nest)
+    try:
+        yield launches
+    finally:
+        _C.evaluate_with(None)

@@ -19,7 +19,12 @@ from ._transforms import Transform, Wrapped
 from ._trees import batched, flatten, unflatten
 
 _torch_vmap = _torch.vmap  # kept from before any patching
-_cpu_generator = torch.default_generator
+
+
+def _generator(flat: list[Any]) -> torch.Generator:
+    """Where random numbers come from on the device of the arguments."""
+    device = next(x.device for x in flat if isinstance(x, Tensor))
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
 
 
 class BatchedTransform(Wrapped):
@@ -83,11 +88,12 @@ class BatchedTransform(Wrapped):
 
         Returns whether that holds, and the result.  It does not where torch forbids random numbers and some were drawn.
         """
-        state = _cpu_generator.get_state() if self.randomness == "error" else None
+        generator = _generator(flat)
+        state = generator.get_state() if self.randomness == "error" else None
         sample = unflatten([x if d is None else x.select(d, 0) for x, d in zip(flat, dims)], spec)
         result = self.func.at_point(sample, kwargs, self.name)
-        if state is not None and state.numpy().data != _cpu_generator.get_state().numpy().data:
-            _cpu_generator.set_state(state)
+        if state is not None and state.numpy().data != generator.get_state().numpy().data:
+            generator.set_state(state)
             return False, None
         return True, result.unsqueeze(self.out_dims) if type(result) is Tensor else tree_map(self._unsqueeze, result)
 

@@ -1,0 +1,106 @@
+"""The engine on the CUDA kernels' PTX: every nest of the zoo is planned, compiled and executed as on a GPU."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+import wengert
+from problems import LIBRARY
+from support import ptx_device
+from support.zoo import Source
+
+MODULES = ("architectures", "dynamics", "energies", "linalg", "modules", "semantics", "structure")
+CASES = {
+    f"{name}-{case.name}": case
+    for name in MODULES
+    for zoo in [getattr(importlib.import_module(f"end_to_end.test_{name}"), "zoo", ())]
+    for case in zoo
+}
+
+
+@pytest.fixture
+def nests():
+    ptx_device.nvrtc()
+    with ptx_device.evaluating_nests() as launches:
+        yield launches
+
+
+# Second derivatives meet no other kind of nest, but longer programs, which take NVRTC longer.
+SECOND = [name for name in CASES if name.startswith(("dynamics", "energies"))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_jacobians_of_the_zoo(name, nests):
+    if "jacobian" not in CASES[name].modes:
+        pytest.skip("torch itself does not serve this mode")
+    CASES[name].check("jacobian")
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_hessians_of_the_zoo(name, nests):
+    if "hessian" not in CASES[name].modes:
+        pytest.skip("torch itself does not serve this mode")
+    CASES[name].check("hessian")
+
+
+# ---------------------------------------------------------------------------------------------------------------- launch counts
+def chain(x, length):
+    for _ in range(length):
+        x = torch.sin(x) * 1.5 + 0.25
+    return x
+
+
+@pytest.mark.parametrize("length", (1, 2, 6, 20))
+def test_pointwise_jacobian_is_one_launch(length, nests):
+    x = torch.linspace(0.1, 1, 64, requires_grad=True)
+    y = chain(x, length)
+    nests.clear()
+    wengert.jacobian(y, x)
+    assert nests == [1]
+
+
+def test_gradient_of_six_operations_is_one_launch(nests):
+    fn, x = LIBRARY["chain"].build(Source(torch.float32), Source(torch.float32).positive, 256)
+    x = x.requires_grad_()
+    y = fn(x).sum()
+    nests.clear()
+    wengert.grad(y, x)
+    assert nests == [1]
+
+
+@pytest.mark.parametrize("form", ("batch_jacobian", "vmap"))
+def test_batched_cartpole_jacobian_takes_two_launches_at_most(form, nests):
+    fn, x = LIBRARY["cartpole"].build(Source(torch.float32), Source(torch.float32).positive, 64)
+    transformed = wengert.func.vmap(wengert.func.jacrev(fn))
+    nests.clear()
+    wengert.batch_jacobian(fn, x) if form == "batch_jacobian" else transformed(x)
+    assert 1 <= sum(nests) <= 2
+
+
+def test_several_launches_are_counted(nests):
+    """What the counts above rest on."""
+    x = torch.rand(40, 30, requires_grad=True)
+    y = (x.sin().sum(1).cos() * x[:, 0]).sum()
+    nests.clear()
+    wengert.grad(y, x)
+    assert sum(nests) >= 2
+
+
+def test_falls_back_with_one_warning_where_nothing_compiles():
+    def fail(*_):
+        raise wengert._C.cuda.CompileError("NVRTC: error: no such thing")
+
+    x = torch.linspace(0.1, 1, 7, requires_grad=True)
+    y = x.sin() * x
+    wengert._C.evaluate_with(fail)
+    try:
+        with pytest.warns(UserWarning, match="no such thing"):
+            first = wengert.jacobian(y, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = wengert.jacobian(y, x)
+    finally:
+        wengert._C.evaluate_with(None)
+    for ours in (first, second):
+        torch.testing.assert_close(ours, torch.diag(x.cos() * x + x.sin()).detach())
