@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
-import shutil
 import subprocess
 
 import ptx
 import pytest
+from support.toolkit import find_tool
 
 CSRC = pathlib.Path(__file__).parents[2] / "csrc"
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 @pytest.fixture(scope="session")
 def ptx_of(tmp_path_factory):
     """The PTX of a file, by its stem, for the oldest architecture that is built for."""
-    nvcc = find_nvcc()
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     folder = tmp_path_factory.mktemp("ptx")

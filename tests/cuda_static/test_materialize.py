@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 
@@ -136,6 +137,27 @@ def test_chunk_borders_fall_within_any_loop(execute):
         check(execute, 3 * chunk, [block(start, [3, 4, 5], [40, 9, 1]), block(start, [2, 3], [chunk, 2])], orders=(0,))
     check(execute, 3 * chunk, [block(2, [chunk // 2], [5])], orders=(0, 1))
     check(execute, 5 * chunk, [block(0, [5, chunk], [chunk, 1], moves=(1,))], orders=(0,))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_nests(execute, seed):
+    """Nests of random loops in random order and direction, over a few chunks; steps leave gaps or are as tight as they may be."""
+    rng = random.Random(seed)
+    count, blocks = 3 * CHUNK // 8 + rng.randrange(100), []
+    for _ in range(rng.randint(1, 4)):
+        loops, within = [], 0
+        for _ in range(rng.randint(0, 6)):
+            extent, step = rng.randint(1, 9), within + 1 + rng.choice([0, 0, rng.randrange(20)])
+            if within + step * (extent - 1) < count:
+                loops.append((extent, step))
+                within += step * (extent - 1)
+        rng.shuffle(loops)
+        flips = [rng.random() < 0.3 for _ in loops]
+        start = rng.randrange(count - within) + sum(step * (extent - 1) for (extent, step), flip in zip(loops, flips) if flip)
+        steps = [-step if flip else step for (_, step), flip in zip(loops, flips)]
+        moves = [k for k in range(len(loops)) if rng.random() < 0.8]
+        blocks.append(block(start, [extent for extent, _ in loops], steps, torch.float64, moves))
+    check(execute, count, blocks, torch.float64, rng.randrange(2), orders=(2,))
 
 
 def test_values_are_stored_as_they_are(execute):

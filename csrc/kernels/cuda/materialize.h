@@ -4,7 +4,8 @@
 // A thread block owns 16 KiB of the output, builds them in shared memory and stores them with 128-bit instructions.  Which
 // iterations of a block fall into the chunk follows from arithmetic alone: with loops sorted by falling step, each step larger
 // than all that the inner loops can reach, targets ascend with the iteration number, and the first iteration at or past a chunk's
-// border is found digit by digit.  Blocks are added one after the other, so overlapping blocks always sum in the same order.  The
+// border is found digit by digit.  Blocks are added one after the other, so overlapping blocks always sum in the same order, each
+// sum rounded to the dtype; where a block's range meets no earlier one its values are stored as they are.  The
 // chunk grid starts at the last 16-byte border before the output, so misaligned outputs are stored with full vectors too.
 #pragma once
 #include <optional>
