@@ -1,10 +1,7 @@
 """What the build with CUDA adds.  Elsewhere these tests are skipped, except for those of the sources."""
 
-import shutil
-import sysconfig
-from pathlib import Path
-
 import pytest
+from support.toolkit import find_tool
 
 
 def built_with_cuda() -> bool:
@@ -30,11 +27,10 @@ def gpu(cuda_build):
 
 @pytest.fixture(scope="session")
 def tool(cuda_build):
-    """Finds a program of the CUDA toolkit: on the PATH, beside nvcc, or among what PyTorch's compiler brings."""
-    homes = (Path("/usr/local/cuda/bin"), Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/bin")
+    """Finds a program of the CUDA toolkit."""
 
     def find(name: str) -> str:
-        path = shutil.which(name) or next((str(home / name) for home in homes if (home / name).exists()), None)
+        path = find_tool(name)
         if path is None:
             pytest.skip(f"{name} was not found")
         return path

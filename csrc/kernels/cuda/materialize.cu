@@ -123,10 +123,14 @@ __device__ __forceinline__ void materialize(const MaterializeParameters<Index>& 
 
 }  // namespace
 
-#define WENGERT_MATERIALIZE(name, T, Index)                                   \
-  extern "C" __global__ void __launch_bounds__(kMaterializeThreads)           \
-      name(const __grid_constant__ MaterializeParameters<Index> parameters) { \
-    materialize<T>(parameters);                                               \
+// Blocks that must fit a multiprocessor, 0 if ptxas may choose: for compute capability 12.0 it would spill 64-bit indices.
+template <class Index>
+constexpr int kSharing = sizeof(Index) > 4 ? 4 : 0;
+
+#define WENGERT_MATERIALIZE(name, T, Index)                                          \
+  extern "C" __global__ void __launch_bounds__(kMaterializeThreads, kSharing<Index>) \
+      name(const __grid_constant__ MaterializeParameters<Index> parameters) {        \
+    materialize<T>(parameters);                                                      \
   }
 WENGERT_MATERIALIZE(materialize_f32, float, std::int32_t)
 WENGERT_MATERIALIZE(materialize_f64, double, std::int32_t)
