@@ -1,17 +1,22 @@
 # make demo    set up .venv if needed, build the extension, run examples/quickstart.py
 # make test    the same set-up, then the tests
 # make opdb    the whole operator database instead of the sample that `make test` takes
+# make cuda-check  the build with CUDA, in an environment of its own (.venv-cuda), and the tests under it; needs nvcc, but no GPU
 # make lint    clang-format and ruff; `make format` mends what they can mend
 # Another PyTorch: make TORCH=torch==X.Y.Z demo.  Another Python: make PYTHON=python3.12 demo.
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
 PYTHON ?= python3
 TEST_JOBS ?= 2
 
 BIN := .venv/bin
 STAMPS := .venv/stamps
+CUDA_BIN := .venv-cuda/bin
+CUDA_STAMPS := .venv-cuda/stamps
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test opdb lint format clean torch-choice
+.PHONY: demo test opdb cuda-check lint format clean torch-choice cuda-torch-choice
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/build
@@ -23,6 +28,15 @@ test: $(STAMPS)/build
 opdb: $(STAMPS)/build
 	WENGERT_OPDB=all WENGERT_TEST_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/opdb
 
+ifeq ($(NVCC),)
+cuda-check:
+	@echo "cuda-check: SKIPPED, because nvcc was not found; install the CUDA toolkit and set CUDA_HOME, or put nvcc on the PATH."
+else
+cuda-check: $(CUDA_STAMPS)/build
+	$(CUDA_BIN)/python -m pytest -rs tests/cuda_build
+	WENGERT_TEST_THREADS=1 $(CUDA_BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal --ignore=tests/cuda_build
+endif
+
 lint: $(STAMPS)/requirements
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/ruff check .
@@ -32,23 +46,32 @@ format: $(STAMPS)/requirements
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build .venv pyext/*.egg-info pyext/wengert/_C*.so pyext/wengert/_build_info.py
+	rm -rf build .venv .venv-cuda pyext/*.egg-info pyext/wengert/_C*.so pyext/wengert/_build_info.py
 
-$(STAMPS)/venv:
+# The environment with CUDA has a PyTorch of its own, and an installed copy of the package: pyext holds the other build.
+$(STAMPS)/venv $(CUDA_STAMPS)/venv: %/stamps/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "wengert needs Python 3.10 or newer; say which with make PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv .venv || { echo "wengert: $(PYTHON) cannot make virtual environments; install its venv module."; exit 1; }
-	mkdir -p $(STAMPS)
+	$(PYTHON) -m venv $* || { echo "wengert: $(PYTHON) cannot make virtual environments; install its venv module."; exit 1; }
+	mkdir -p $(@D)
 	touch $@
 
 # Holds the PyTorch asked for; rewritten, and so newer than what hangs on it, only when that changes.
 $(STAMPS)/torch-choice: torch-choice $(STAMPS)/venv
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
-$(STAMPS)/requirements: requirements.txt $(STAMPS)/torch-choice
-	$(BIN)/python -m pip install --quiet '$(TORCH)' -r requirements.txt
+$(CUDA_STAMPS)/torch-choice: cuda-torch-choice $(CUDA_STAMPS)/venv
+	@echo '$(CUDA_TORCH)' | cmp -s - $@ || echo '$(CUDA_TORCH)' > $@
+
+$(STAMPS)/requirements $(CUDA_STAMPS)/requirements: %/stamps/requirements: requirements.txt %/stamps/torch-choice
+	$*/bin/python -m pip install --quiet "$$(cat $*/stamps/torch-choice)" -r requirements.txt
 	touch $@
 
-$(STAMPS)/build: $(STAMPS)/requirements setup.py pyproject.toml csrc/sources.txt $(CPP)
+SOURCES := setup.py pyproject.toml csrc/sources.txt $(CPP)
+$(STAMPS)/build: $(STAMPS)/requirements $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+$(CUDA_STAMPS)/build: $(CUDA_STAMPS)/requirements $(SOURCES) $(shell find pyext/wengert -name '*.py' ! -name _build_info.py)
+	WENGERT_CUDA=1 CUDA_HOME=$(NVCC:/bin/nvcc=) $(CUDA_BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
 	touch $@

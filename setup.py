@@ -2,6 +2,8 @@
 
 The ninja file is our own because BuildExtension knows one set of flags per language, while this build needs a precompiled
 header for the sources that see torch, none for those that do not, and a different instruction set per kernel file.
+
+CUDA is built in where this PyTorch has CUDA and nvcc is found.  WENGERT_CUDA=0 leaves it out, WENGERT_CUDA=1 insists on it.
 """
 
 import os
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import setup
@@ -23,6 +26,7 @@ SUPPORTED_TORCH = ("2.13", "2.14")  # minors whose autograd node structs the rea
 TORCH_FREE = ("blocks/", "fused/", "kernels/")  # rooms that include no torch headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *AVX2]
+CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # as far as nvcc knows them; TORCH_CUDA_ARCH_LIST says otherwise
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -60,10 +64,90 @@ def compiler() -> str:
     return cxx
 
 
-def sources() -> list[str]:
+@dataclass
+class Cuda:
+    """What compiling and linking CUDA code takes."""
+
+    nvcc: str
+    includes: list[str]  # folders of headers
+    runtime: str  # the shared library that the extension links
+    archs: list[str]  # flags that say which machine code to make
+
+
+def cuda() -> Cuda | None:
+    """The toolkit, or None where the extension is built for the CPU only."""
+    import torch
+
+    wanted = os.environ.get("WENGERT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        fail(f"WENGERT_CUDA is {wanted}; it must be 0 (without CUDA), 1 (with CUDA) or unset (with CUDA where it can be built).")
+    if wanted == "0":
+        return None
+    if torch.version.cuda is None:
+        if wanted == "1":
+            fail(f"WENGERT_CUDA=1, but the PyTorch that is installed ({torch.__version__}) has no CUDA; install one that has.")
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if wanted == "1":
+            fail("WENGERT_CUDA=1, but nvcc was not found; install the CUDA toolkit and set CUDA_HOME, or put nvcc on the PATH.")
+        print("wengert: this PyTorch has CUDA but nvcc was not found; building for the CPU only.", file=sys.stderr)
+        return None
+    return toolkit(nvcc)
+
+
+def find_nvcc() -> str | None:
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+
+
+def toolkit(nvcc: str) -> Cuda:
+    """Asks nvcc itself where its toolkit is: the nvcc that was found may be a link or a script."""
+    import torch
+
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    found = {}
+    for name, flag in (("INCLUDES", "-I"), ("LIBRARIES", "-L")):
+        line = re.search(rf"^#\$ {name}=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
+        found[flag] = [word.removeprefix(flag) for word in shlex.split(line.group(1))] if line else []
+    includes, libraries = found["-I"], found["-L"]
+    # The toolkit may lack the math libraries' headers; PyTorch's own dependencies bring them, and the runtime that PyTorch loads.
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    includes += [str(folder) for folder in sorted(packages.glob("*/include"))]
+    libraries = [*(str(folder) for folder in sorted(packages.glob("*/lib"))), *libraries]
+    runtimes = [path for folder in libraries for path in sorted(Path(folder).glob("libcudart.so*"))]
+    if not runtimes:
+        fail(f"no libcudart.so was found, neither beside {nvcc} nor in PyTorch's packages; the CUDA toolkit is incomplete.")
+    return Cuda(nvcc, includes, str(runtimes[0]), arch_flags(nvcc))
+
+
+def arch_flags(nvcc: str) -> list[str]:
+    asked = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if asked == [""]:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        asked = [arch for arch in CUDA_ARCHS if f"compute_{arch.replace('.', '')}" in known]
+        asked[-1:] = [f"{arch}+PTX" for arch in asked[-1:]]
+    flags = []
+    for arch in asked:
+        parsed = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if parsed is None:
+            fail(f"TORCH_CUDA_ARCH_LIST has {arch!r}; it must be a list such as '8.0;9.0+PTX'.")
+        number = parsed.group(1) + parsed.group(2)
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if parsed.group(3):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def sources(with_cuda: bool) -> list[str]:
     """csrc/sources.txt, the list that CMakeLists.txt reads too, without the files of other processors."""
     lines = (line.split("#")[0].strip() for line in (CSRC / "sources.txt").read_text().splitlines())
-    return [line for line in lines if line and (X86_64 or not is_simd(line))]
+    return [line for line in lines if line and (X86_64 or not is_simd(line)) and (with_cuda or not is_cuda(line))]
+
+
+def is_cuda(source: str) -> bool:
+    return source.endswith((".cu", "_cuda.cpp"))
 
 
 def is_simd(source: str) -> bool:
@@ -89,8 +173,8 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(cxx: str, build: Path, library: str) -> str:
-    """The text of build.ninja, which makes the shared object `library` in the folder `build`."""
+def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
+    """The text of build.ninja, which makes the shared object `library` in the folder `build`; `gpu`: with CUDA."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
@@ -100,12 +184,13 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
     torch_flags += ["-isystem", sysconfig.get_path("include"), "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]
     if sys.platform != "darwin":
         torch_flags.append("-fopenmp")  # without it at::parallel_for, a template of torch's headers, runs on one thread
-    libraries = library_paths()
     ccache = shutil.which("ccache")
     if ccache:
         torch_flags.append("-fpch-preprocess")  # lets ccache see which precompiled header a file was compiled with
-    link = ["-shared", *(f"-L{path}" for path in libraries), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    link = ["-shared", *(f"-L{path}" for path in library_paths()), *(f"-l{name}" for name in torch_libraries(gpu))]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
+    if gpu:
+        link.append(gpu.runtime)
     launcher = "env CCACHE_SLOPPINESS=pch_defines,time_macros ccache " if ccache else ""
     header = build / "torch_pch.h"
     lines = [
@@ -116,7 +201,7 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
         f"link = {quote(link)}",
         "rule plain",
         "  description = compile $in",
-        "  command = $cxx $base $simd -MD -MF $out.d -c $in -o $out",
+        "  command = $cxx $base $more -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule header",
@@ -126,7 +211,7 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
         "  deps = gcc",
         "rule torch",
         "  description = compile $in",
-        f"  command = $cxx $base $torch -include {shlex.quote(str(header))} -MD -MF $out.d -c $in -o $out",
+        f"  command = $cxx $base $torch -include {shlex.quote(str(header))} $more -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -134,17 +219,33 @@ def ninja_file(cxx: str, build: Path, library: str) -> str:
         f"  command = {cxx} $in $link -o $out",
         f"build {escape(header)}.gch: header {escape(header)}",
     ]
+    if gpu:
+        device = ["-std=c++17", "-O3", f"-I{CSRC}", "-ccbin", *shlex.split(cxx)[:1], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        lines += [
+            "rule nvcc",
+            "  description = compile $in",
+            f"  command = {launcher}{shlex.quote(gpu.nvcc)} {quote(device + gpu.archs)} -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
     objects = []
-    for source in sources():
-        object_file = escape(build / source.replace("/", "_").replace(".cpp", ".o"))
-        objects.append(object_file)
-        if source.startswith(TORCH_FREE):
-            text = f" | {embedded_headers()}" if source == "fused/device_headers.cpp" else ""
-            lines += [f"build {object_file}: plain {escape(CSRC / source)}{text}", f"  simd = {quote(simd_flags(source))}"]
-        else:
-            lines.append(f"build {object_file}: torch {escape(CSRC / source)} | {escape(header)}.gch")
+    for source in sources(gpu is not None):
+        rule = "nvcc" if source.endswith(".cu") else "plain" if source.startswith(TORCH_FREE) else "torch"
+        needs = f" | {escape(header)}.gch" if rule == "torch" else ""
+        if source == "fused/device_headers.cpp":
+            needs = f" | {embedded_headers()}"
+        more = simd_flags(source)
+        if source.endswith("_cuda.cpp"):
+            more = [word for folder in gpu.includes for word in ("-isystem", folder)]
+        objects.append(escape(build / (source.replace("/", "_").removesuffix(".cpp") + ".o")))
+        lines.append(f"build {objects[-1]}: {rule} {escape(CSRC / source)}{needs}")
+        lines += [f"  more = {quote(more)}"] if more else []
     lines += [f"build {escape(build / library)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
+
+
+def torch_libraries(gpu: Cuda | None) -> list[str]:
+    return ["c10", "torch_cpu", "torch", "torch_python", *(["c10_cuda", "torch_cuda"] if gpu else [])]
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -157,21 +258,20 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext):
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
 
-        if torch.version.cuda and CUDA_HOME is None:
-            print("wengert: this PyTorch has CUDA but nvcc was not found; building for the CPU only.", flush=True)
         cxx = compiler()
+        gpu = cuda()
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
         write_if_changed(build / "torch_pch.h", (CSRC / "common/torch_pch.h").read_text())
-        write_if_changed(build / "build.ninja", ninja_file(cxx, build, target.name))
+        write_if_changed(build / "build.ninja", ninja_file(cxx, build, target.name, gpu))
         jobs = os.environ.get("MAX_JOBS", "2")  # a translation unit with torch headers takes about 1.5 GiB
         self.run_ninja(["-C", str(build), "-j", jobs])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(build / target.name, target)
-        write_if_changed(target.parent / "_build_info.py", build_info(torch_minor()))
+        self.info = build_info(torch_minor(), gpu is not None)
+        write_if_changed(target.parent / "_build_info.py", self.info)
 
     def run_ninja(self, arguments):
         ninja = shutil.which("ninja", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
@@ -182,11 +282,31 @@ class NinjaBuild(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        write_if_changed(ROOT / "pyext/wengert/_build_info.py", build_info(torch_minor()))
+        write_if_changed(ROOT / "pyext/wengert/_build_info.py", self.info)
 
 
-def build_info(minor: str) -> str:
-    return f'"""Written by setup.py: what this copy of wengert was built for."""\n\nTORCH_MINOR = "{minor}"\n'
+def cmake_facts() -> str:
+    """Settings for CMakeLists.txt, which thus builds for the same PyTorch and the same GPUs."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    gpu = cuda()
+    facts = {
+        "TORCH_MINOR": [torch_minor()],
+        "TORCH_INCLUDES": include_paths(),
+        "TORCH_LIBRARY_DIRS": library_paths(),
+        "TORCH_LIBRARIES": torch_libraries(gpu),
+        "CUDA_PYTHON": [str(gpu is not None)],
+        "CUDA_NVCC": [gpu.nvcc] if gpu else [],
+        "CUDA_INCLUDES": gpu.includes if gpu else [],
+        "CUDA_RUNTIME": [gpu.runtime] if gpu else [],
+        "CUDA_ARCHS": gpu.archs if gpu else [],
+    }
+    return "".join(f'set({name} "{";".join(values)}")\n' for name, values in facts.items())
+
+
+def build_info(minor: str, with_cuda: bool) -> str:
+    title = '"""Written by setup.py: what this copy of wengert was built for."""'
+    return f'{title}\n\nTORCH_MINOR = "{minor}"\nCUDA = {with_cuda}\n'
 
 
 def main() -> None:
@@ -196,12 +316,15 @@ def main() -> None:
         setup(version=version(), install_requires=["torch"])
         return
     minor = torch_minor()
+    if sys.argv[1:] == ["--cmake"]:
+        print(cmake_facts(), end="")
+        return
     from torch.utils.cpp_extension import CppExtension
 
     setup(
         version=version(),
         install_requires=[f"torch=={minor}.*"],
-        ext_modules=[CppExtension("wengert._C", [f"csrc/{source}" for source in sources()])],
+        ext_modules=[CppExtension("wengert._C", [f"csrc/{source}" for source in sources(with_cuda=True)])],
         cmdclass={"build_ext": NinjaBuild},
     )
 

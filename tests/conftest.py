@@ -20,6 +20,20 @@ settings.register_profile("explore", deadline=None, max_examples=2000, suppress_
 settings.load_profile(os.environ.get("WENGERT_HYPOTHESIS_PROFILE", "suite"))
 
 
+DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
+
+
+def pytest_report_header():
+    return f"device: {torch.cuda.get_device_name(DEVICE) if DEVICE.type == 'cuda' and torch.cuda.is_available() else DEVICE}"
+
+
+def pytest_collection_modifyitems(items):
+    """A suite asked to run on a GPU never passes by running elsewhere."""
+    if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=f"WENGERT_TEST_DEVICE={DEVICE}, but there is no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def ambient_state():
     """Every test starts from the same seed and must leave torch's ambient state as it found it."""

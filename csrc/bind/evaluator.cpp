@@ -40,6 +40,8 @@ void evaluate_in_python(at::Device, const fused::Program& program, std::span<con
 
 void define_evaluator(py::module_ module) {
   module.def(
+      "can_evaluate", [](const std::string& device) { return ops::can_evaluate(at::Device(device).type()); }, py::arg("device"));
+  module.def(
       "evaluate_with",
       [](const py::object& callable) {
         static const ops::Evaluator own = ops::exchange_evaluator(at::kCPU, nullptr);

@@ -3,7 +3,7 @@
 
 namespace wengert::bind {
 
-// Lets tests evaluate nests on the CPU in another way.
+// Says where nests can be evaluated, and lets tests evaluate those on the CPU in another way.
 void define_evaluator(pybind11::module_ module);
 
 }  // namespace wengert::bind

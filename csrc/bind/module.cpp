@@ -5,6 +5,7 @@
 
 #include "accumulate/derivatives.h"
 #include "bind/cuda_plan.h"
+#include "bind/cuda_static.h"
 #include "bind/evaluator.h"
 #include "tape/tape.h"
 
@@ -113,6 +114,7 @@ PYBIND11_MODULE(_C, m) {
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
   wengert::bind::define_cuda(m.def_submodule("cuda"));
+  wengert::bind::define_cuda_static(m.attr("cuda"));
   wengert::bind::define_evaluator(m);
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);

@@ -246,7 +246,7 @@ const Reader* find_reader(const autograd::Node& fn) {
 }
 
 autograd::Edge input_edge(const at::Tensor& input) {
-  if (const NodePtr& fn = input.grad_fn()) return {fn, input.output_nr()};
+  if (const NodePtr& fn = input.grad_fn()) return {fn, static_cast<std::uint32_t>(input.output_nr())};
   return {autograd::impl::try_get_grad_accumulator(input), 0};
 }
 

@@ -1,7 +1,6 @@
 // Elementwise arithmetic and functions: the factor is a partial from the primitive table.
 #include <torch/csrc/autograd/generated/Functions.h>
-
-#include <limits>
+#include <torch/headeronly/version.h>
 
 #include "tape/build.h"
 
@@ -43,6 +42,10 @@ Pullback by_both(const Site& s) {
   const ExprId args[] = {f.read_if_saved(0), f.read_if_saved(1)};
   return f.finish(s.pool.partial(s.node.reader->prim, s.input, args, f.read_if_saved(2)));
 }
+// At ties and bounds PyTorch 2.14 chose anew: clamp with numbers gives 0 at a bound, where it gave 1; clamp with tensors, fmax
+// and fmin give half to each side, as maximum always did.
+constexpr bool kTiesShare = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14;
+
 template <class N>
 void both_row(Table& t, const char* name, Prim prim) {
   t.add<N>(
@@ -269,8 +272,8 @@ void add_binary(Table& t) {
   both_row<gen::Logaddexp2Backward0>(t, "Logaddexp2Backward0", Prim::logaddexp2);
   both_row<gen::MaximumBackward0>(t, "MaximumBackward0", Prim::maximum);
   both_row<gen::MinimumBackward0>(t, "MinimumBackward0", Prim::minimum);
-  both_row<gen::FmaxBackward0>(t, "FmaxBackward0", Prim::fmax);
-  both_row<gen::FminBackward0>(t, "FminBackward0", Prim::fmin);
+  both_row<gen::FmaxBackward0>(t, "FmaxBackward0", kTiesShare ? Prim::maximum : Prim::fmax);
+  both_row<gen::FminBackward0>(t, "FminBackward0", kTiesShare ? Prim::minimum : Prim::fmin);
   both_row<gen::FmodBackward1>(t, "FmodBackward1", Prim::fmod);
   both_row<gen::RemainderBackward1>(t, "RemainderBackward1", Prim::remainder);
   t.add<gen::HypotBackward0>(
@@ -346,34 +349,46 @@ void add_selections(Table& t) {
       "MaskedFillBackward0", [](Take& k, const gen::MaskedFillBackward0& n) { k.slot(n.mask_); }, kMaskedFill);
   t.add<gen::MaskedFillBackward1>(
       "MaskedFillBackward1", [](Take& k, const gen::MaskedFillBackward1& n) { k.slot(n.mask_); }, kMaskedFill);
-  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  static constexpr Prim kAbove = kTiesShare ? Prim::gt : Prim::ge, kBelow = kTiesShare ? Prim::lt : Prim::le;
   t.add<gen::ClampBackward1>(
       "ClampBackward1",
       [](Take& k, const gen::ClampBackward1& n) {
-        k.real(n.min.value_or(at::Scalar(-kInfinity)));
-        k.real(n.max.value_or(at::Scalar(kInfinity)));
+        for (const auto& bound : {n.min, n.max}) {
+          k.integer(bound.has_value());
+          k.real(bound.value_or(at::Scalar(0)));
+        }
         k.slot(n.self_);
       },
       [](const Site& s) {
         FactorBuilder f(s);
-        const ExprId args[] = {f.read(0), f.real(0), f.real(1)};
-        return f.complete() ? f.finish(s.pool.partial(Prim::clamp, 0, args, kNone)) : opaque();
+        const ExprId self = f.read(0);
+        if (!f.complete()) return opaque();
+        ExprId inside = kOne;
+        if (s.integer(1) != 0) inside = f.select(f.compare(kBelow, self, f.real(1)), inside, kZero);
+        if (s.integer(0) != 0) inside = f.select(f.compare(kAbove, self, f.real(0)), inside, kZero);
+        return f.finish(inside);
       });
   t.add<gen::ClampBackward0>(
       "ClampBackward0", [](Take& k, const gen::ClampBackward0&) { tabulate(k, 3); },
-      [](const Site& s) {  // a table of ones and zeros: what it masks is 0 even where the cotangent is infinite
+      [](const Site& s) {  // a table of 0, 1 and, at ties, 1/2: what it masks is 0 even where the cotangent is infinite
         if (!s.has(s.input) || s.slot(s.input).sizes() != at::IntArrayRef(s.y())) return opaque();
         FactorBuilder f(s);
-        return f.finish(f.select(f.compare(Prim::ne, f.read(s.input), f.constant(0)), kOne, kZero));
+        const ExprId share = f.read(s.input);
+        const ExprId given = f.select(f.compare(Prim::eq, share, f.constant(0.5)), f.constant(0.5), kOne);
+        return f.finish(f.select(f.compare(Prim::ne, share, f.constant(0)), given, kZero));
       });
   // One bound: a tensor or a number; the comparison that lets self through is the row's primitive.
   static constexpr Describe kTensorBound = [](const Site& s) {
     FactorBuilder f(s);
     const ExprId self = f.read(0), bound = f.read(1);
     if (!f.complete()) return opaque();
-    if (s.input == 0) return f.finish(f.select(f.compare(s.node.reader->prim, self, bound), kOne, kZero));
-    const Prim beyond = s.node.reader->prim == Prim::ge ? Prim::lt : Prim::gt;
-    return f.finish(f.select(f.compare(beyond, self, bound), kOne, kZero));
+    const Prim within = s.node.reader->prim;
+    if (kTiesShare) {
+      const ExprId args[] = {self, bound};
+      return f.finish(s.pool.partial(within == kAbove ? Prim::maximum : Prim::minimum, s.input, args, kNone));
+    }
+    if (s.input == 0) return f.finish(f.select(f.compare(within, self, bound), kOne, kZero));
+    return f.finish(f.select(f.compare(within == kAbove ? Prim::lt : Prim::gt, self, bound), kOne, kZero));
   };
   static constexpr Describe kNumberBound = [](const Site& s) {
     FactorBuilder f(s);
@@ -387,28 +402,28 @@ void add_selections(Table& t) {
         k.real(n.min);
         k.slot(n.self_);
       },
-      kNumberBound, Prim::ge);
+      kNumberBound, kAbove);
   t.add<gen::ClampMaxBackward0>(
       "ClampMaxBackward0",
       [](Take& k, const gen::ClampMaxBackward0& n) {
         k.real(n.max);
         k.slot(n.self_);
       },
-      kNumberBound, Prim::le);
+      kNumberBound, kBelow);
   t.add<gen::ClampMinBackward1>(
       "ClampMinBackward1",
       [](Take& k, const gen::ClampMinBackward1& n) {
         k.slot(n.self_);
         k.slot(n.min_);
       },
-      kTensorBound, Prim::ge);
+      kTensorBound, kAbove);
   t.add<gen::ClampMaxBackward1>(
       "ClampMaxBackward1",
       [](Take& k, const gen::ClampMaxBackward1& n) {
         k.slot(n.self_);
         k.slot(n.max_);
       },
-      kTensorBound, Prim::le);
+      kTensorBound, kBelow);
   zero_rows<gen::CeilBackward0, gen::FloorBackward0, gen::RoundBackward0, gen::RoundBackward1, gen::TruncBackward0,
             gen::SignBackward0, gen::BernoulliBackward0, gen::FillBackward0, gen::ZeroBackward0>(
       t, {"CeilBackward0", "FloorBackward0", "RoundBackward0", "RoundBackward1", "TruncBackward0", "SignBackward0",

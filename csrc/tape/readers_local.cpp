@@ -1,5 +1,6 @@
 // Ops that stay PyTorch's own: the node is called, with the axes it does not couple carried along.
 #include <torch/csrc/autograd/generated/Functions.h>
+#include <torch/headeronly/version.h>
 
 #include <algorithm>
 
@@ -117,7 +118,9 @@ void add_linear_algebra(Table& t) {
   t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
   t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);
   t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", matrix);
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 14  // later, cholesky is linalg_cholesky_ex
   t.add<gen::CholeskyBackward0>("CholeskyBackward0", matrix);
+#endif
   t.add<gen::CholeskyInverseBackward0>("CholeskyInverseBackward0", matrix);
   t.add<gen::CholeskySolveBackward0>("CholeskySolveBackward0", matrix);
   t.add<gen::TriangularSolveBackward0>("TriangularSolveBackward0",

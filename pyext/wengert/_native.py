@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pathlib
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ def _load() -> Any:
     check_torch(TORCH_MINOR, torch.__version__)
     from . import _C
 
+    if torch.version.cuda is not None:
+        _C.cuda.set_nvrtc(find_nvrtc() or "")  # opened when the first kernel is compiled
     return _C
 
 
@@ -33,6 +37,17 @@ def check_torch(built_for: str, installed: str) -> None:
         raise ImportError(
             f"this copy of wengert was built for PyTorch {built_for} but {installed} is installed; reinstall wengert."
         )
+
+
+def find_nvrtc() -> str | None:
+    """The compiler of CUDA kernels that PyTorch's own dependencies bring, or None: the system's may do."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):
+            for path in sorted(pathlib.Path(root).glob(pattern)):
+                if ".alt." not in path.name:
+                    return str(path)
+    return None
 
 
 class _Disabled:

