@@ -7,6 +7,7 @@
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
 #include "bind/evaluator.h"
+#include "tape/print.h"
 #include "tape/tape.h"
 
 namespace py = pybind11;
@@ -100,6 +101,9 @@ PYBIND11_MODULE(_C, m) {
       rows.append(row);
     }
     return rows;
+  });
+  m.def("tape", [](const Tensors& outputs, const Tensors& inputs) {
+    return wengert::tape::to_string(wengert::tape::capture(outputs, inputs));
   });
   m.def("plan", [](const Tensors& outputs, const Tensors& inputs, const std::string& kind) {
     using accumulate::Seed;
