@@ -1,4 +1,5 @@
 // The Python module wengert._C.  Nothing outside this room includes pybind11.
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -42,9 +43,10 @@ Tensors plain(const py::sequence& given) {
   return out;
 }
 
-// Runs f without the GIL; nodes written in Python take it back for themselves.
+// Runs f without the GIL; nodes written in Python take it back for themselves.  Warnings become Python's.
 template <class F>
 auto released(F&& f) {
+  torch::PyWarningHandler warnings;
   py::gil_scoped_release release;
   return f();
 }

@@ -9,8 +9,8 @@ namespace {
 
 // A program beyond these sizes no longer fits the instruction cache and the register file of the interpreter; values are forced
 // before.
-constexpr int kMaxInstructions = 192;
-constexpr std::size_t kMaxOperands = 24;
+constexpr int kMaxInstructions = 384;
+constexpr std::size_t kMaxOperands = 64;
 // Below this many multiplications one fused loop nest beats a separate matrix product.
 constexpr std::int64_t kMinMatmulWork = 8192;
 // A sub-value is computed on its own if that saves this much of the joint nest, and the nest is not tiny.
