@@ -51,20 +51,38 @@ at::Tensor zeros(const Slot& slot, at::Device device) {
   return at::from_blob(data, slot.shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
 }
 
-// The tensor's elements at the read's coordinates, as a view over the given loops; sees only metadata, so it costs no dispatch.
-at::Tensor window(const at::Tensor& tensor, const Read& read, const blocks::Shape& extents,
+// The tensor's elements at some coordinates, as a view over the given loops; sees only metadata, so it costs no dispatch.
+at::Tensor window(const at::Tensor& tensor, const std::vector<Affine>& axes, const blocks::Shape& extents,
                   const std::vector<std::size_t>& loops) {
   std::int64_t offset = tensor.storage_offset();
   c10::SmallVector<std::int64_t, 8> sizes, strides;
-  for (std::size_t a = 0; a < read.axes.size(); ++a) offset += read.axes[a].start * tensor.stride(static_cast<std::int64_t>(a));
+  for (std::size_t a = 0; a < axes.size(); ++a) offset += axes[a].start * tensor.stride(static_cast<std::int64_t>(a));
   for (std::size_t k : loops) {
     std::int64_t stride = 0;
-    for (std::size_t a = 0; a < read.axes.size(); ++a)
-      stride += read.axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
+    for (std::size_t a = 0; a < axes.size(); ++a) stride += axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
     sizes.push_back(extents[k]);
     strides.push_back(stride);
   }
   return at::as_strided(tensor, sizes, strides, offset);
+}
+
+// A large product of two windows, say an outer product of each sample: the interpreter gathers short rows, ATen's loop need not.
+bool is_product(const Evaluate& step, const Plan& plan) {
+  constexpr std::int64_t kLarge = 1 << 17;
+  const fused::Bytecode& code = step.program->bytecode();
+  if (code.instructions.size() != 1 || code.instructions[0].prim != fused::Prim::mul || code.loads.size() != 2) return false;
+  const fused::OutputSpec& output = step.program->outputs()[0];
+  if (step.targets.size() != 1 || output.reduced != 0 || step.targets[0].accumulate) return false;
+  for (const Read& read : step.operands) {
+    if (plan.slots[read.slot].dtype != output.dtype) return false;
+  }
+  return output.dtype == step.program->compute() && blocks::numel(step.extents) >= kLarge;
+}
+
+std::vector<std::size_t> all_loops(const blocks::Shape& extents) {
+  std::vector<std::size_t> loops(extents.size());
+  for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
+  return loops;
 }
 
 class MemoryRun : public Run<MemoryRun> {
@@ -82,6 +100,14 @@ class MemoryRun : public Run<MemoryRun> {
   }
 
   void run(const Evaluate& step) {
+    if (tape_.device.is_cpu() && is_product(step, plan_)) {
+      const std::vector<std::size_t> loops = all_loops(step.extents);
+      auto view = [&](const auto& at) { return window(made(at.slot), at.axes, step.extents, loops); };
+      at::Tensor out = view(step.targets[0]);
+      const std::vector<std::int32_t>& loads = step.program->bytecode().loads;
+      at::mul_out(out, view(step.operands[loads[0]]), view(step.operands[loads[1]]));
+      return;
+    }
     const std::size_t n = step.extents.size();
     c10::SmallVector<std::int64_t, 128> strides;
     c10::SmallVector<ops::OperandView, 32> operands;
@@ -121,9 +147,10 @@ class MemoryRun : public Run<MemoryRun> {
 
   void run(const Matmul& step) {
     count_matmul();
-    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape,
-                                          window(on_device(made(step.a.slot)), step.a, step.extents, matmul_axes(step, true)),
-                                          window(on_device(made(step.b.slot)), step.b, step.extents, matmul_axes(step, false)));
+    slots_[step.out] =
+        accumulate::matmul(step, plan_.slots[step.out].shape,
+                           window(on_device(made(step.a.slot)), step.a.axes, step.extents, matmul_axes(step, true)),
+                           window(on_device(made(step.b.slot)), step.b.axes, step.extents, matmul_axes(step, false)));
   }
 
   void run(const Take& step) {
@@ -132,10 +159,9 @@ class MemoryRun : public Run<MemoryRun> {
   }
 
   void run(const PutAdd& step) {
-    std::vector<std::size_t> loops(step.extents.size());
-    for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
-    const at::Tensor index = window(on_device(made(step.index.slot)), step.index, step.extents, loops).reshape(-1);
-    const at::Tensor value = window(on_device(made(step.value.slot)), step.value, step.extents, loops).reshape(-1);
+    const std::vector<std::size_t> loops = all_loops(step.extents);
+    const at::Tensor index = window(on_device(made(step.index.slot)), step.index.axes, step.extents, loops).reshape(-1);
+    const at::Tensor value = window(on_device(made(step.value.slot)), step.value.axes, step.extents, loops).reshape(-1);
     at::Tensor out = made(step.out).view(-1);
     if (tape_.device.is_cpu()) {
       out.index_add_(0, index, value);

@@ -31,7 +31,7 @@ void LoopNest::Chunk::setup(bool fresh) {
   tile = static_cast<int>(tile_bytes) / element;
   lanes = nest.backend_->vector_bytes / element;
   if (fresh) {
-    memory = scratch.reserve(registers * tile_bytes);
+    memory = scratch.reserve(kTileStart + registers * (tile_bytes + kTileGap));
     scratch.registers.resize(registers);
     for (std::size_t r = 0; r < registers; ++r) scratch.registers[r] = tile_at(r);
     for (std::size_t c = 0; c < constants; ++c) {

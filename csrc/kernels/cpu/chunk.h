@@ -12,7 +12,10 @@ namespace wengert::kernels {
 
 inline constexpr std::int64_t kShortRow = 256;  // rows shorter than this share a tile
 inline constexpr int kCacheLine = 64;
-inline constexpr std::size_t kTileBytes = 2048, kLargestTile = 8192;
+inline constexpr std::size_t kTileBytes = 2048, kLargestTile = 4096;
+// Loads and stores whose addresses agree in the last 12 bits wait for each other, and outputs often begin on a page: tiles do
+// not.
+inline constexpr std::size_t kTileStart = 2048, kTileGap = 128;
 inline constexpr std::size_t kCacheBytes = 32 * 1024;  // tiles of all registers together, to stay in the L1 cache
 
 // Buffers of one thread.
@@ -67,7 +70,7 @@ struct LoopNest::Chunk {
     if (output.partials) return nest.partials_.data() + index * nest.partial_sums_ + output.offset;
     return scratch.sums.data() + output.offset;
   }
-  char* tile_at(std::size_t which) const { return memory + which * tile_bytes; }
+  char* tile_at(std::size_t which) const { return memory + kTileStart + which * (tile_bytes + kTileGap); }
   char* base_of(const View& view) const { return view.data + first * view.strides[nest.chunked_] * view.bytes; }
 
   void setup(bool fresh);

@@ -17,10 +17,33 @@ using fused::Prim;
 using fused::widen;
 
 // ------------------------------------------------------------------------------------------------------------------ primitives
+// An instruction or two a vector: there a loop's own bookkeeping costs as much, so it is unrolled, for each pattern of arguments.
+template <class Op, Prim... P>
+constexpr bool kOneOf = (std::is_same_v<Op, fused::prim::Op<P>> || ...);
+template <class Op>
+constexpr bool kCheap =
+    kOneOf<Op, Prim::add, Prim::sub, Prim::mul, Prim::div, Prim::neg, Prim::abs, Prim::square, Prim::reciprocal, Prim::sqrt,
+           Prim::relu, Prim::lt, Prim::le, Prim::gt, Prim::ge, Prim::eq, Prim::ne>;
+
 template <class T, class Op, int... K>
 struct TileKernel {
+  template <unsigned Varying>
+  static void sweep(T* out, const T* const* in, int n) {
+    constexpr int kLanes = Vec<T>::kLanes;
+    const Vec<T> fixed[] = {Vec<T>::load(in[K])...};
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i += kLanes) Op::value((Varying >> K & 1 ? Vec<T>::load(in[K] + i) : fixed[K])...).store(out + i);
+  }
+
   static void run(void* result, const void* const* args, unsigned varying, int n) {
     constexpr int kLanes = Vec<T>::kLanes;
+    if constexpr (kCheap<Op>) {
+      const T* in[] = {static_cast<const T*>(args[K])...};
+      constexpr unsigned kAll = (1u << sizeof...(K)) - 1;
+      if (varying == kAll) return sweep<kAll>(static_cast<T*>(result), in, n);
+      if (varying == 1) return sweep<1>(static_cast<T*>(result), in, n);
+      if (varying == 2) return sweep<(kAll & 2)>(static_cast<T*>(result), in, n);
+    }
     T* out = static_cast<T*>(result);
     const T* in[] = {static_cast<const T*>(args[K])...};
     const std::ptrdiff_t step[] = {(varying >> K & 1 ? kLanes : 0)...};
