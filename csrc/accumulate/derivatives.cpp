@@ -62,8 +62,9 @@ PlanCache& plan_cache() {
   return cache;
 }
 
-std::shared_ptr<const blocks::Plan> plan_for(const tape::Tape& tape, const Request& request) {
-  std::vector<std::int64_t> key = tape.signature;
+// Uses the tape's signature up.
+std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
+  std::vector<std::int64_t> key = std::move(tape.signature);
   key.push_back(static_cast<std::int64_t>(request.seed));
   for (const Cotangent& cotangent : request.cotangents) {
     key.push_back(cotangent.given);
@@ -89,7 +90,7 @@ std::shared_ptr<const blocks::Plan> plan_for(const tape::Tape& tape, const Reque
   return plan;
 }
 
-std::vector<at::Tensor> run(const tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
+std::vector<at::Tensor> run(tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
   const std::shared_ptr<const blocks::Plan> plan = plan_for(tape, request);
   try {
     return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
@@ -116,7 +117,7 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
 }
 
 TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph) {
-  const tape::Tape tape = capture(outputs, inputs, create_graph);
+  tape::Tape tape = capture(outputs, inputs, create_graph);
   return rows(run(tape, {.seed = seed, .cotangents = {}}, {}, create_graph), inputs.size());
 }
 

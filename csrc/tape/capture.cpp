@@ -11,6 +11,7 @@
 #include <string>
 #include <unordered_set>
 
+#include "common/pointer_index.h"
 #include "tape/reader.h"
 
 namespace wengert::tape {
@@ -73,44 +74,6 @@ Meta read_meta(const autograd::InputMetadata& metadata) {
   return meta;
 }
 
-// Graph nodes found so far; open addressing, as the walk looks every edge up.
-class NodeIndex {
- public:
-  NodeIndex() : cells_(256, Cell{nullptr, -1}) {}
-
-  std::int32_t& operator[](const autograd::Node* fn) {
-    if (2 * ++filled_ > cells_.size()) grow();
-    Cell& cell = locate(fn);
-    if (cell.fn == fn) {
-      --filled_;
-    } else {
-      cell.fn = fn;
-    }
-    return cell.index;
-  }
-
- private:
-  struct Cell {
-    const autograd::Node* fn;
-    std::int32_t index;
-  };
-  Cell& locate(const autograd::Node* fn) {
-    const std::size_t mask = cells_.size() - 1;
-    std::size_t at = (reinterpret_cast<std::uintptr_t>(fn) >> 4) * 0x9E3779B97F4A7C15ull >> 20 & mask;
-    while (cells_[at].fn != nullptr && cells_[at].fn != fn) at = (at + 1) & mask;
-    return cells_[at];
-  }
-  void grow() {
-    std::vector<Cell> old(2 * cells_.size(), Cell{nullptr, -1});
-    old.swap(cells_);
-    for (const Cell& cell : old) {
-      if (cell.fn != nullptr) locate(cell.fn) = cell;
-    }
-  }
-  std::vector<Cell> cells_;
-  std::size_t filled_ = 0;
-};
-
 struct Visit {
   autograd::Node* fn;
   std::int32_t first_request = -1;  // head of the chain of requested inputs that are outputs of this node
@@ -124,6 +87,9 @@ class Walk {
  public:
   Walk(const std::vector<autograd::Edge>& outputs, const std::vector<autograd::Edge>& inputs)
       : outputs_(outputs), inputs_(inputs), next_request_(inputs.size(), -1), input_reached_(inputs.size(), false) {
+    constexpr std::size_t kUsual = 64;  // nodes
+    visits_.reserve(kUsual);
+    order_.reserve(kUsual);
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].function) continue;
       Visit& visit = visits_[find(inputs[i].function.get())];
@@ -169,7 +135,7 @@ class Walk {
       std::int32_t visit;
       std::uint32_t edge;
     };
-    std::vector<Frame> stack;
+    c10::SmallVector<Frame, 32> stack;
     const auto enter = [&](autograd::Node* fn) {
       const std::int32_t index = find(fn);
       if (visits_[index].seen) return;
@@ -221,7 +187,7 @@ class Walk {
 
   const std::vector<autograd::Edge>& outputs_;
   const std::vector<autograd::Edge>& inputs_;
-  NodeIndex index_;
+  common::PointerIndex index_;
   std::vector<Visit> visits_;
   std::vector<std::int32_t> order_;
   std::vector<std::int32_t> next_request_;
@@ -254,8 +220,10 @@ void sign(std::vector<std::int64_t>& signature, const Value& value) {
   signature.push_back(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
 }
 
-template <class T>
-void sign(std::vector<std::int64_t>& signature, const std::vector<T>& list) {
+template <class List>
+  requires requires(const List& list) { list.size(); }
+void sign(std::vector<std::int64_t>& signature, const List& list) {
+  using T = typename List::value_type;
   signature.push_back(std::ssize(list));
   for (const T& item : list) {
     if constexpr (std::is_same_v<T, double>) {
@@ -296,22 +264,21 @@ void sign(std::vector<std::int64_t>& signature, const at::Tensor& slot) {
 std::int32_t SlotTable::add(at::Tensor tensor) {
   check_tensor(tensor);
   const void* data = tensor.const_data_ptr();
-  const auto [first, last] = by_data_.equal_range(data);
-  for (auto known = first; known != last; ++known) {
-    const at::Tensor& other = slots_[known->second];
-    if (other.is_same(tensor)) return known->second;
+  std::int32_t& latest = by_data_[data];
+  for (std::int32_t known = latest; known >= 0; known = before_[known]) {
+    const at::Tensor& other = slots_[known];
+    if (other.is_same(tensor)) return known;
     if (other.scalar_type() != tensor.scalar_type() || other.sizes() != tensor.sizes() || other.strides() != tensor.strides() ||
         !other.storage().is_alias_of(tensor.storage()) || other.requires_grad() != tensor.requires_grad()) {
       continue;
     }
-    if (!tensor.requires_grad()) return known->second;
+    if (!tensor.requires_grad()) return known;
     const NodePtr& fn = tensor.grad_fn();
-    if (fn && fn == other.grad_fn() && tensor.output_nr() == other.output_nr()) return known->second;
+    if (fn && fn == other.grad_fn() && tensor.output_nr() == other.output_nr()) return known;
   }
-  const auto slot = static_cast<std::int32_t>(slots_.size());
   slots_.push_back(std::move(tensor));
-  by_data_.emplace(data, slot);
-  return slot;
+  before_.push_back(latest);
+  return latest = static_cast<std::int32_t>(before_.size()) - 1;
 }
 
 at::Tensor Take::unpack(const SavedVariable& saved, bool is_result) const {
@@ -418,7 +385,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
 bool has_other_leaves(at::TensorList outputs, at::TensorList inputs) {
   std::unordered_set<const at::TensorImpl*> own;
   for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
-  NodeIndex seen;
+  common::PointerIndex seen;
   std::vector<autograd::Node*> stack;
   const auto enter = [&](const NodePtr& fn) {
     std::int32_t& mark = seen[fn.get()];

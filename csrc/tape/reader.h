@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/pointer_index.h"
 #include "tape/tape.h"
 
 namespace wengert::tape {
@@ -29,7 +30,8 @@ class SlotTable {
 
  private:
   std::vector<at::Tensor>& slots_;
-  std::unordered_multimap<const void*, std::int32_t> by_data_;
+  common::PointerIndex by_data_;      // the latest slot at an address
+  std::vector<std::int32_t> before_;  // of each slot: the one before at the same address
 };
 
 // What a row sees while its node is read.  Everything describe() depends on must be taken here, as it makes the signature.

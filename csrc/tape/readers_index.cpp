@@ -336,7 +336,7 @@ void add_masked(Table& t) {
         k.integers(both[0].sizes());
         k.derived(both[0].reshape({-1}).nonzero().squeeze(1));
       },
-      [](const Site& s) { return picked_flat(s, s.node.ints); });
+      [](const Site& s) { return picked_flat(s, Shape(s.node.ints.begin(), s.node.ints.end())); });
   t.add<gen::MaskedScatterBackward0>(
       "MaskedScatterBackward0",
       [](Take& k, const gen::MaskedScatterBackward0& n) {

@@ -1,6 +1,7 @@
 // The autograd graph below some outputs, down to some inputs, read once into plain data.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/edge.h>
 
 #include <cstdint>
@@ -39,12 +40,13 @@ struct Reader;  // one row of the reader table: node name, how to read it, how t
 struct Node {
   const Reader* reader = nullptr;  // never null; nodes without a row of their own share the opaque row
   NodePtr fn;
-  std::vector<std::int64_t> ints;  // what the reader took from the node; meaning private to its row
-  std::vector<double> reals;
-  std::vector<std::int32_t> slots;                // saved tensors, -1 where absent or not needed
+  // Few of each in most nodes; allocating them would cost as much as reading the node.
+  c10::SmallVector<std::int64_t, 4> ints;  // what the reader took from the node; meaning private to its row
+  c10::SmallVector<double, 2> reals;
+  c10::SmallVector<std::int32_t, 4> slots;        // saved tensors, -1 where absent or not needed
   std::shared_ptr<const fused::Program> program;  // nodes of wengert::fused only
-  std::vector<Value> inputs;                      // one per next edge; node = -1 where no requested input is reached through it
-  std::vector<Meta> outputs;                      // one per output of the forward op
+  c10::SmallVector<Value, 3> inputs;              // one per next edge; node = -1 where no requested input is reached through it
+  c10::SmallVector<Meta, 1> outputs;              // one per output of the forward op
 };
 
 struct Tape {

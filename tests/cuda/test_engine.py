@@ -8,6 +8,7 @@ import torch
 import wengert
 from problems import LIBRARY
 from support import ptx_device
+from support.check import check_against_torch
 from support.zoo import Source
 
 MODULES = ("architectures", "dynamics", "energies", "linalg", "modules", "semantics", "structure")
@@ -35,6 +36,16 @@ def test_jacobians_of_the_zoo(name, nests):
     if "jacobian" not in CASES[name].modes:
         pytest.skip("torch itself does not serve this mode")
     CASES[name].check("jacobian")
+
+
+PROBLEMS = [name for name, problem in LIBRARY.items() if problem.small is not None]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_jacobians_of_the_benchmark_problems(name, nests):
+    problem, source = LIBRARY[name], Source(torch.float64)
+    fn, x = problem.build(source, source.positive, problem.small)
+    check_against_torch(fn, x, modes=("jacobian",))
 
 
 @pytest.mark.parametrize("name", SECOND)
