@@ -70,11 +70,11 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
 
 
 def _batch_size(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> int:
-    shapes = [t.shape for t in (*inputs, *outputs)]
-    size = shapes[0][0] if shapes and shapes[0] else None
-    if size is None or not all(shape and shape[0] == size for shape in shapes):
-        listed = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"batch_jacobian needs inputs and outputs with the same batch size in front, but got shapes {listed}")
+    tensors = (*inputs, *outputs)
+    size = tensors[0].size(0) if tensors and tensors[0].dim() else None
+    if size is None or not all(t.dim() and t.size(0) == size for t in tensors):
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ValueError(f"batch_jacobian needs inputs and outputs with the same batch size in front, but got shapes {shapes}")
     return size
 
 
