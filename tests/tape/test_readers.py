@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import wengert
 from wengert import _C
 
 INDEX = torch.tensor([2, 0])
@@ -126,3 +127,17 @@ def test_hooks_are_refused():
     y.register_hook(lambda g: g)
     with pytest.raises(_C.Unsupported, match="hooks"):
         _C.tape([y * 2], [x])
+
+
+def test_a_graph_over_several_devices_is_refused():
+    """The meta device stands for any second one."""
+    x = leaf()
+    with pytest.raises(_C.Unsupported, match="several devices"):
+        _C.tape([x.sin().to("meta") * 2], [x])
+
+
+def test_a_device_without_kernels_takes_pytorchs_path():
+    x = torch.rand(3, device="meta", requires_grad=True)
+    with pytest.raises(_C.Unsupported, match="no kernels"):
+        _C.jacobian([x.sin()], [x], False)
+    assert wengert.jacobian(x.sin(), x).shape == (3, 3)
