@@ -20,13 +20,6 @@ using Strides = std::vector<std::int64_t>;
 using Operand = std::tuple<std::uintptr_t, std::string, Strides, bool>;  // the last: whether it lies in host memory
 using Output = std::tuple<std::uintptr_t, std::string, Strides, bool>;
 
-fused::Dtype dtype_of(const std::string& name) {
-  for (int i = 0; i < fused::kDtypeCount; ++i) {
-    if (name == fused::name(static_cast<fused::Dtype>(i))) return static_cast<fused::Dtype>(i);
-  }
-  throw std::invalid_argument("unknown dtype '" + name + "'");
-}
-
 cuda::Limits limits_of(const py::dict& given) {
   cuda::Limits limits;
   for (auto [key, value] : given) {
@@ -126,6 +119,13 @@ py::dict headers() {
 }
 
 }  // namespace
+
+fused::Dtype dtype_of(const std::string& name) {
+  for (int i = 0; i < fused::kDtypeCount; ++i) {
+    if (name == fused::name(static_cast<fused::Dtype>(i))) return static_cast<fused::Dtype>(i);
+  }
+  throw std::invalid_argument("unknown dtype '" + name + "'");
+}
 
 void define_cuda(py::module_ module) {
   module.doc() = "Plans and compilation of CUDA kernels; neither needs a GPU.";

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "bind/cuda_plan.h"
 #include "fused/program.h"
 #include "kernels/cuda/materialize.h"
 #include "kernels/cuda/segment_sum.h"
@@ -18,13 +19,6 @@ namespace {
 
 using Integers = std::vector<std::int64_t>;
 using MaterializeBlock = std::tuple<std::int64_t, Integers, Integers, std::uintptr_t, Integers>;
-
-fused::Dtype dtype_of(const std::string& name) {
-  for (int i = 0; i < fused::kDtypeCount; ++i) {
-    if (name == fused::name(static_cast<fused::Dtype>(i))) return static_cast<fused::Dtype>(i);
-  }
-  throw std::invalid_argument("unknown dtype '" + name + "'");
-}
 
 template <class T>
 T* at(std::uintptr_t address) {

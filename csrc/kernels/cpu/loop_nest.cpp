@@ -28,40 +28,7 @@ void LoopNest::prepare(const fused::Program& program, std::span<const std::int64
   program_ = &program;
   backend_ = &backend();
   wide_ = program.compute() == Dtype::f64;
-  const std::vector<std::int32_t>& loads = program.bytecode().loads;
-  operands_.resize(loads.size());
-  outputs_.resize(outputs.size());
-  elements_ = 1;
-  rank_ = 0;
-  std::int64_t axes[kMaxLoops];
-  for (std::size_t axis = 0; axis < extents.size(); ++axis) {
-    elements_ *= extents[axis];
-    if (extents[axis] == 1) continue;
-    axes[rank_] = static_cast<std::int64_t>(axis);
-    extents_[rank_++] = extents[axis];
-  }
-  for (std::size_t i = 0; i < loads.size(); ++i) {
-    const OperandView& given = operands[loads[i]];
-    View& view = operands_[i];
-    view.data = static_cast<char*>(const_cast<void*>(given.data));
-    view.dtype = given.dtype;
-    view.bytes = fused::size_in_bytes(given.dtype);
-    for (int k = 0; k < rank_; ++k) view.strides[k] = given.strides[axes[k]];
-  }
-  for (std::size_t i = 0; i < outputs.size(); ++i) {
-    const OutputView& given = outputs[i];
-    Output& view = outputs_[i];
-    view.data = static_cast<char*>(given.data);
-    view.dtype = given.dtype;
-    view.bytes = fused::size_in_bytes(given.dtype);
-    view.accumulate = given.accumulate;
-    view.reduced = 0;
-    for (int k = 0; k < rank_; ++k) {
-      bool reduced = program.outputs()[i].reduced >> axes[k] & 1;
-      view.reduced |= static_cast<std::uint32_t>(reduced) << k;
-      view.strides[k] = reduced ? 0 : given.strides[axes[k]];
-    }
-  }
+  collect(program, extents, operands, outputs);
   if (elements_ == 0) {
     chunks_ = 0;
     return;
