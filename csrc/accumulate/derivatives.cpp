@@ -3,6 +3,7 @@
 #include <c10/util/hash.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
+#include <algorithm>
 #include <atomic>
 #include <list>
 #include <mutex>
@@ -62,9 +63,9 @@ PlanCache& plan_cache() {
   return cache;
 }
 
-// Uses the tape's signature up.
+// Continues the tape's signature.
 std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
-  std::vector<std::int64_t> key = std::move(tape.signature);
+  std::vector<std::int64_t>& key = tape.signature;
   key.push_back(static_cast<std::int64_t>(request.seed));
   for (const Cotangent& cotangent : request.cotangents) {
     key.push_back(cotangent.given);
@@ -86,7 +87,7 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
   } catch (const std::logic_error& error) {  // a nest of too many loops, a derivative without a formula
     throw tape::Unsupported(error.what());
   }
-  plan_cache().insert(std::move(key), plan);
+  plan_cache().insert(key, plan);
   return plan;
 }
 
@@ -118,7 +119,20 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
 
 TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph) {
   tape::Tape tape = capture(outputs, inputs, create_graph);
-  return rows(run(tape, {.seed = seed, .cotangents = {}}, {}, create_graph), inputs.size());
+  std::vector<at::Tensor> blocks = run(tape, {.seed = seed, .cotangents = {}}, {}, create_graph);
+  if (!create_graph) {
+    for (at::Tensor& block : blocks) {  // a tensor that the graph saved may be a block as it is
+      if (block.defined() && block.requires_grad()) block = block.detach();
+    }
+  }
+  return rows(std::move(blocks), inputs.size());
+}
+
+// Every tensor has its samples along the first axis, and as many of them.
+bool same_batch(at::TensorList outputs, at::TensorList inputs) {
+  if (outputs.empty() || outputs[0].dim() == 0) return false;
+  const auto fits = [batch = outputs[0].size(0)](const at::Tensor& tensor) { return tensor.dim() && tensor.size(0) == batch; };
+  return std::ranges::all_of(outputs, fits) && std::ranges::all_of(inputs, fits);
 }
 
 }  // namespace
@@ -128,6 +142,7 @@ TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_g
 }
 
 TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check) {
+  if (!same_batch(outputs, inputs)) throw tape::Unsupported("tensors without a common batch axis in front");
   return jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, create_graph);
 }
 

@@ -7,6 +7,7 @@
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
 #include "bind/evaluator.h"
+#include "tape/ambient.h"
 #include "tape/print.h"
 #include "tape/tape.h"
 
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
         return to_python(released([&] { return accumulate::hessian(y[0], xs, create_graph); }));
       },
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"));
+  m.def("refusal", &wengert::tape::ambient_refusal);
   m.def("explain", [](const Tensors& outputs, const Tensors& inputs) {
     py::list rows;
     for (const accumulate::NodeReport& node : accumulate::explain(outputs, inputs).nodes) {

@@ -1,6 +1,3 @@
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -12,6 +9,8 @@
 #include <unordered_set>
 
 #include "common/pointer_index.h"
+#include "common/recycled.h"
+#include "tape/ambient.h"
 #include "tape/reader.h"
 
 namespace wengert::tape {
@@ -37,14 +36,6 @@ void check_tensor(const at::Tensor& tensor) {
   check_dtype(tensor.scalar_type());
 }
 
-void check_ambient() {
-  if (autograd::AnomalyMode::is_enabled()) throw Unsupported("anomaly mode");
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-    throw Unsupported("a torch.func level is active");
-  }
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) throw Unsupported("a dispatch mode is active");
-}
-
 // Hooks have to see every gradient that PyTorch would show them.
 void check_hooks(autograd::Node& fn, bool runs) {
   if (!fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty()) throw Unsupported("a tensor with hooks or retain_grad");
@@ -56,11 +47,11 @@ void check_opaque(const autograd::Node& fn) {
   if (fn.name() == "CheckpointFunctionBackward") throw Unsupported("reentrant checkpointing");
 }
 
-Meta read_meta(const autograd::InputMetadata& metadata) {
-  Meta meta;
+void read_meta(const autograd::InputMetadata& metadata, Meta& meta) {
+  meta.shape.clear();
   if (metadata.was_default_constructed()) {  // an output the op left undefined: nothing refers to it
     meta.dtype = at::ScalarType::Undefined;
-    return meta;
+    return;
   }
   if (metadata.is_tensor_subclass()) throw Unsupported("a tensor subclass");
   if (metadata.is_nested_tensor()) throw Unsupported("a nested tensor");
@@ -71,12 +62,12 @@ Meta read_meta(const autograd::InputMetadata& metadata) {
   const c10::SymIntArrayRef shape = metadata.shape_as_dim_vector();
   meta.shape.reserve(shape.size());
   for (const c10::SymInt& extent : shape) meta.shape.push_back(Take::concrete(extent));
-  return meta;
 }
 
 struct Visit {
   autograd::Node* fn;
   std::int32_t first_request = -1;  // head of the chain of requested inputs that are outputs of this node
+  std::int32_t first_target = 0;    // where the visits its edges lead to are listed
   std::int32_t tape_index = -1;
   bool seen = false;
   bool below = false;    // a requested input is reached through one of its edges
@@ -87,9 +78,6 @@ class Walk {
  public:
   Walk(const std::vector<autograd::Edge>& outputs, const std::vector<autograd::Edge>& inputs)
       : outputs_(outputs), inputs_(inputs), next_request_(inputs.size(), -1), input_reached_(inputs.size(), false) {
-    constexpr std::size_t kUsual = 64;  // nodes
-    visits_.reserve(kUsual);
-    order_.reserve(kUsual);
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].function) continue;
       Visit& visit = visits_[find(inputs[i].function.get())];
@@ -105,9 +93,10 @@ class Walk {
   const Visit& visit(std::int32_t index) const { return visits_[index]; }
   bool input_reached(std::size_t i) const { return input_reached_[i]; }
 
-  Value value(const autograd::Edge& edge) {
-    if (!edge.function || !wanted(edge)) return {};
-    return {visits_[find(edge.function.get())].tape_index, static_cast<std::int32_t>(edge.input_nr)};
+  Value value(const autograd::Edge& edge) { return value(edge, edge.function ? find(edge.function.get()) : -1); }
+  // Of the visit's edge k.
+  Value value(const Visit& visit, std::size_t k) const {
+    return value(visit.fn->next_edges()[k], targets_[visit.first_target + k]);
   }
 
  private:
@@ -120,14 +109,25 @@ class Walk {
     return index;
   }
 
-  // Does a derivative through this edge arrive at a requested input?
-  bool wanted(const autograd::Edge& edge) {
-    const Visit& visit = visits_[find(edge.function.get())];
-    if (visit.below) return true;
-    for (std::int32_t i = visit.first_request; i >= 0; i = next_request_[i]) {
-      if (inputs_[i].input_nr == edge.input_nr) return true;
+  // Calls f with each requested input that is what this edge leads to.
+  template <class F>
+  void requests(const autograd::Edge& edge, std::int32_t target, F f) const {
+    for (std::int32_t i = visits_[target].first_request; i >= 0; i = next_request_[i]) {
+      if (inputs_[i].input_nr == edge.input_nr) f(i);
     }
-    return false;
+  }
+
+  // Does a derivative through this edge arrive at a requested input?
+  bool wanted(const autograd::Edge& edge, std::int32_t target) const {
+    if (target < 0) return false;
+    bool requested = visits_[target].below;
+    requests(edge, target, [&](std::int32_t) { requested = true; });
+    return requested;
+  }
+
+  Value value(const autograd::Edge& edge, std::int32_t target) const {
+    if (!wanted(edge, target)) return {};
+    return {visits_[target].tape_index, static_cast<std::int32_t>(edge.input_nr)};
   }
 
   void search() {
@@ -136,51 +136,56 @@ class Walk {
       std::uint32_t edge;
     };
     c10::SmallVector<Frame, 32> stack;
-    const auto enter = [&](autograd::Node* fn) {
-      const std::int32_t index = find(fn);
-      if (visits_[index].seen) return;
-      visits_[index].seen = true;
+    const auto enter = [&](std::int32_t index) {
+      Visit& visit = visits_[index];
+      if (visit.seen) return;
+      visit.seen = true;
+      visit.first_target = static_cast<std::int32_t>(targets_.size());
+      targets_.resize(targets_.size() + visit.fn->num_outputs(), -1);
       stack.push_back({index, 0});
     };
     for (const autograd::Edge& output : outputs_) {
-      if (output.function) enter(output.function.get());
+      if (output.function) enter(find(output.function.get()));
       while (!stack.empty()) {
         Frame& frame = stack.back();
-        autograd::Node* fn = visits_[frame.visit].fn;
-        const autograd::edge_list& edges = fn->next_edges();
+        Visit& visit = visits_[frame.visit];
+        const autograd::edge_list& edges = visit.fn->next_edges();
         if (frame.edge < edges.size()) {
-          const autograd::Edge& edge = edges[frame.edge++];
-          if (edge.function) enter(edge.function.get());
+          const std::uint32_t k = frame.edge++;
+          if (!edges[k].function) continue;
+          const std::int32_t first = visit.first_target, target = find(edges[k].function.get());  // which may move the visits
+          targets_[first + k] = target;
+          enter(target);
           continue;
         }
-        const std::int32_t done = frame.visit;
+        for (std::size_t k = 0; k < edges.size() && !visit.below; ++k) {
+          visit.below = wanted(edges[k], targets_[visit.first_target + k]);
+        }
+        order_.push_back(frame.visit);
         stack.pop_back();
-        bool below = false;
-        for (const autograd::Edge& edge : edges) below = below || (edge.function && wanted(edge));
-        visits_[done].below = below;
-        order_.push_back(done);
       }
     }
     std::reverse(order_.begin(), order_.end());
   }
 
-  void reach(const autograd::Edge& edge) {
-    if (!edge.function || !wanted(edge)) return;
-    Visit& visit = visits_[find(edge.function.get())];
-    visit.reached = true;
-    for (std::int32_t i = visit.first_request; i >= 0; i = next_request_[i]) {
-      if (inputs_[i].input_nr == edge.input_nr) input_reached_[i] = true;
-    }
+  void reach(const autograd::Edge& edge, std::int32_t target) {
+    if (!wanted(edge, target)) return;
+    visits_[target].reached = true;
+    requests(edge, target, [&](std::int32_t i) { input_reached_[i] = true; });
   }
 
   void mark() {
-    for (const autograd::Edge& output : outputs_) reach(output);
+    for (const autograd::Edge& output : outputs_) {
+      if (output.function) reach(output, find(output.function.get()));
+    }
     std::size_t kept = 0;
     for (const std::int32_t index : order_) {
-      if (!visits_[index].reached) continue;
-      visits_[index].tape_index = static_cast<std::int32_t>(kept);
+      Visit& visit = visits_[index];
+      if (!visit.reached) continue;
+      visit.tape_index = static_cast<std::int32_t>(kept);
       order_[kept++] = index;
-      for (const autograd::Edge& edge : visits_[index].fn->next_edges()) reach(edge);
+      const autograd::edge_list& edges = visit.fn->next_edges();
+      for (std::size_t k = 0; k < edges.size(); ++k) reach(edges[k], targets_[visit.first_target + k]);
     }
     order_.resize(kept);
   }
@@ -188,8 +193,8 @@ class Walk {
   const std::vector<autograd::Edge>& outputs_;
   const std::vector<autograd::Edge>& inputs_;
   common::PointerIndex index_;
-  std::vector<Visit> visits_;
-  std::vector<std::int32_t> order_;
+  common::RecycledVector<Visit> visits_;
+  common::RecycledVector<std::int32_t> order_, targets_;
   std::vector<std::int32_t> next_request_;
   std::vector<bool> input_reached_;
 };
@@ -216,50 +221,92 @@ autograd::Edge input_edge(const at::Tensor& input) {
   return {autograd::impl::try_get_grad_accumulator(input), 0};
 }
 
-void sign(std::vector<std::int64_t>& signature, const Value& value) {
-  signature.push_back(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
-}
+// Appends to a signature.
+class Sign {
+ public:
+  explicit Sign(std::vector<std::int64_t>& words) : words_(words) {}
 
-template <class List>
-  requires requires(const List& list) { list.size(); }
-void sign(std::vector<std::int64_t>& signature, const List& list) {
-  using T = typename List::value_type;
-  signature.push_back(std::ssize(list));
-  for (const T& item : list) {
-    if constexpr (std::is_same_v<T, double>) {
-      signature.push_back(std::bit_cast<std::int64_t>(item));
-    } else if constexpr (std::is_same_v<T, Value>) {
-      sign(signature, item);
-    } else {
-      signature.push_back(item);
+  void node(const Node& node) {
+    const bool opaque = node.reader == &opaque_reader();
+    std::size_t shapes = 0;
+    for (const Meta& meta : node.outputs) shapes += 2 + meta.shape.size();
+    grow(7 + node.ints.size() + node.reals.size() + node.slots.size() + node.inputs.size() + shapes);
+    put(reinterpret_cast<std::intptr_t>(node.reader));
+    put(opaque ? std::hash<std::string>()(node.fn->name()) : 0);
+    list(node.ints);
+    list(node.reals);
+    list(node.slots);
+    list(node.inputs);
+    put(std::ssize(node.outputs));
+    for (const Meta& meta : node.outputs) {
+      put(meta.dtype);
+      list(meta.shape);
     }
   }
-}
-
-void sign(std::vector<std::int64_t>& signature, const Node& node) {
-  signature.push_back(reinterpret_cast<std::intptr_t>(node.reader));
-  if (node.reader == &opaque_reader()) {
-    signature.push_back(static_cast<std::int64_t>(std::hash<std::string>()(node.fn->name())));
+  void values(const std::vector<Value>& values) {
+    grow(1 + values.size());
+    list(values);
   }
-  sign(signature, node.ints);
-  sign(signature, node.reals);
-  sign(signature, node.slots);
-  sign(signature, node.inputs);
-  signature.push_back(std::ssize(node.outputs));
-  for (const Meta& meta : node.outputs) {
-    signature.push_back(static_cast<std::int64_t>(meta.dtype));
-    sign(signature, meta.shape);
+  void slot(const at::Tensor& slot) {
+    grow(2 + 2 * slot.dim());
+    put(static_cast<std::int64_t>(slot.scalar_type()) << 1 | slot.requires_grad());
+    put(slot.dim());
+    for (const std::int64_t extent : slot.sizes()) put(extent);
+    for (const std::int64_t stride : slot.strides()) put(stride);
   }
-}
 
-void sign(std::vector<std::int64_t>& signature, const at::Tensor& slot) {
-  signature.push_back(static_cast<std::int64_t>(slot.scalar_type()) << 1 | slot.requires_grad());
-  signature.push_back(slot.dim());
-  signature.insert(signature.end(), slot.sizes().begin(), slot.sizes().end());
-  signature.insert(signature.end(), slot.strides().begin(), slot.strides().end());
-}
+ private:
+  // Room for so many words, which the puts that follow fill without a check each.
+  void grow(std::size_t count) {
+    const std::size_t size = words_.size();
+    words_.resize(size + count);
+    next_ = words_.data() + size;
+  }
+  template <class T>
+  void put(const T& item) {
+    if constexpr (std::is_same_v<T, double>) {
+      *next_++ = std::bit_cast<std::int64_t>(item);
+    } else if constexpr (std::is_same_v<T, Value>) {
+      *next_++ = static_cast<std::int64_t>(item.node) << 32 | static_cast<std::uint32_t>(item.output);
+    } else {
+      *next_++ = static_cast<std::int64_t>(item);
+    }
+  }
+  template <class List>
+  void list(const List& list) {
+    put(list.size());
+    for (const auto& item : list) put(item);
+  }
+
+  std::vector<std::int64_t>& words_;
+  std::int64_t* next_ = nullptr;
+};
 
 }  // namespace
+
+void Node::clear() {
+  reader = nullptr;
+  fn = nullptr;
+  program = nullptr;
+  ints.clear();
+  reals.clear();
+  slots.clear();
+  inputs.clear();
+}
+
+Tape::Tape() : TapeContents(common::Spare<TapeContents>::take()) {}
+
+Tape::~Tape() {
+  constexpr std::size_t kKept = 256;  // nodes
+  if (nodes.empty() || nodes.capacity() > kKept) return;
+  device = at::kCPU;
+  for (Node& node : nodes) node.clear();
+  slots.clear();
+  outputs.clear();
+  inputs.clear();
+  signature.clear();
+  common::Spare<TapeContents>::give(std::move(*this));
+}
 
 std::int32_t SlotTable::add(at::Tensor tensor) {
   check_tensor(tensor);
@@ -331,7 +378,7 @@ class OneDevice {
 }  // namespace
 
 Tape capture(at::TensorList outputs, at::TensorList inputs) {
-  check_ambient();
+  if (const char* reason = ambient_refusal()) throw Unsupported(reason);
   std::vector<autograd::Edge> output_edges, input_edges;
   output_edges.reserve(outputs.size());
   input_edges.reserve(inputs.size());
@@ -347,7 +394,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
 
   Tape tape;
   tape.nodes.resize(walk.order().size());
-  tape.signature.reserve(32 * tape.nodes.size() + 64);
+  Sign sign(tape.signature);
   SlotTable slots(tape.slots);
   OneDevice device;
   for (std::size_t k = 0; k < tape.nodes.size(); ++k) {
@@ -357,28 +404,28 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
     node.reader = find_reader(*visit.fn);
     check_hooks(*visit.fn, visit.below);
     if (node.reader == &opaque_reader()) check_opaque(*visit.fn);
-    node.outputs.reserve(visit.fn->num_inputs());
+    node.outputs.resize(visit.fn->num_inputs());
     for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) {
       const autograd::InputMetadata& metadata = visit.fn->input_metadata(o);
       device.see(metadata);
-      node.outputs.push_back(read_meta(metadata));
+      read_meta(metadata, node.outputs[o]);
     }
-    node.inputs.reserve(visit.fn->num_outputs());
-    for (const autograd::Edge& edge : visit.fn->next_edges()) node.inputs.push_back(walk.value(edge));
+    node.inputs.resize(visit.fn->num_outputs());
+    for (std::size_t i = 0; i < node.inputs.size(); ++i) node.inputs[i] = walk.value(visit, i);
     if (visit.below) {
       Take take(node, slots);
       node.reader->read(take, *visit.fn);
     }
-    sign(tape.signature, node);
+    sign.node(node);
   }
   tape.device = device(tape.slots);
   for (const autograd::Edge& edge : output_edges) tape.outputs.push_back(walk.value(edge));
   for (std::size_t i = 0; i < input_edges.size(); ++i) {
     tape.inputs.push_back(walk.input_reached(i) ? walk.value(input_edges[i]) : Value());
   }
-  sign(tape.signature, tape.outputs);
-  sign(tape.signature, tape.inputs);
-  for (const at::Tensor& slot : tape.slots) sign(tape.signature, slot);
+  sign.values(tape.outputs);
+  sign.values(tape.inputs);
+  for (const at::Tensor& slot : tape.slots) sign.slot(slot);
   return tape;
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/pointer_index.h"
+#include "common/recycled.h"
 #include "tape/tape.h"
 
 namespace wengert::tape {
@@ -30,8 +31,8 @@ class SlotTable {
 
  private:
   std::vector<at::Tensor>& slots_;
-  common::PointerIndex by_data_;      // the latest slot at an address
-  std::vector<std::int32_t> before_;  // of each slot: the one before at the same address
+  common::PointerIndex by_data_;                 // the latest slot at an address
+  common::RecycledVector<std::int32_t> before_;  // of each slot: the one before at the same address
 };
 
 // What a row sees while its node is read.  Everything describe() depends on must be taken here, as it makes the signature.

@@ -47,9 +47,11 @@ struct Node {
   std::shared_ptr<const fused::Program> program;  // nodes of wengert::fused only
   c10::SmallVector<Value, 3> inputs;              // one per next edge; node = -1 where no requested input is reached through it
   c10::SmallVector<Meta, 1> outputs;              // one per output of the forward op
+
+  void clear();  // keeps its memory
 };
 
-struct Tape {
+struct TapeContents {
   at::Device device = at::kCPU;  // of all its tensors, but for saved scalars: PyTorch keeps Python numbers on the CPU
   std::vector<Node> nodes;       // a node stands before all nodes it leads to; leaves are nodes with no inputs
   std::vector<at::Tensor>
@@ -57,6 +59,14 @@ struct Tape {
   std::vector<Value> outputs;  // of the requested outputs; node = -1 where an output does not require grad
   std::vector<Value> inputs;   // of the requested inputs; node = -1 where no output reaches it
   std::vector<std::int64_t> signature;  // equal signatures = same plan: everything above except tensor data and node identity
+};
+
+// In memory that the next tape of the thread takes over, the lists of its nodes included.
+struct Tape : TapeContents {
+  Tape();
+  ~Tape();
+  Tape(Tape&&) = default;
+  Tape& operator=(Tape&&) = delete;
 };
 
 // Reads the graph.  Unpacks each saved tensor once (which performs PyTorch's own version and freed-buffer checks).

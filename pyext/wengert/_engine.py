@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
+from torch._C import _len_torch_function_stack
 from torch.autograd.functional import _as_tuple, _grad_preprocess
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ._native import DISABLED, C, Refused
+from ._native import C, Refused
 from ._stats import fallback_calls, native_calls
 
 Blocks = list[list[Tensor | None]]
 
 torch_grad = torch.autograd.grad  # kept from before any patching
-_is_anomaly_enabled = torch.is_anomaly_enabled
-_is_inference_mode_enabled = torch.is_inference_mode_enabled
 _strided = torch.strided
 
 
@@ -35,25 +31,9 @@ HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change 
 
 def refusal() -> str | None:
     """Why no call of this moment can run on the engine, or None.  Costs well below a microsecond."""
-    if DISABLED:
-        return "WENGERT_DISABLE is set"
-    if peek_interpreter_stack() is not None:
-        return "inside a torch.func transform"
-    if _len_torch_dispatch_stack():
-        return "a torch dispatch mode is active"
     if _len_torch_function_stack() and not all(type(m) in HARMLESS_MODES for m in _get_current_function_mode_stack()):
         return "a torch function mode is active"
-    if _is_anomaly_enabled():
-        return "anomaly mode"
-    if _is_inference_mode_enabled():
-        return "inference mode"
-    if forward_ad._current_level >= 0:
-        return "inside a forward-mode dual level"
-    if _is_any_autocast_enabled():
-        return "called inside autocast"
-    if _get_tracing_state() is not None:
-        return "torch.jit.trace is recording"
-    return None
+    return C.refusal()
 
 
 def is_plain(t: object) -> bool:
@@ -76,10 +56,6 @@ def fresh_leaves(inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor
 
 def count_fallback(name: str, reason: str) -> None:
     fallback_calls[name, reason] += 1
-
-
-def count_native(name: str) -> None:
-    native_calls[name] += 1
 
 
 def count(name: str, reason: str | None) -> None:
@@ -125,7 +101,7 @@ def native_vjp(
     return C.grad(outputs, inputs, cotangents, retain_graph, create_graph, is_grads_batched)
 
 
-def _attempt(name: str, reason: str | None, method: Callable[..., Any], *args: Any) -> Any:
+def attempt(name: str, reason: str | None, method: Callable[..., Any], *args: Any) -> Any:
     """What a native function returns, or None where PyTorch has to do it; counted under `name` either way."""
     if reason is None:
         try:
@@ -151,7 +127,7 @@ def jacobian(
 
     Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
     """
-    result = _attempt(name, reason, native_jacobian, outputs, inputs, create_graph)
+    result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph)
     return result if result is not None else [_rows(out, inputs, create_graph, vectorize) for out in outputs]
 
 
@@ -165,7 +141,7 @@ def hessian(
     vectorize: bool = False,
 ) -> Blocks:
     """`native_hessian`, or the same from PyTorch's engine."""
-    result = _attempt(name, reason, native_hessian, output, inputs, create_graph)
+    result = attempt(name, reason, native_hessian, output, inputs, create_graph)
     if result is not None:
         return result
     if not output.requires_grad:
@@ -187,7 +163,7 @@ def vjp(
 ) -> Sequence[Tensor | None]:
     """`native_vjp`, or the same from PyTorch's engine."""
     options = (retain_graph, create_graph, is_grads_batched)
-    result = _attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)
+    result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)
     if result is not None:
         return result
     return torch_grad(

@@ -51,12 +51,16 @@ def find_nvrtc() -> str | None:
 
 
 class _Disabled:
-    """Stands in for the extension under WENGERT_DISABLE=1: nothing is ever asked of it but its exception and counters."""
+    """Stands in for the extension under WENGERT_DISABLE=1: refuses every call."""
 
     class Unsupported(RuntimeError):
         pass
 
     jacobian = hessian = batch_jacobian = grad = explain = None  # never called: every call is refused before
+
+    @staticmethod
+    def refusal() -> str:
+        return "WENGERT_DISABLE is set"
 
     @staticmethod
     def counters() -> dict[str, int]:

@@ -48,25 +48,27 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
         inputs = _engine.fresh_leaves(inputs, create_graph)
         outputs = func(*inputs)
         is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "batch_jacobian")
-        size = _batch_size(inputs, outputs)
-        try:
-            if reason is not None:
-                raise _engine.Refused(reason)
-            blocks = _engine.native_batch_jacobian(outputs, inputs, create_graph, check=True)
-            _engine.count_native("batch_jacobian")
-        except _engine.Refused as error:
-            _engine.count_fallback("batch_jacobian", str(error))
-            blocks = [_engine.summed_rows(out, inputs, create_graph) for out in outputs]
-            _check_independence(outputs, inputs, blocks, size)
-        for out, row in zip(outputs, blocks):
-            for j, block in enumerate(row):
-                if block is None:
-                    row[j] = inputs[j].new_zeros(out.shape + inputs[j].shape[1:])
-                elif not create_graph and block.requires_grad:
-                    row[j] = block.detach()
+        blocks = _blocks(outputs, inputs, create_graph, reason)
         return _nest(blocks, is_outputs_tuple, is_inputs_tuple)  # type: ignore[arg-type]
     finally:
         torch._C._set_grad_enabled(grad_mode)
+
+
+def _blocks(
+    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool, reason: str | None
+) -> list[list[Tensor]]:
+    """Blocks without gaps, on the engine or from PyTorch."""
+    native = _engine.native_batch_jacobian
+    blocks = _engine.attempt("batch_jacobian", reason, native, outputs, inputs, create_graph, True)
+    if blocks is None:
+        size = _batch_size(inputs, outputs)
+        blocks = [_engine.summed_rows(out, inputs, create_graph) for out in outputs]
+        _check_independence(outputs, inputs, blocks, size)
+    for i, row in enumerate(blocks):
+        for j, block in enumerate(row):
+            if block is None:
+                row[j] = inputs[j].new_zeros(outputs[i].shape + inputs[j].shape[1:])
+    return blocks  # type: ignore[return-value]
 
 
 def _batch_size(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> int:

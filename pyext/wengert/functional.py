@@ -112,8 +112,6 @@ def _blocks(
                     f"The jacobian of the user-provided function is independent of input {i}. "
                     "This is not allowed in strict mode when create_graph=True."
                 )
-            elif not create_graph and block.requires_grad:
-                row[j] = block.detach()
     return blocks  # type: ignore[return-value]
 
 
@@ -187,21 +185,17 @@ def hessian(
         else:
             reason = None if all(x.numel() for x in inputs) else "an input without elements"
             found = _engine.hessian("hessian", out, inputs, create_graph, reason=reason, vectorize=vectorize)
-            blocks = _fill(found, inputs, inputs, create_graph)
+            blocks = _fill(found, inputs, inputs)
         return _nest(blocks, is_inputs_tuple, is_inputs_tuple)
     finally:
         _set_grad_enabled(grad_mode)
 
 
-def _fill(
-    blocks: _engine.Blocks, outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool
-) -> list[list[Tensor]]:
+def _fill(blocks: _engine.Blocks, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
     for out, row in zip(outputs, blocks):
         for j, block in enumerate(row):
             if block is None:
                 row[j] = _engine.zeros(out, inputs[j])
-            elif not create_graph and block.requires_grad:
-                row[j] = block.detach()
     return blocks  # type: ignore[return-value]
 
 
@@ -218,7 +212,7 @@ def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused:
         blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=_refusal())
         if not allow_unused:
             _engine.check_used(next((block for block in column if block is not None), None) for column in zip(*blocks))
-        return _nest(_fill(blocks, outputs, inputs, create_graph), is_outputs_tuple, is_inputs_tuple)
+        return _nest(_fill(blocks, outputs, inputs), is_outputs_tuple, is_inputs_tuple)
     finally:
         _set_grad_enabled(grad_mode)
 
@@ -235,7 +229,7 @@ def _graph_hessian(output: Any, inputs: Any, create_graph: bool, allow_unused: b
         if not allow_unused:  # an input may well have no second derivative: it is the gradient that has to reach it
             _engine.torch_grad(outputs[0].sum(), inputs, retain_graph=True, allow_unused=False)
         blocks = _engine.hessian("hessian", outputs[0], inputs, create_graph, reason=_refusal())
-        return _nest(_fill(blocks, inputs, inputs, create_graph), is_inputs_tuple, is_inputs_tuple)
+        return _nest(_fill(blocks, inputs, inputs), is_inputs_tuple, is_inputs_tuple)
     finally:
         _set_grad_enabled(grad_mode)
 
