@@ -6,6 +6,7 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -51,19 +52,30 @@ at::Tensor zeros(const Slot& slot, at::Device device) {
   return at::from_blob(data, slot.shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
 }
 
-// The tensor's elements at some coordinates, as a view over the given loops; sees only metadata, so it costs no dispatch.
+// The tensor's elements at some coordinates over the given loops; a view where no loop runs backwards.  Below the dispatcher's
+// autograd, so it costs little.
 at::Tensor window(const at::Tensor& tensor, const std::vector<Affine>& axes, const blocks::Shape& extents,
                   const std::vector<std::size_t>& loops) {
   std::int64_t offset = tensor.storage_offset();
-  c10::SmallVector<std::int64_t, 8> sizes, strides;
+  c10::SmallVector<std::int64_t, 8> sizes, strides, backwards;
   for (std::size_t a = 0; a < axes.size(); ++a) offset += axes[a].start * tensor.stride(static_cast<std::int64_t>(a));
   for (std::size_t k : loops) {
     std::int64_t stride = 0;
     for (std::size_t a = 0; a < axes.size(); ++a) stride += axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
+    if (stride < 0) {  // which ATen's strides cannot be
+      backwards.push_back(static_cast<std::int64_t>(sizes.size()));
+      offset += (extents[k] - 1) * stride;
+    }
     sizes.push_back(extents[k]);
-    strides.push_back(stride);
+    strides.push_back(std::abs(stride));
   }
-  return at::as_strided(tensor, sizes, strides, offset);
+  const at::Tensor forwards = at::as_strided(tensor, sizes, strides, offset);
+  return backwards.empty() ? forwards : forwards.flip(backwards);
+}
+
+bool runs_backwards(const std::vector<Affine>& axes) {
+  return std::ranges::any_of(
+      axes, [](const Affine& axis) { return std::ranges::any_of(axis.step, [](std::int64_t step) { return step < 0; }); });
 }
 
 // A large product of two windows, say an outer product of each sample: the interpreter gathers short rows, ATen's loop need not.
@@ -73,6 +85,7 @@ bool is_product(const Evaluate& step, const Plan& plan) {
   if (code.instructions.size() != 1 || code.instructions[0].prim != fused::Prim::mul || code.loads.size() != 2) return false;
   const fused::OutputSpec& output = step.program->outputs()[0];
   if (step.targets.size() != 1 || output.reduced != 0 || step.targets[0].accumulate) return false;
+  if (runs_backwards(step.targets[0].axes)) return false;  // it has to be a view, to be written to
   for (const Read& read : step.operands) {
     if (plan.slots[read.slot].dtype != output.dtype) return false;
   }

@@ -80,8 +80,8 @@ class Sweep {
 
     std::vector<std::vector<tape::Pullback>> pullbacks(active.size());
     std::size_t uses = 0;
-    bool local = false;
     std::vector<bool> opaque(active.size(), false);
+    std::vector<bool> costly(states.size(), false);
     const bool single_row = numel(row_shape_) == 1;
     for (std::size_t e = 0; e < active.size(); ++e) {
       for (std::size_t o = 0; o < states.size(); ++o) {
@@ -92,12 +92,12 @@ class Sweep {
         // With one row there is nothing to keep tied, and one call serves all inputs.
         if (pullback.kind == tape::Kind::local && single_row) pullback.kind = tape::Kind::opaque;
         opaque[e] = opaque[e] || pullback.kind == tape::Kind::opaque;
-        local = local || pullback.kind == tape::Kind::local;
+        costly[o] = costly[o] || pullback.kind == tape::Kind::local || contracts(pullback);
         uses += pullback.kind == tape::Kind::zero ? 0 : std::max<std::size_t>(1, pullback.terms.size());
       }
     }
     for (std::size_t o = 0; o < states.size(); ++o) {
-      states[o].list.reduce(builder_);
+      states[o].list.reduce(builder_, costly[o]);
       if (uses > 1) force_shared(states[o].list);
     }
     const bool was_tied = watch_batch_ && coupling_node_.empty() && all_tied(states);
@@ -124,6 +124,16 @@ class Sweep {
     if (was_tied) watch_coupling(node, active, std::find(opaque.begin(), opaque.end(), true) != opaque.end());
     if (report_) finish_report(std::move(row), pullbacks, losses_before);
     for (State& state : states) state = State{};  // free the expressions' operand tables early
+  }
+
+  // Sums over axes of a factor, as a matrix product does.
+  static bool contracts(const tape::Pullback& pullback) {
+    return std::ranges::any_of(pullback.terms, [](const tape::Term& term) {
+      return std::ranges::any_of(term, [](const tape::Step& step) {
+        const auto* gather = std::get_if<tape::Gather>(&step);
+        return gather != nullptr && !gather->loops.empty() && !gather->factor.operands.empty();
+      });
+    });
   }
 
   // Adds a block to a value's list, converting to the value's dtype as PyTorch's engine does at every edge.

@@ -213,8 +213,14 @@ void BlockList::add(Builder& builder, Block block) {
   hashes_.push_back(hash);
 }
 
-void BlockList::reduce(Builder& builder) {
-  if (blocks_.size() <= kMaxBlocks) return;
+void BlockList::reduce(Builder& builder, bool costly) {
+  const auto larger_than_dense = [](const std::vector<Block>& list) {
+    std::int64_t stored = 0;
+    for (const Block& block : list) stored += block.stored();
+    return list.size() > 1 && stored > numel(list[0].row_shape) * numel(list[0].col_shape);
+  };
+  const bool absorb = costly && larger_than_dense(blocks_);
+  if (blocks_.size() <= kMaxBlocks && !absorb) return;
   std::vector<Block> given = std::move(blocks_);
   blocks_.clear();
   hashes_.clear();
@@ -281,9 +287,7 @@ void BlockList::reduce(Builder& builder) {
   }
 
   // 3. a list larger than the dense array
-  std::int64_t stored = 0;
-  for (const Block& block : current) stored += block.stored();
-  if (current.size() > 1 && stored > numel(current[0].row_shape) * numel(current[0].col_shape)) {
+  if (larger_than_dense(current)) {
     builder.lose(Loss::larger_than_dense);
     Block dense = densify(builder, current, current[0].row_shape, current[0].col_shape, current[0].dtype);
     current.clear();

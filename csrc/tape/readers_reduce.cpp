@@ -2,6 +2,8 @@
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 
+#include <cmath>
+
 #include "tape/build.h"
 
 namespace wengert::tape {
@@ -223,30 +225,31 @@ void take_spread_evenly(Take& k, const N& n) {
   k.derived(chosen.sum());
 }
 
-// p = 2 and p = 1 have a formula (PyTorch's, 0 at the kink); other norms are tabulated.
+// Orders for which PyTorch's derivative is 0 where the norm is.
+bool flat_at_zero(double order) { return order > 1 && std::isfinite(order); }
+
+// p = 2 and p = 1 have a formula; other norms are tabulated.  slots: the data, or the table; the norm where it is asked for zeros.
 Pullback norm(const Site& s) {
   Reduction r = geometry(s);
   FactorBuilder f(s);
-  const ExprId self = f.read(0, r.axes);
-  if (!f.complete()) return opaque();
-  if (s.real(0) == 1) return f.finish(f.apply(Prim::sign, self), std::move(r.loops), std::move(r.axes));
-  if (s.real(0) != 2)
-    return s.slot(0).sizes() == at::IntArrayRef(s.x()) ? f.finish(self, std::move(r.loops), std::move(r.axes)) : opaque();
-  const ExprId result = f.read(1);
-  if (!f.complete()) return opaque();
-  const ExprId slope = f.select(f.compare(Prim::eq, result, f.constant(0)), f.constant(0), s.pool.div(self, result));
-  return f.finish(slope, std::move(r.loops), std::move(r.axes));
+  const double order = s.real(0);
+  if (order != 1 && order != 2 && !(s.has(0) && s.slot(0).sizes() == at::IntArrayRef(s.x()))) return opaque();
+  ExprId slope = f.read(0, r.axes);
+  if (order == 1) slope = f.apply(Prim::sign, slope);
+  if (flat_at_zero(order)) {
+    const ExprId result = f.read(1);
+    const ExprId at_zero = f.compare(Prim::eq, result, f.constant(0));
+    // As in PyTorch: of order 2 the slope is 0 there, of the others it is the product with what arrives, be that nan.
+    slope = order == 2 ? f.select(at_zero, f.constant(0), s.pool.div(slope, result)) : f.select(at_zero, kZero, slope);
+  }
+  return f.complete() ? f.finish(slope, std::move(r.loops), std::move(r.axes)) : opaque();
 }
 
 void take_norm(Take& k, const SavedVariable& self, const SavedVariable& result, const at::Scalar& p) {
   k.real(p);
   const double order = k.node().reals[0];
-  if (order != 1 && order != 2) {
-    tabulate(k, 1);
-    return;
-  }
-  k.slot(self);
-  k.result(result, order == 2);
+  order == 1 || order == 2 ? k.slot(self) : tabulate(k, 1);
+  k.result(result, flat_at_zero(order));
 }
 
 Pullback table_over_input(const Site& s) {

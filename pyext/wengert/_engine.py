@@ -144,10 +144,11 @@ def hessian(
     result = attempt(name, reason, native_hessian, output, inputs, create_graph)
     if result is not None:
         return result
-    if not output.requires_grad:
-        return [[None] * len(inputs) for _ in inputs]
-    gradient = torch_grad(output.squeeze(), inputs, create_graph=True, allow_unused=True)
-    return [[None] * len(inputs) if g is None else _rows(g, inputs, create_graph, vectorize) for g in gradient]
+    gradient: Sequence[Tensor | None] = [None] * len(inputs)
+    if output.requires_grad:
+        gradient = torch_grad(output.squeeze(), inputs, create_graph=True, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradient, inputs)]
+    return [_rows(g, inputs, create_graph, vectorize) for g in filled]
 
 
 def vjp(

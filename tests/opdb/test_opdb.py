@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from sweep import OpReport
+from sweep import LARGEST_JACOBIAN, OpReport
 
 SWEEP = pathlib.Path(__file__).with_name("sweep.py")
 FULL = bool(os.environ.get("WENGERT_OPDB"))
@@ -78,6 +78,8 @@ def summary(reports):
         f"{agreed} of {samples} samples ({100 * agreed / max(1, samples):.1f} %), "
         f"native share {100 * native / calls:.1f} % of calls ({100 * (native - opaque) / calls:.1f} % without calling a node)"
     )
+    if large := sum(r.large for r in reports):
+        text += f", {large} samples left out: their dense Jacobian has more than {LARGEST_JACOBIAN} elements"
     lines = [f"  {r.op}: {line}" for r in compared for line in r.failures[:3]]
     return text, lines
 
