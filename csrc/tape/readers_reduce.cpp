@@ -228,7 +228,8 @@ void take_spread_evenly(Take& k, const N& n) {
 // Orders for which PyTorch's derivative is 0 where the norm is.
 bool flat_at_zero(double order) { return order > 1 && std::isfinite(order); }
 
-// p = 2 and p = 1 have a formula; other norms are tabulated.  slots: the data, or the table; the norm where it is asked for zeros.
+// p = 2 and p = 1 have a formula; other norms are tabulated.  slots: the data, or the table; the norm where it is asked for
+// zeros.
 Pullback norm(const Site& s) {
   Reduction r = geometry(s);
   FactorBuilder f(s);
