@@ -66,7 +66,7 @@ PlanCache& plan_cache() {
 // Continues the tape's signature.
 std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
   std::vector<std::int64_t>& key = tape.signature;
-  key.push_back(static_cast<std::int64_t>(request.seed));
+  key.push_back(static_cast<std::int64_t>(request.seed) << 1 | request.none_is_zero);
   for (const Cotangent& cotangent : request.cotangents) {
     key.push_back(cotangent.given);
     if (!cotangent.given) continue;
@@ -102,9 +102,9 @@ std::vector<at::Tensor> run(tape::Tape& tape, const Request& request, at::Tensor
 }
 
 // Saved tensors have to keep their history exactly when the results are to be differentiable.
-tape::Tape capture(at::TensorList outputs, at::TensorList inputs, bool create_graph) {
+tape::Tape capture(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool one_row) {
   torch::autograd::AutoGradMode mode(create_graph);
-  tape::Tape tape = tape::capture(outputs, inputs);
+  tape::Tape tape = tape::capture(outputs, inputs, one_row);
   if (!ops::can_evaluate(tape.device.type())) throw tape::Unsupported("a device that this build has no kernels for");
   return tape;
 }
@@ -117,9 +117,10 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
   return out;
 }
 
-TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph) {
-  tape::Tape tape = capture(outputs, inputs, create_graph);
-  std::vector<at::Tensor> blocks = run(tape, {.seed = seed, .cotangents = {}}, {}, create_graph);
+TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero) {
+  const bool one_row = std::ranges::all_of(outputs, [](const at::Tensor& output) { return output.numel() <= 1; });
+  tape::Tape tape = capture(outputs, inputs, create_graph, one_row);
+  std::vector<at::Tensor> blocks = run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, {}, create_graph);
   if (!create_graph) {
     for (at::Tensor& block : blocks) {  // a tensor that the graph saved may be a block as it is
       if (block.defined() && block.requires_grad()) block = block.detach();
@@ -137,19 +138,19 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 
 }  // namespace
 
-TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph) {
-  return jacobians(Seed::jacobian, outputs, inputs, create_graph);
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero) {
+  return jacobians(Seed::jacobian, outputs, inputs, create_graph, none_is_zero);
 }
 
 TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check) {
   if (!same_batch(outputs, inputs)) throw tape::Unsupported("tensors without a common batch axis in front");
-  return jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, create_graph);
+  return jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, create_graph, true);
 }
 
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
-                                 bool create_graph, bool batched) {
-  tape::Tape tape = capture(outputs, inputs, create_graph);
-  Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}};
+                                 bool create_graph, bool batched, bool none_is_zero) {
+  tape::Tape tape = capture(outputs, inputs, create_graph, !batched);
+  Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}, .none_is_zero = none_is_zero};
   std::vector<at::Tensor> given;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const bool has = i < cotangents.size() && cotangents[i].defined();
@@ -172,7 +173,7 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
 }
 
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph) {
-  const std::vector<at::Tensor> gradients = gradient({output}, inputs, {}, true, true, false);
+  const std::vector<at::Tensor> gradients = gradient({output}, inputs, {}, true, true, false, true);
   std::vector<at::Tensor> connected;
   for (const at::Tensor& g : gradients) {
     if (g.defined() && g.requires_grad()) connected.push_back(g);
@@ -194,11 +195,11 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_
 std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed) {
   Request request{.seed = seed, .cotangents = {}};
   if (seed == Seed::gradient) request.cotangents.resize(outputs.size());
-  return blocks::to_string(make_plan(capture(outputs, inputs, false), request));
+  return blocks::to_string(make_plan(capture(outputs, inputs, false, seed == Seed::gradient), request));
 }
 
 Report explain(at::TensorList outputs, at::TensorList inputs) {
-  const tape::Tape tape = capture(outputs, inputs, false);
+  const tape::Tape tape = capture(outputs, inputs, false, false);
   Report report;
   make_plan(tape, {.seed = Seed::jacobian, .cotangents = {}}, &report);
   return report;

@@ -12,8 +12,9 @@ namespace wengert::accumulate {
 
 using TensorRows = std::vector<std::vector<at::Tensor>>;  // undefined = not connected
 
-// [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.
-TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph);
+// [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.  Where a node of PyTorch's
+// gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero = true);
 
 // outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples if the blocks show that samples depend
 // on each other; without it, independence is trusted.
@@ -22,7 +23,7 @@ TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool cr
 // Sum over outputs of the vector-Jacobian products with `cotangents`; an undefined cotangent of a one-element output stands
 // for 1. With `batched`, every cotangent has one more leading axis, and so has every result.
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
-                                 bool create_graph, bool batched);
+                                 bool create_graph, bool batched, bool none_is_zero = false);
 
 // [i][j] = d^2 output / d inputs[i] d inputs[j] of a one-element output.
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph);

@@ -94,11 +94,14 @@ RowOnly& row_only() {
 }
 
 // What PyTorch's engine does to a node's result before it reaches the next node.
-at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
+at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge, bool none_is_zero) {
   const auto& metadata = edge.function->input_metadata(edge.input_nr);
   const std::vector<std::int64_t> shape = c10::asIntArrayRefUnchecked(metadata.shape_as_dim_vector()).vec();
-  // PyTorch answers None where a node gives nothing, which a plan cannot: the call is PyTorch's then.
-  if (!grad.defined()) throw tape::Unsupported("a node that gave no gradient for an input");
+  if (!grad.defined()) {
+    // A plan cannot answer None, as PyTorch does where a node gives nothing: the call is PyTorch's then.
+    if (!none_is_zero) throw tape::Unsupported("a node that gave no gradient for an input");
+    return at::zeros(shape, metadata.options());
+  }
   if (grad.sizes() != c10::IntArrayRef(shape)) {
     TORCH_CHECK(at::is_expandable_to(shape, grad.sizes()), edge.function->name(), " returned an invalid gradient: got ",
                 grad.sizes(), " but expected shape compatible with ", c10::IntArrayRef(shape));
@@ -123,37 +126,38 @@ at::Tensor as_plan_wants(const at::Tensor& result) {
   return result.defined() && result.is_complex() ? at::view_as_real(result.resolve_conj()) : result;
 }
 
-std::vector<at::Tensor> call_once(const blocks::CallNode& step, const tape::Tape& tape,
+std::vector<at::Tensor> call_once(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
                                   const std::vector<at::Tensor>& cotangents) {
   const tape::NodePtr& fn = tape.nodes[step.node].fn;
   torch::autograd::variable_list given(cotangents.begin(), cotangents.end());
   torch::autograd::variable_list got = (*fn)(std::move(given));
   std::vector<at::Tensor> results(step.results.size());
   for (std::size_t j = 0; j < step.results.size(); ++j) {
-    if (step.results[j] >= 0) results[j] = validated(j < got.size() ? std::move(got[j]) : at::Tensor(), fn->next_edge(j));
+    if (step.results[j] < 0) continue;
+    results[j] = validated(j < got.size() ? std::move(got[j]) : at::Tensor(), fn->next_edge(j), plan.none_is_zero);
   }
   return results;
 }
 
-std::vector<at::Tensor> call_batched(const blocks::CallNode& step, const tape::Tape& tape,
+std::vector<at::Tensor> call_batched(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
                                      const std::vector<at::Tensor>& cotangents, std::int64_t batch) {
   static Silence silence;
   c10::WarningUtils::WarningHandlerGuard guard(&silence);
   VmapLevel level(batch);
   std::vector<at::Tensor> wrapped;
   for (const at::Tensor& cotangent : cotangents) wrapped.push_back(level.wrap(cotangent));
-  std::vector<at::Tensor> results = call_once(step, tape, wrapped);
+  std::vector<at::Tensor> results = call_once(step, plan, tape, wrapped);
   for (at::Tensor& result : results) result = level.unwrap(result, batch);
   return results;
 }
 
-std::vector<at::Tensor> call_rows(const blocks::CallNode& step, const tape::Tape& tape, const std::vector<at::Tensor>& cotangents,
-                                  std::int64_t batch) {
+std::vector<at::Tensor> call_rows(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
+                                  const std::vector<at::Tensor>& cotangents, std::int64_t batch) {
   std::vector<std::vector<at::Tensor>> rows(step.results.size());
   for (std::int64_t r = 0; r < batch; ++r) {
     std::vector<at::Tensor> row;
     for (const at::Tensor& cotangent : cotangents) row.push_back(cotangent.defined() ? cotangent.select(0, r) : cotangent);
-    std::vector<at::Tensor> got = call_once(step, tape, row);
+    std::vector<at::Tensor> got = call_once(step, plan, tape, row);
     for (std::size_t j = 0; j < got.size(); ++j) {
       if (got[j].defined()) rows[j].push_back(std::move(got[j]));
     }
@@ -210,7 +214,7 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
     for (std::size_t o = 0; o < cotangents.size(); ++o) {
       if (cotangents[o].defined()) cotangents[o] = as_node_wants(cotangents[o], fn.input_metadata(o));
     }
-    std::vector<at::Tensor> results = call_once(step, tape, cotangents);
+    std::vector<at::Tensor> results = call_once(step, plan, tape, cotangents);
     for (at::Tensor& result : results) result = as_plan_wants(result);
     return results;
   }
@@ -227,7 +231,7 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
   bool rows = batch == 1 || row_only().contains(fn), failed = false;
   if (!rows) {
     try {
-      results = call_batched(step, tape, cotangents, batch);
+      results = call_batched(step, plan, tape, cotangents, batch);
       ++call_count;
     } catch (const tape::Unsupported&) {
       throw;
@@ -238,7 +242,7 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
   }
   if (rows) {
     call_count += batch;
-    results = call_rows(step, tape, cotangents, batch);
+    results = call_rows(step, plan, tape, cotangents, batch);
     // All custom Functions share one type (which torch does not export), so one of them says nothing about the others.
     if (failed && std::strstr(typeid(fn).name(), "PyNode") == nullptr) row_only().insert(fn);
   }

@@ -619,7 +619,9 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     }
   }
   for (std::int64_t loss : builder.losses()) total_densified += loss;
-  return std::move(builder).finish(std::move(results), std::move(shapes));
+  blocks::Plan plan = std::move(builder).finish(std::move(results), std::move(shapes));
+  plan.none_is_zero = request.none_is_zero;
+  return plan;
 }
 
 }  // namespace wengert::accumulate

@@ -28,6 +28,7 @@ struct Cotangent {
 struct Request {
   Seed seed = Seed::jacobian;
   std::vector<Cotangent> cotangents;  // gradients only: one per output
+  bool none_is_zero = false;          // nobody asks whether PyTorch would have answered None
 };
 
 // One row of explain: what happened to the blocks at one node.

@@ -61,11 +61,11 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "jacobian",
-      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph) {
+      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool none_is_zero) {
         const Tensors ys = plain(outputs), xs = plain(inputs);
-        return to_python(released([&] { return accumulate::jacobian(ys, xs, create_graph); }));
+        return to_python(released([&] { return accumulate::jacobian(ys, xs, create_graph, none_is_zero); }));
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"));
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("none_is_zero") = true);
   m.def(
       "batch_jacobian",
       [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool check) {
@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, m) {
     return rows;
   });
   m.def("tape", [](const Tensors& outputs, const Tensors& inputs) {
-    return wengert::tape::to_string(wengert::tape::capture(outputs, inputs));
+    return wengert::tape::to_string(wengert::tape::capture(outputs, inputs, false));
   });
   m.def("plan", [](const Tensors& outputs, const Tensors& inputs, const std::string& kind) {
     using accumulate::Seed;

@@ -88,6 +88,7 @@ struct Plan {
   std::vector<Step> steps;
   std::vector<std::vector<std::int32_t>> last_use;  // per step: slots that no later step or result needs
   std::vector<std::int32_t> results;                // slot per requested result, -1 = not connected
+  bool none_is_zero = false;                        // where a called node gives no gradient; else the plan cannot be run
   std::vector<Shape> result_shapes;                 // a result may view its slot with more or fewer axes of extent 1
 };
 

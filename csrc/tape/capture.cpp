@@ -397,7 +397,7 @@ class OneDevice {
 
 }  // namespace
 
-Tape capture(at::TensorList outputs, at::TensorList inputs) {
+Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   if (const char* reason = ambient_refusal()) throw Unsupported(reason);
   std::vector<autograd::Edge> output_edges, input_edges;
   output_edges.reserve(outputs.size());
@@ -433,7 +433,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
     node.inputs.resize(visit.fn->num_outputs());
     for (std::size_t i = 0; i < node.inputs.size(); ++i) node.inputs[i] = walk.value(visit, i);
     if (visit.below) {
-      Take take(node, slots);
+      Take take(node, slots, one_row);
       node.reader->read(take, *visit.fn);
     }
     sign.node(node);

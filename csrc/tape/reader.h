@@ -38,9 +38,10 @@ class SlotTable {
 // What a row sees while its node is read.  Everything describe() depends on must be taken here, as it makes the signature.
 class Take {
  public:
-  Take(Node& node, SlotTable& slots) : node_(node), slots_(slots) {}
+  Take(Node& node, SlotTable& slots, bool one_row) : node_(node), slots_(slots), one_row_(one_row) {}
 
   bool needs(int edge) const { return edge < std::ssize(node_.inputs) && node_.inputs[edge].node >= 0; }
+  bool one_row() const { return one_row_; }  // see capture
   const Node& node() const { return node_; }
   const NodePtr& fn() const { return node_.fn; }
 
@@ -67,6 +68,7 @@ class Take {
  private:
   Node& node_;
   SlotTable& slots_;
+  bool one_row_;
 };
 
 // One edge to be described.

@@ -1,4 +1,5 @@
 // Ops that stay PyTorch's own: the node is called, with the axes it does not couple carried along.
+#include <ATen/Functions.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/headeronly/version.h>
 
@@ -11,6 +12,8 @@ namespace wengert::tape {
 namespace {
 
 namespace gen = torch::autograd::generated;
+using fused::ExprId;
+using fused::kOne;
 
 int rank(const Shape& shape) { return static_cast<int>(shape.size()); }
 
@@ -48,7 +51,46 @@ Pullback batch_norm(const Site& s) {  // ints: training
   return leading(s, rank(s.x()));
 }
 Pullback by_sample(const Site& s) { return s.input == 0 && s.output == 0 ? leading(s, 1) : opaque(); }
-Pullback convolution(const Site& s) { return s.input == 0 ? leading(s, 1) : opaque(); }
+
+// y[b, o, h..] = sum over c, i..  x[b, c, stride * h + dilation * i ..] * w[o, c, i..]  + bias[o]
+// ints: stride.., dilation..; slot 0: the padded data, where structure in the weights is wanted.
+Pullback convolution(const Site& s) {
+  if (s.input == 0) return leading(s, 1);
+  FactorBuilder f(s);
+  if (s.input == 2) return f.finish(kOne, {}, {along(1)});
+  if (!s.has(0)) return opaque();
+  const int n = rank(s.y()), spatial = n - 2, loops = n;  // the number of the first loop
+  const Shape &w = s.x(), x = s.slot(0).sizes().vec();
+  const bool depthwise = w[1] == 1 && x[1] == w[0];
+  if (x[1] != w[1] && !depthwise) return opaque();  // groups of several channels: which one is no affine function of o
+  Axes data{along(0), depthwise ? along(1) : along(loops)}, weight{along(1), along(loops)};
+  for (int d = 0; d < spatial; ++d) {
+    AxisMap at = along(2 + d, s.integer(d));
+    at.terms.push_back({loops + 1 + d, s.integer(spatial + d)});
+    data.push_back(std::move(at));
+    weight.push_back(along(loops + 1 + d));
+  }
+  const ExprId value = f.read(0, std::move(data));
+  return f.finish(value, {w.begin() + 1, w.end()}, std::move(weight));
+}
+
+template <class N>
+void take_convolution(Take& k, const N& n) {
+  k.integers(n.stride);
+  k.integers(n.dilation);
+  if (n.transposed || !k.needs(1) || k.one_row()) {  // one row is PyTorch's: its kernels need no windows written out
+    k.no_slot();
+    return;
+  }
+  std::vector<std::int64_t> padding;  // from the last axis on, both sides
+  for (auto side = n.padding.rbegin(); side != n.padding.rend(); ++side) padding.insert(padding.end(), 2, Take::concrete(*side));
+  const at::Tensor data = k.unpack(n.input_);
+  const bool padded = std::ranges::any_of(padding, [](std::int64_t side) { return side != 0; });
+  k.derived(padded ? at::constant_pad_nd(data, padding) : data);
+}
+
+// Of the older ops and of the backward's backward only the data's batch is known.
+Pullback convolution_of_data(const Site& s) { return s.input == 0 ? leading(s, 1) : opaque(); }
 
 template <class N>
 void add_batch_norm(Table& t, const char* name) {
@@ -155,12 +197,12 @@ void add_normalizations(Table& t) {
 }
 
 void add_images(Table& t) {
-  t.add<gen::ConvolutionBackward0>("ConvolutionBackward0", convolution);
-  t.add<gen::ConvolutionBackward1>("ConvolutionBackward1", convolution);
-  t.add<gen::SlowConv2DBackward0>("SlowConv2DBackward0", convolution);
-  t.add<gen::SlowConvDilated2DBackward0>("SlowConvDilated2DBackward0", convolution);
-  t.add<gen::SlowConvTranspose2DBackward0>("SlowConvTranspose2DBackward0", convolution);
-  t.add<gen::SlowConvTranspose3DBackward0>("SlowConvTranspose3DBackward0", convolution);
+  t.add<gen::ConvolutionBackward0>("ConvolutionBackward0", take_convolution<gen::ConvolutionBackward0>, convolution);
+  t.add<gen::ConvolutionBackward1>("ConvolutionBackward1", take_convolution<gen::ConvolutionBackward1>, convolution);
+  t.add<gen::SlowConv2DBackward0>("SlowConv2DBackward0", convolution_of_data);
+  t.add<gen::SlowConvDilated2DBackward0>("SlowConvDilated2DBackward0", convolution_of_data);
+  t.add<gen::SlowConvTranspose2DBackward0>("SlowConvTranspose2DBackward0", convolution_of_data);
+  t.add<gen::SlowConvTranspose3DBackward0>("SlowConvTranspose3DBackward0", convolution_of_data);
   t.add<gen::AvgPool2DBackward0>("AvgPool2DBackward0", by_channel<2>);
   t.add<gen::AvgPool3DBackward0>("AvgPool3DBackward0", by_channel<3>);
   t.add<gen::AdaptiveAvgPool2DBackward0>("AdaptiveAvgPool2DBackward0", by_channel<2>);
@@ -181,7 +223,7 @@ void add_images(Table& t) {
   t.add<gen::PixelShuffleBackward0>("PixelShuffleBackward0", by_channel<3>);
   t.add<gen::PixelUnshuffleBackward0>("PixelUnshuffleBackward0", by_channel<3>);
   t.add<gen::ConvolutionBackwardBackward0>("ConvolutionBackwardBackward0",
-                                           [](const Site& s) { return s.output == 0 ? convolution(s) : opaque(); });
+                                           [](const Site& s) { return s.output == 0 ? convolution_of_data(s) : opaque(); });
   t.add<gen::AvgPool2DBackwardBackward0>("AvgPool2DBackwardBackward0", backward_by_channel<2>);
   t.add<gen::AvgPool3DBackwardBackward0>("AvgPool3DBackwardBackward0", backward_by_channel<3>);
   t.add<gen::AdaptiveAvgPool2DBackwardBackward0>("AdaptiveAvgPool2DBackwardBackward0", backward_by_channel<2>);

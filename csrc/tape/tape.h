@@ -71,8 +71,9 @@ struct Tape : TapeContents {
 };
 
 // Reads the graph.  Unpacks each saved tensor once (which performs PyTorch's own version and freed-buffer checks).
-// Throws Unsupported for what the engine must not walk; PyTorch's own errors pass through.
-Tape capture(at::TensorList outputs, at::TensorList inputs);
+// Throws Unsupported for what the engine must not walk; PyTorch's own errors pass through.  `one_row`: a gradient is asked for,
+// so that nodes whose structure only many rows pay for may stay opaque.
+Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row);
 
 // Whether the graph of the outputs reaches a leaf that is not one of the inputs: a captured parameter, say.
 bool has_other_leaves(at::TensorList outputs, at::TensorList inputs);

@@ -66,12 +66,14 @@ def count(name: str, reason: str | None) -> None:
         fallback_calls[name, reason] += 1
 
 
-def native_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
+def native_jacobian(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, none_is_zero: bool = True
+) -> Blocks:
     """``[i][j]`` of shape ``outputs[i].shape + inputs[j].shape``; the graph is never freed.
 
     Like the other native functions: not counted, and raises Refused.
     """
-    return C.jacobian(outputs, inputs, create_graph)
+    return C.jacobian(outputs, inputs, create_graph, none_is_zero)
 
 
 def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
@@ -122,12 +124,13 @@ def jacobian(
     *,
     reason: str | None = None,
     vectorize: bool = False,
+    none_is_zero: bool = True,
 ) -> Blocks:
     """`native_jacobian`, or the same from PyTorch's engine.
 
     Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
     """
-    result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph)
+    result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph, none_is_zero)
     return result if result is not None else [_rows(out, inputs, create_graph, vectorize) for out in outputs]
 
 

@@ -97,7 +97,8 @@ def _blocks(
 ) -> list[list[Tensor]]:
     """Blocks without gaps, with the complaints of strict mode."""
     reason = None if all(out.numel() for out in outputs) else "an output without elements"  # which PyTorch refuses
-    blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=reason, vectorize=vectorize)
+    options = {"reason": reason, "vectorize": vectorize, "none_is_zero": not strict}
+    blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, **options)
     for i, (row, out) in enumerate(zip(blocks, outputs)):
         for j, block in enumerate(row):
             if block is None:
@@ -209,7 +210,9 @@ def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused:
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=_refusal())
+        blocks = _engine.jacobian(
+            "jacobian", outputs, inputs, create_graph, reason=_refusal(), none_is_zero=allow_unused
+        )
         if not allow_unused:
             _engine.check_used(next((block for block in column if block is not None), None) for column in zip(*blocks))
         return _nest(_fill(blocks, outputs, inputs), is_outputs_tuple, is_inputs_tuple)

@@ -117,6 +117,31 @@ def test_strict(name, f, count, create_graph):
     assert_same_error(lambda: ours(*args, **options), lambda: theirs(*args, **options))
 
 
+class GivesNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2, None
+
+
+def test_nodes_that_give_no_gradient():
+    """Zeros, unless it matters that PyTorch's engine says None there."""
+    x, y = vec(), vec()
+    assert_same(wengert.jacobian(GivesNone.apply, (x, y)), F.jacobian(GivesNone.apply, (x, y)))
+    for options in ({"strict": True}, {"strict": True, "create_graph": True}):
+        assert_same_error(
+            lambda: wengert.jacobian(GivesNone.apply, (x, y), **options), lambda: F.jacobian(GivesNone.apply, (x, y), **options)
+        )
+    x, y = x.requires_grad_(), y.requires_grad_()
+    out = GivesNone.apply(x, y)
+    assert wengert.grad(out.sum(), (x, y), allow_unused=True, retain_graph=True)[1] is None
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        wengert.jacobian(out, (x, y), allow_unused=False)
+
+
 def test_strict_with_create_graph_refuses_constant_jacobians():
     args = (lambda x: 3 * x, vec(requires_grad=True))
     options = {"strict": True, "create_graph": True}

@@ -89,6 +89,23 @@ def _(r):
     return lambda w, b: F.conv2d(x, w, b, dilation=2).tanh(), (r(2, 1, 2, 2), r(2))
 
 
+@zoo.case("padded and strided conv2d in data and weights")
+def _(r):
+    return lambda x, w, b: F.conv2d(x, w, b, stride=(1, 2), padding=(0, 1)).sigmoid(), (r(2, 2, 3, 4), r(2, 2, 2, 3), r(2))
+
+
+@zoo.case("depthwise conv1d in its weights")
+def _(r):
+    x = r(2, 3, 5)
+    return lambda w: F.conv1d(x, w, groups=3, padding=1, dilation=2).tanh(), r(3, 1, 3)
+
+
+@zoo.case("grouped and transposed conv1d in their weights")
+def _(r):
+    x = r(2, 4, 4)
+    return lambda w, v: F.conv_transpose1d(F.conv1d(x, w, groups=2).tanh(), v, stride=2), (r(4, 2, 2), r(4, 1, 2))
+
+
 @zoo.case("conv3d")
 def _(r):
     return r.module(nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh())), r(1, 1, 3, 3, 2)

@@ -82,6 +82,10 @@ def convolution(x):
     return torch.nn.functional.conv1d(x, rows(2, 1, 3))
 
 
+def convolution_weights(w):
+    return torch.nn.functional.conv1d(rows(3, 2, 9), w, padding=1)
+
+
 J, H = wengert.jacobian, wengert.hessian
 CASES = {
     "pointwise": (J, pointwise, rows(40), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
@@ -95,6 +99,7 @@ CASES = {
     "layer norm": (J, layer_norm, rows(5, 4), Counts(blocks=1, losses=1, launches=2, matmuls=0, node_calls=1)),
     "gather": (J, gather, rows(6), Counts(blocks=1, losses=0, launches=3, matmuls=0, node_calls=0)),
     "convolution": (J, convolution, rows(3, 1, 9), Counts(blocks=1, losses=2, launches=2, matmuls=0, node_calls=1)),
+    "kernel": (J, convolution_weights, rows(2, 2, 3), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
     "rosenbrock": (H, rosenbrock, rows(10), Counts(blocks=6, losses=0, launches=4, matmuls=0, node_calls=0)),
     "cross entropy": (H, cross_entropy, rows(5, 4), Counts(blocks=4, losses=0, launches=5, matmuls=0, node_calls=0)),
 }

@@ -81,6 +81,14 @@ def test_what_has_no_reader_is_opaque(function):
     assert tape([function(x)], [x])[0][1] == ["opaque"]
 
 
+def test_a_convolution_is_a_gather_in_its_weights():
+    w = torch.ones(4, 3, 2, requires_grad=True)
+    y = F.conv1d(torch.ones(2, 3, 6), w, stride=2, padding=1)
+    assert dict(tape([y], [w]))["ConvolutionBackward0"] == [
+        "gather(4,3,2)[0+1*i1, 0+1*i3, 0+1*i4] over (3,2) p0=s0[0+1*i0, 0+1*i3, 0+2*i2+1*i4]"
+    ]
+
+
 def test_both_factors_of_a_product():
     x = leaf()
     y = x[:1]
