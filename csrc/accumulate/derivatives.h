@@ -12,8 +12,8 @@ namespace wengert::accumulate {
 
 using TensorRows = std::vector<std::vector<at::Tensor>>;  // undefined = not connected
 
-// [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.  Where a node of PyTorch's
-// gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.
+// [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.  Where a node of
+// PyTorch's gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero = true);
 
 // outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples if the blocks show that samples depend
