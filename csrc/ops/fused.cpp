@@ -1,28 +1,13 @@
 #include "ops/fused.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
-
-#include "kernels/cpu/loop_nest.h"
 
 namespace wengert::ops {
 namespace {
-
-std::atomic<std::uint64_t> launches{0};
-
-std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)>& evaluators() {
-  static std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)> table{};
-  return table;
-}
-
-// Below this many iterations a nest is not shared out: waking a thread costs more.
-constexpr std::int64_t kSerialElements = 32768;
 
 constexpr at::ScalarType kScalarTypes[fused::kDtypeCount] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kLong,
                                                              at::kInt,   at::kShort,  at::kChar,     at::kByte, at::kBool};
@@ -121,42 +106,6 @@ std::shared_ptr<const fused::Program> load(std::string_view text) {
     TORCH_CHECK_VALUE(false, error.what());
   }
 }
-
-std::uint64_t launch_count() { return launches.load(std::memory_order_relaxed); }
-
-void evaluate(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
-              std::span<const OperandView> operands, std::span<const OutputView> outputs) {
-  const Evaluator evaluator = evaluators()[static_cast<std::size_t>(device.type())].load(std::memory_order_relaxed);
-  TORCH_CHECK(evaluator != nullptr, "wengert::fused: this build has no kernels for ", device);
-  launches.fetch_add(1, std::memory_order_relaxed);
-  evaluator(device, program, extents, operands, outputs);
-}
-
-Evaluator exchange_evaluator(at::DeviceType type, Evaluator evaluator) {
-  return evaluators()[static_cast<std::size_t>(type)].exchange(evaluator);
-}
-
-bool can_evaluate(at::DeviceType type) { return evaluators()[static_cast<std::size_t>(type)].load() != nullptr; }
-
-namespace {
-
-// Threaded through at::parallel_for, with the same bits for any number of threads.
-void evaluate_on_cpu(at::Device, const fused::Program& program, std::span<const std::int64_t> extents,
-                     std::span<const OperandView> operands, std::span<const OutputView> outputs) {
-  thread_local kernels::LoopNest scratch;
-  kernels::LoopNest& nest = scratch;
-  nest.prepare(program, extents, operands, outputs);
-  if (nest.chunks() <= 1 || nest.elements() < kSerialElements) {
-    nest.run(0, nest.chunks());
-  } else {
-    at::parallel_for(0, nest.chunks(), 1, [&nest](std::int64_t first, std::int64_t last) { nest.run(first, last); });
-  }
-  nest.finish();
-}
-
-[[maybe_unused]] const Evaluator before = exchange_evaluator(at::kCPU, evaluate_on_cpu);
-
-}  // namespace
 
 std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program) {
   static auto op = c10::Dispatcher::singleton()
