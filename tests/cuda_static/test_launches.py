@@ -66,6 +66,10 @@ INDEXED = {
     "index_add": (lambda x: torch.zeros(9, 2).index_add(0, INDEX, x), (6, 2)),
     "scatter_add": (lambda x: torch.zeros(3, 5).scatter_add(1, GATHER, x), (3, 2)),
     "part_of_rows": (lambda w: F.embedding(GRID, w[:, :2]), (11, 5)),
+    "int32": (lambda w: F.embedding(INDEX.int(), w), (9, 3)),
+    "padded": (lambda w: F.embedding(INDEX, w, padding_idx=3), (9, 3)),
+    "from_the_end": (lambda w: w[[-1, 0, -1]], (4, 3)),
+    "rows_of_rows": (lambda w: w[1:6][torch.tensor([0, 0, 3])], (9, 3)),
     "twice": (lambda w: w[INDEX] * w[INDEX.flip(0)], (9, 3)),
 }
 # Their gradients read at positions; they put nothing.
@@ -164,6 +168,20 @@ def test_wide_layers_and_single_rows_are_the_librarys(static_launches):
         torch.testing.assert_close(wengert.batch_jacobian(net, x), batch_jacobian(net, x))
         y = net(x.requires_grad_())
         assert "matmul" in wengert._C.plan([y], [x], "vmap")
+    assert static_launches.stems() == []
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_scaled_products_over_several_loops_are_multiplied_by_pytorch(static_launches, create_graph):
+    """The sum runs over two axes that lie in memory in no common order."""
+    inner, outer = torch.randn(16, 16), torch.randn(4, 4, 5).permute(2, 1, 0)
+
+    def fn(x):
+        return ((x @ inner).tanh().view(*x.shape[:-1], 1, 4, 4) * outer).sum((-1, -2))
+
+    x = torch.randn(8, 16, requires_grad=True)
+    torch.testing.assert_close(wengert.batch_jacobian(fn, x, create_graph=create_graph), batch_jacobian(fn, x))
+    assert " * " in next(line for line in wengert._C.plan([fn(x)], [x], "vmap").splitlines() if line.startswith("matmul"))
     assert static_launches.stems() == []
 
 
