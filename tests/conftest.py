@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"WENGERT_TEST_DEVICE={DEVICE}, but there is no GPU"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def session_cache(tmp_path_factory):
+    """Compiled kernels of tests are kept for the session only, not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WENGERT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels", numbered=True)))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def ambient_state():
     """Every test starts from the same seed and must leave torch's ambient state as it found it."""

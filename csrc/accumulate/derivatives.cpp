@@ -11,7 +11,7 @@
 
 #include "accumulate/execute.h"
 #include "kernels/cuda/compiler.h"
-#include "ops/fused.h"
+#include "ops/backend.h"
 
 namespace wengert::accumulate {
 
@@ -63,10 +63,11 @@ PlanCache& plan_cache() {
   return cache;
 }
 
-// Continues the tape's signature.
+// Continues the tape's signature, which holds no device: plans differ by what devices can do.
 std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
   std::vector<std::int64_t>& key = tape.signature;
   key.push_back(static_cast<std::int64_t>(request.seed) << 1 | request.none_is_zero);
+  key.push_back(ops::can_launch(tape.device.type()));
   for (const Cotangent& cotangent : request.cotangents) {
     key.push_back(cotangent.given);
     if (!cotangent.given) continue;

@@ -12,8 +12,10 @@
 #include <cstring>
 
 #include "accumulate/run.h"
+#include "accumulate/static_steps.h"
 #include "accumulate/sweep.h"
-#include "ops/fused.h"
+#include "accumulate/window.h"
+#include "ops/backend.h"
 
 namespace wengert::accumulate {
 
@@ -50,27 +52,6 @@ at::Tensor zeros(const Slot& slot, at::Device device) {
   TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "wengert: could not allocate ", bytes,
                    " bytes for a dense result of shape ", c10::IntArrayRef(slot.shape));
   return at::from_blob(data, slot.shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
-}
-
-// The tensor's elements at some coordinates over the given loops; a view where no loop runs backwards.  Below the dispatcher's
-// autograd, so it costs little.
-at::Tensor window(const at::Tensor& tensor, const std::vector<Affine>& axes, const blocks::Shape& extents,
-                  const std::vector<std::size_t>& loops) {
-  std::int64_t offset = tensor.storage_offset();
-  c10::SmallVector<std::int64_t, 8> sizes, strides, backwards;
-  for (std::size_t a = 0; a < axes.size(); ++a) offset += axes[a].start * tensor.stride(static_cast<std::int64_t>(a));
-  for (std::size_t k : loops) {
-    std::int64_t stride = 0;
-    for (std::size_t a = 0; a < axes.size(); ++a) stride += axes[a].step[k] * tensor.stride(static_cast<std::int64_t>(a));
-    if (stride < 0) {  // which ATen's strides cannot be
-      backwards.push_back(static_cast<std::int64_t>(sizes.size()));
-      offset += (extents[k] - 1) * stride;
-    }
-    sizes.push_back(extents[k]);
-    strides.push_back(std::abs(stride));
-  }
-  const at::Tensor forwards = at::as_strided(tensor, sizes, strides, offset);
-  return backwards.empty() ? forwards : forwards.flip(backwards);
 }
 
 bool runs_backwards(const std::vector<Affine>& axes) {
@@ -121,25 +102,19 @@ class MemoryRun : public Run<MemoryRun> {
       at::mul_out(out, view(step.operands[loads[0]]), view(step.operands[loads[1]]));
       return;
     }
+    if (launches_ && is_first_copy(step) && materialized(step)) return;
     const std::size_t n = step.extents.size();
     c10::SmallVector<std::int64_t, 128> strides;
     c10::SmallVector<ops::OperandView, 32> operands;
     c10::SmallVector<ops::OutputView, 16> outputs;
     strides.resize(n * (step.operands.size() + step.targets.size()));
     std::int64_t* at = strides.data();
-    auto locate = [&](const at::Tensor& tensor, const std::vector<Affine>& axes) {
-      std::int64_t offset = 0;
-      std::fill(at, at + n, 0);
-      const c10::IntArrayRef steps = tensor.strides();
-      for (std::size_t a = 0; a < axes.size(); ++a) {
-        offset += axes[a].start * steps[a];
-        for (std::size_t k = 0; k < n; ++k) at[k] += axes[a].step[k] * steps[a];
-      }
-      return offset * static_cast<std::int64_t>(tensor.element_size());
+    auto bytes = [&](const at::Tensor& tensor, const std::vector<Affine>& axes) {
+      return locate(tensor, axes, n, at) * static_cast<std::int64_t>(tensor.element_size());
     };
     for (const Read& read : step.operands) {
       const at::Tensor& tensor = made(read.slot);
-      const std::int64_t offset = locate(tensor, read.axes);
+      const std::int64_t offset = bytes(tensor, read.axes);
       operands.push_back({.data = static_cast<const char*>(tensor.const_data_ptr()) + offset,
                           .dtype = plan_.slots[read.slot].dtype,
                           .strides = at,
@@ -148,7 +123,7 @@ class MemoryRun : public Run<MemoryRun> {
     }
     for (const blocks::Target& target : step.targets) {
       const at::Tensor& tensor = made(target.slot);
-      const std::int64_t offset = locate(tensor, target.axes);
+      const std::int64_t offset = bytes(tensor, target.axes);
       outputs.push_back({.data = static_cast<char*>(tensor.mutable_data_ptr()) + offset,
                          .dtype = plan_.slots[target.slot].dtype,
                          .strides = at,
@@ -160,10 +135,22 @@ class MemoryRun : public Run<MemoryRun> {
 
   void run(const Matmul& step) {
     count_matmul();
-    slots_[step.out] =
-        accumulate::matmul(step, plan_.slots[step.out].shape,
-                           window(on_device(made(step.a.slot)), step.a.axes, step.extents, matmul_axes(step, true)),
-                           window(on_device(made(step.b.slot)), step.b.axes, step.extents, matmul_axes(step, false)));
+    const at::Tensor &a = on_device(made(step.a.slot)), &b = on_device(made(step.b.slot));
+    const at::Tensor& scale = step.scale ? on_device(made(step.scale->slot)) : none_;
+    if (launches_) {
+      at::Tensor fresh = empty(plan_.slots[step.out], tape_.device);
+      if (launch_small_matmul(step, a, b, scale, fresh)) {
+        slots_[step.out] = std::move(fresh);
+        return;
+      }
+    }
+    if (step.scale) {
+      const Matmul plain = unscaled(step);
+      const std::vector<std::size_t> left = matmul_axes(plain, true);
+      multiply(plain, window(a, step.a.axes, step.extents, left) * window(scale, step.scale->axes, step.extents, left), b);
+    } else {
+      multiply(step, window(a, step.a.axes, step.extents, matmul_axes(step, true)), b);
+    }
   }
 
   void run(const Take& step) {
@@ -172,20 +159,57 @@ class MemoryRun : public Run<MemoryRun> {
   }
 
   void run(const PutAdd& step) {
-    const std::vector<std::size_t> loops = all_loops(step.extents);
-    const at::Tensor index = window(on_device(made(step.index.slot)), step.index.axes, step.extents, loops).reshape(-1);
-    const at::Tensor value = window(on_device(made(step.value.slot)), step.value.axes, step.extents, loops).reshape(-1);
-    at::Tensor out = made(step.out).view(-1);
+    at::Tensor& out = slots_[step.out];
+    const Slot& slot = plan_.slots[step.out];
+    const bool first = !out.defined();
+    if (first) out = launches_ ? empty(slot, tape_.device) : zeros(slot, tape_.device);
+    const at::Tensor& index = on_device(made(step.puts_rows() ? step.axis->index.slot : step.index.slot));
+    const RowSum sum = row_sum(step, on_device(made(step.value.slot)), index, out);
+    if (launches_) {
+      if (first && !sum.covers) out.zero_();
+      if (launch_segment_sum(sum, !first)) return;
+      if (first && sum.covers) out.zero_();
+    }
     if (tape_.device.is_cpu()) {
-      out.index_add_(0, index, value);
+      sum.out.index_add_(0, sum.index, sum.values);
     } else {
-      out.index_put_({index}, value, true);  // sorts first: index_add_ on CUDA adds in any order
+      sum.out.index_put_({sum.index}, sum.values, true);  // sorts first: index_add_ on CUDA adds in any order
     }
   }
 
   void run(const blocks::Arange& step) {
     slots_[step.out] = at::arange(plan_.slots[step.out].shape[0], at::TensorOptions().dtype(at::kLong).device(tape_.device));
   }
+
+ private:
+  // By the library; `a` is a view over the left side's loops.
+  void multiply(const Matmul& step, const at::Tensor& a, const at::Tensor& b) {
+    slots_[step.out] =
+        accumulate::matmul(step, plan_.slots[step.out].shape, a, window(b, step.b.axes, step.extents, matmul_axes(step, false)));
+  }
+
+  // Copies into an array of zeros that no step has written to.
+  bool is_first_copy(const Evaluate& step) const {
+    const std::int32_t out = step.targets[0].slot;
+    return plan_.slots[out].zero_filled && !slots_[out].defined() && is_copy(step, plan_);
+  }
+
+  // Zeros and copies in one pass.
+  bool materialized(const Evaluate& step) {
+    std::vector<at::Tensor> operands;
+    for (const Read& read : step.operands) {
+      operands.push_back(made(read.slot));
+      if (operands.back().device() != tape_.device) return false;  // a Python number, which PyTorch keeps on the host
+    }
+    const std::int32_t out = step.targets[0].slot;
+    at::Tensor fresh = empty(plan_.slots[out], tape_.device);
+    if (!launch_materialize(step, operands, fresh)) return false;
+    slots_[out] = std::move(fresh);
+    return true;
+  }
+
+  const bool launches_ = ops::can_launch(tape_.device.type());
+  const at::Tensor none_;
 };
 
 }  // namespace

@@ -178,9 +178,13 @@ class DifferentiableRun : public Run<DifferentiableRun> {
 
   void run(const blocks::Matmul& step) {
     count_matmul();
-    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape,
-                                          read_window(made(step.a.slot), step.a, step.extents, matmul_axes(step, true)),
-                                          read_window(made(step.b.slot), step.b, step.extents, matmul_axes(step, false)));
+    if (step.scale) {
+      const blocks::Matmul plain = unscaled(step);
+      const std::vector<std::size_t> left = matmul_axes(plain, true);
+      multiply(plain, read(step.a, plain, left) * read(*step.scale, plain, left));
+    } else {
+      multiply(step, read(step.a, step, matmul_axes(step, true)));
+    }
   }
 
   void run(const blocks::Take& step) {
@@ -196,9 +200,12 @@ class DifferentiableRun : public Run<DifferentiableRun> {
     if (step.axis) {  // along one axis: scatter_add keeps the structure of the others
       std::vector<std::int64_t> order;
       Shape sizes;
-      for (std::size_t k : step.axis->loops) {
-        if (k < loops.size()) order.push_back(static_cast<std::int64_t>(k));
-        sizes.push_back(k < loops.size() ? step.extents[k] : 1);
+      for (const std::vector<std::size_t>& along : step.axis->loops) {
+        sizes.push_back(1);
+        for (std::size_t k : along) {
+          order.push_back(static_cast<std::int64_t>(k));
+          sizes.back() *= step.extents[k];
+        }
       }
       const at::Tensor at = read_window(made(step.axis->index.slot), step.axis->index, step.extents, loops).expand(step.extents);
       slots_[step.out] = old.scatter_add(static_cast<std::int64_t>(step.axis->axis), at.permute(order).reshape(sizes),
@@ -214,6 +221,20 @@ class DifferentiableRun : public Run<DifferentiableRun> {
   }
 
  private:
+  at::Tensor read(const Read& read, const blocks::Matmul& step, const std::vector<std::size_t>& loops) {
+    return read_window(made(read.slot), read, step.extents, loops);
+  }
+  // One side may have moved along some loops only because of the scale.
+  static at::Tensor spread(const at::Tensor& view, const blocks::Matmul& step, const std::vector<std::size_t>& loops) {
+    Shape sizes;
+    for (std::size_t k : loops) sizes.push_back(step.extents[k]);
+    return view.sizes() == at::IntArrayRef(sizes) ? view : view.expand(sizes);
+  }
+  void multiply(const blocks::Matmul& step, const at::Tensor& a) {
+    const std::vector<std::size_t> left = matmul_axes(step, true), right = matmul_axes(step, false);
+    slots_[step.out] = accumulate::matmul(step, plan_.slots[step.out].shape, spread(a, step, left),
+                                          spread(read(step.b, step, right), step, right));
+  }
   at::TensorOptions options(const Slot& slot) const {
     return at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device);
   }

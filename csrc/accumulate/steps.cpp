@@ -5,6 +5,7 @@
 #include <ATen/functorch/DynamicLayer.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -170,6 +171,15 @@ std::vector<at::Tensor> call_rows(const blocks::CallNode& step, const blocks::Pl
 }
 
 }  // namespace
+
+blocks::Matmul unscaled(const blocks::Matmul& step) {
+  blocks::Matmul out = step;
+  out.scale.reset();
+  const auto rows = std::ranges::find_if(out.batch, [&](std::size_t loop) { return !step.b.moves(loop); });
+  out.m.insert(out.m.begin(), rows, out.batch.end());
+  out.batch.erase(rows, out.batch.end());
+  return out;
+}
 
 std::vector<std::size_t> matmul_axes(const blocks::Matmul& step, bool left) {
   std::vector<std::size_t> axes = step.batch;

@@ -8,6 +8,8 @@
 
 namespace wengert::accumulate {
 
+// The same product once its scale is multiplied into a: loops of batch that b does not move along are rows of a.
+blocks::Matmul unscaled(const blocks::Matmul& step);
 // The loops of one side of a matrix product, in the order matmul() wants them: (batch, m, k) of a, (batch, k, n) of b.
 std::vector<std::size_t> matmul_axes(const blocks::Matmul& step, bool left);
 // a and b are views over matmul_axes; the result has axes (batch, m, n), each group spread out again to `shape`.

@@ -5,6 +5,8 @@
 #include <map>
 
 #include "blocks/pull.h"
+#include "kernels/cuda/small_matmul.h"
+#include "ops/backend.h"
 
 namespace wengert::accumulate {
 
@@ -501,7 +503,9 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     cotangent_slots.push_back(cotangent.given ? static_cast<std::int32_t>(given.size()) : -1);
     if (cotangent.given) given.push_back({.shape = cotangent.shape, .dtype = to_fused(cotangent.dtype)});
   }
-  Builder builder(std::move(given));
+  blocks::Abilities abilities;
+  if (ops::can_launch(tape.device.type())) abilities = {.scaled_side = kernels::cuda::kSmallMatmulLimit, .sums_rows = true};
+  Builder builder(std::move(given), abilities);
   std::vector<std::int32_t> results, taken;
   std::vector<Shape> shapes;
   auto finish = [&](Sweep& sweep, tape::Value input, const Shape& row_shape, const std::vector<std::size_t>& order) {

@@ -2,7 +2,11 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include "kernels/cuda/static_launch.h"
+
 namespace wengert::bind {
+
+pybind11::dict to_python(const kernels::cuda::StaticLaunch& launch);
 
 void define_cuda_static(pybind11::module_ module);
 

@@ -1,21 +1,27 @@
 #include "bind/evaluator.h"
 
+#include <ATen/EmptyTensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "bind/cuda_static.h"
 #include "kernels/cuda/compiler.h"
-#include "ops/fused.h"
+#include "ops/backend.h"
 
 namespace py = pybind11;
 
 namespace wengert::bind {
 namespace {
 
-py::object& replacement() {
-  static auto* callable = new py::object;  // outlives the interpreter's shutdown
-  return *callable;
+struct Replacement {
+  py::object evaluate, launch;
+};
+
+Replacement& replacement() {
+  static auto* instance = new Replacement;  // outlives the interpreter's shutdown
+  return *instance;
 }
 
-// Calls replacement(text, extents, operands as (address, dtype, strides), outputs as (address, dtype, strides, accumulate)).
+// Calls evaluate(text, extents, operands as (address, dtype, strides), outputs as (address, dtype, strides, accumulate)).
 void evaluate_in_python(at::Device, const fused::Program& program, std::span<const std::int64_t> extents,
                         std::span<const ops::OperandView> operands, std::span<const ops::OutputView> outputs) {
   py::gil_scoped_acquire acquire;
@@ -29,11 +35,22 @@ void evaluate_in_python(at::Device, const fused::Program& program, std::span<con
                                   view.accumulate));
   }
   try {
-    replacement()(program.text(), std::vector<std::int64_t>(extents.begin(), extents.end()), sources, targets);
+    replacement().evaluate(program.text(), std::vector<std::int64_t>(extents.begin(), extents.end()), sources, targets);
   } catch (const py::error_already_set& error) {
     if (!error.matches(py::module_::import("wengert._C").attr("cuda").attr("CompileError"))) throw;
     throw kernels::cuda::CompileError(error.what());
   }
+}
+
+// Calls launch(the launch as plan_* give it, the memory it may touch as (address, bytes)).
+void launch_in_python(at::Device, const kernels::cuda::StaticLaunch& launch, at::TensorList touched) {
+  py::gil_scoped_acquire acquire;
+  py::list memory;
+  for (const at::Tensor& tensor : touched) {
+    memory.append(py::make_tuple(reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()),
+                                 at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size())));
+  }
+  replacement().launch(to_python(launch), memory);
 }
 
 }  // namespace
@@ -43,12 +60,18 @@ void define_evaluator(py::module_ module) {
       "can_evaluate", [](const std::string& device) { return ops::can_evaluate(at::Device(device).type()); }, py::arg("device"));
   module.def(
       "evaluate_with",
-      [](const py::object& callable) {
-        static const ops::Evaluator own = ops::exchange_evaluator(at::kCPU, nullptr);
-        replacement() = callable;
-        ops::exchange_evaluator(at::kCPU, callable.is_none() ? own : evaluate_in_python);
+      [](const py::object& evaluate, const py::object& launch) {
+        static const ops::Backend own = ops::exchange_backend(at::kCPU, {});
+        replacement() = {.evaluate = evaluate, .launch = launch};
+        ops::exchange_backend(at::kCPU, evaluate.is_none()
+                                            ? own
+                                            : ops::Backend{.evaluate = evaluate_in_python,
+                                                           .launch = launch.is_none() ? nullptr : launch_in_python});
       },
-      py::arg("callable"), "Tests only: every nest on the CPU is evaluated by this function; None: by the engine's kernels.");
+      py::arg("evaluate"), py::arg("launch") = py::none(),
+      "Tests only: every nest on the CPU is evaluated by the first function, and where there is a second one, the engine "
+      "launches the "
+      "kernels of csrc/kernels/cuda by it; None: as the engine does.");
 }
 
 }  // namespace wengert::bind

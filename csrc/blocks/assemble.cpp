@@ -142,6 +142,17 @@ void unroll(const Part& part, std::vector<Part>& out) {
   for (std::int64_t i = 0; i < part.extents[shortest]; ++i) unroll(fixed(part, shortest, i), out);
 }
 
+// True if the position depends on loops that move nothing else, so that whole rows are put there.
+bool indexes_rows(const IndexedAxis& along) {
+  for (std::size_t a = 0; a < along.loops.size(); ++a) {
+    if (a == along.axis) continue;
+    for (std::size_t k : along.loops[a]) {
+      if (along.index.moves(k)) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 std::int32_t Builder::assemble(const Shape& shape, fused::Dtype dtype, std::vector<Part> given) {
@@ -242,27 +253,30 @@ void Builder::write(std::int32_t target, fused::Dtype dtype, std::span<const Par
 void Builder::put_add(std::int32_t target, fused::Dtype dtype, const Part& part) {
   plan_.slots[target].zero_filled = true;
   const Shape shape = slot(target).shape;
+  const Value value =
+      pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
+  std::int32_t leaf = 0;
+  pool_.is_operand(value.expr, &leaf);
+  PutAdd step{
+      .extents = part.extents, .value = value.operands[leaf], .index = {}, .out = target, .axis = indexed_axis(part, shape)};
+  if (!(abilities_.sums_rows && step.axis && indexes_rows(*step.axis))) step.index = flat_index(part, shape);
+  emit(std::move(step));
+}
+
+// The position in the flattened array.
+Read Builder::flat_index(const Part& part, const Shape& shape) {
   Coord flat = constant_coord(part.extents.size());
   std::int64_t stride = 1;
   for (std::size_t a = shape.size(); a-- > 0;) {
     add_scaled(flat, part.coords[a], stride, part.extents);
     stride *= shape[a];
   }
-  const Value index = evaluate(coordinate_value(flat, part.extents), part.extents, fused::Dtype::i64, {});
-  const Value value =
-      pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
-  std::int32_t leaf = 0;
-  pool_.is_operand(value.expr, &leaf);
-  emit(PutAdd{.extents = part.extents,
-              .value = value.operands[leaf],
-              .index = index.operands[0],
-              .out = target,
-              .axis = indexed_axis(part, shape)});
+  return evaluate(coordinate_value(flat, part.extents), part.extents, fused::Dtype::i64, {}).operands[0];
 }
 
 std::optional<IndexedAxis> Builder::indexed_axis(const Part& part, const Shape& shape) {
   const std::size_t n = part.extents.size();
-  IndexedAxis out{.axis = shape.size(), .index = {}, .loops = std::vector<std::size_t>(shape.size(), n)};
+  IndexedAxis out{.axis = shape.size(), .index = {}, .loops = std::vector<std::vector<std::size_t>>(shape.size())};
   std::vector<bool> used(n, false);
   for (std::size_t a = 0; a < shape.size(); ++a) {
     const Coord& coord = part.coords[a];
@@ -277,14 +291,13 @@ std::optional<IndexedAxis> Builder::indexed_axis(const Part& part, const Shape& 
     }
     if (coord.affine.start != 0 || count > 1 || (count == 1 && (coord.affine.step[loop] != 1 || used[loop]))) return std::nullopt;
     if (count == 0 && shape[a] != 1) return std::nullopt;
-    if (count == 1) used[loop] = true;
-    out.loops[a] = loop;
+    if (count == 0) continue;
+    used[loop] = true;
+    out.loops[a] = {loop};
   }
   if (out.axis == shape.size()) return std::nullopt;
   for (std::size_t k = 0; k < n; ++k) {
-    if (used[k]) continue;
-    if (out.loops[out.axis] != n) return std::nullopt;
-    out.loops[out.axis] = k;
+    if (!used[k]) out.loops[out.axis].push_back(k);
   }
   const Coord position = index_coord(coordinate_value(part.coords[out.axis], part.extents), part.extents);
   out.index = position.index;

@@ -16,6 +16,9 @@ constexpr std::int64_t kMinMatmulWork = 8192;
 // A sub-value is computed on its own if that saves this much of the joint nest, and the nest is not tiny.
 constexpr std::int64_t kMinHoistedWork = 8192;
 constexpr std::int64_t kMinHoistedRatio = 4;
+// Sides of a scaled product where a block's threads load as much of their own matrices as half of the shared one: with 128
+// threads, one a column, and fewer than 9 rows, 128 / n products of m rows against n rows of the shared one.
+constexpr std::int64_t kRowsForShared = 256;
 
 fused::Dtype compute_dtype(fused::Dtype dtype) {
   switch (dtype) {
@@ -86,7 +89,7 @@ const char* name(Loss loss) {
   return "";
 }
 
-Builder::Builder(std::vector<Slot> given) {
+Builder::Builder(std::vector<Slot> given, Abilities abilities) : abilities_(abilities) {
   plan_.given = given.size();
   plan_.slots = std::move(given);
 }
@@ -338,22 +341,65 @@ bool Builder::as_matmul(const Value& value, const Value& factor, const Shape& ex
   return (m > 1 && n > 1) || batch == 1;
 }
 
+// Where the value is x * s with a read x, and a scaled product of small matrices pays: leaves x and returns s, whose loops become
+// the product's batch.
+std::optional<Read> Builder::take_scale(Value& value, const Value& other, bool left, const Shape& extents,
+                                        const std::vector<bool>& dead, fused::Dtype dtype) {
+  if (abilities_.scaled_side == 0 || (dtype != fused::Dtype::f32 && dtype != fused::Dtype::f64)) return std::nullopt;
+  if (pool_.is_constant(value.expr) || pool_.is_operand(value.expr) || pool_.prim(value.expr) != fused::Prim::mul) {
+    return std::nullopt;
+  }
+  auto pays = [&](const Value& kept, const Value& scale) {
+    std::int64_t batch = 1, k = 1, own = 1, others = 1;
+    bool shared = true;  // the other matrix, by all products
+    for (std::size_t i = 0; i < extents.size(); ++i) {
+      const bool s = scale.moves(i), o = other.moves(i), both = s || (kept.moves(i) && o);
+      if (s && !o && !left) return false;  // the product's axes would change places
+      if (both) (dead[i] ? k : batch) *= extents[i];
+      if (!both && o) others *= extents[i];
+      if (!both && !o && kept.moves(i)) own *= extents[i];
+      shared = shared && (dead[i] || !both || !o);
+    }
+    // A thread block loads a shared matrix for few products only: not worth it for a wide one and few rows.
+    return batch > 1 && std::max({own, others, k}) <= abilities_.scaled_side &&
+           (!shared || kRowsForShared * own >= others * others);
+  };
+  for (const int scaling : {1, 0}) {
+    Value kept = import(pool_.args(value.expr)[1 - scaling], value.operands);
+    Value scale = import(pool_.args(value.expr)[scaling], value.operands);
+    std::int32_t leaf = 0;
+    if (!pool_.is_operand(kept.expr, &leaf) || slot(kept.operands[leaf].slot).dtype != dtype || pool_.is_constant(scale.expr) ||
+        !pays(kept, scale)) {
+      continue;
+    }
+    scale = force(scale, extents, dtype);
+    pool_.is_operand(scale.expr, &leaf);
+    value = std::move(kept);
+    return scale.operands[leaf];
+  }
+  return std::nullopt;
+}
+
 Value Builder::matmul(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
+  Matmul step{.extents = extents, .a = {}, .b = {}, .scale = {}, .batch = {}, .m = {}, .n = {}, .k = {}, .out = -1};
+  step.scale = take_scale(value, factor, true, extents, dead, dtype);
+  if (!step.scale) step.scale = take_scale(factor, value, false, extents, dead, dtype);
   // force() leaves single reads alone; a constant cannot come here, since both sides move along a dead loop.
   value = force(value, extents, dtype);
   factor = force(factor, extents, dtype);
   std::int32_t v = 0, f = 0;
   pool_.is_operand(value.expr, &v);
   pool_.is_operand(factor.expr, &f);
-  Matmul step{
-      .extents = extents, .a = value.operands[v], .b = factor.operands[f], .batch = {}, .m = {}, .n = {}, .k = {}, .out = -1};
+  step.a = value.operands[v];
+  step.b = factor.operands[f];
   for (std::size_t i = 0; i < extents.size(); ++i) {
-    const bool in_a = step.a.moves(i), in_b = step.b.moves(i);
-    if (in_a && in_b) (dead[i] ? step.k : step.batch).push_back(i);
-    if (in_a && !in_b) step.m.push_back(i);
-    if (!in_a && in_b) step.n.push_back(i);
+    const bool in_a = step.a.moves(i), in_b = step.b.moves(i), both = (in_a && in_b) || (step.scale && step.scale->moves(i));
+    if (both) (dead[i] ? step.k : step.batch).push_back(i);
+    if (!both && in_a) step.m.push_back(i);
+    if (!both && in_b) step.n.push_back(i);
   }
   sort_by_memory({step.a}, step.batch);
+  std::stable_partition(step.batch.begin(), step.batch.end(), [&](std::size_t i) { return step.b.moves(i); });
   sort_by_memory({step.a}, step.m);
   sort_by_memory({step.a}, step.k);
   sort_by_memory({step.b}, step.n);
@@ -530,6 +576,7 @@ Plan Builder::finish(std::vector<std::int32_t> results, std::vector<Shape> resul
             for (const Target& target : step.targets) use(target.slot, i);
           } else if constexpr (std::is_same_v<T, Matmul>) {
             use(step.a.slot, i), use(step.b.slot, i), use(step.out, i);
+            if (step.scale) use(step.scale->slot, i);
           } else if constexpr (std::is_same_v<T, Take>) {
             use(step.source, i), use(step.index, i), use(step.out, i);
           } else if constexpr (std::is_same_v<T, PutAdd>) {

@@ -24,7 +24,7 @@ struct Part {
 
 class Builder {
  public:
-  explicit Builder(std::vector<Slot> given);
+  explicit Builder(std::vector<Slot> given, Abilities abilities = {});
 
   fused::ExprPool& pool() { return pool_; }
   const Slot& slot(std::int32_t s) const { return plan_.slots[s]; }
@@ -80,13 +80,17 @@ class Builder {
   void sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const;
   void hoist(Value& value, const Value& other, const Shape& extents, fused::Dtype dtype);
   bool as_matmul(const Value& value, const Value& factor, const Shape& extents, const std::vector<bool>& dead) const;
+  std::optional<Read> take_scale(Value& value, const Value& other, bool left, const Shape& extents, const std::vector<bool>& dead,
+                                 fused::Dtype dtype);
   Value matmul(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype);
   void write(std::int32_t target, fused::Dtype dtype, std::span<const Part* const> parts, bool accumulate);
   void put_add(std::int32_t target, fused::Dtype dtype, const Part& part);
+  Read flat_index(const Part& part, const Shape& shape);
   std::optional<IndexedAxis> indexed_axis(const Part& part, const Shape& shape);
   Value compact_operands(const Value& value, std::vector<Read>& operands);
 
   fused::ExprPool pool_;
+  Abilities abilities_;
   Plan plan_;
   std::array<std::int64_t, static_cast<std::size_t>(Loss::kCount)> losses_{};
   std::map<std::int64_t, std::int32_t> iotas_;                             // extent -> slot

@@ -13,6 +13,12 @@
 
 namespace wengert::blocks {
 
+// What the device a plan is for has kernels for, beside programs and plain matrix products.
+struct Abilities {
+  std::int64_t scaled_side = 0;  // products of matrices with sides up to this take a scale on the way; 0: none do
+  bool sums_rows = false;        // sums whole rows at positions along one axis
+};
+
 // A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by
 // steps.
 struct Slot {
@@ -38,10 +44,11 @@ struct Evaluate {
   std::vector<Target> targets;  // one per output of the program
 };
 
-// out[batch, m, n] = sum_k a * b; the four lists partition the loops that a or b move along.
+// out[batch, m, n] = sum_k a * b, or sum_k a * scale * b; the four lists partition the loops that they move along.
 struct Matmul {
   Shape extents;
   Read a, b;
+  std::optional<Read> scale;  // moves along loops of batch and k only; the last of batch may be loops that b does not move along
   std::vector<std::size_t> batch, m, n, k;
   std::int32_t out;
 };
@@ -56,8 +63,8 @@ struct Take {
 struct IndexedAxis {
   std::size_t axis;
   Read index;  // the position along that axis
-  std::vector<std::size_t>
-      loops;  // per axis of `out`: its loop; for `axis`, the loop that moves nothing else, or the number of loops
+  std::vector<std::vector<std::size_t>>
+      loops;  // per axis of `out`: its loop or none; for `axis`, the loops that move nothing else
 };
 
 // out.flatten()[index] += value over a loop nest; out is zero-filled.
@@ -66,6 +73,9 @@ struct PutAdd {
   Read value, index;
   std::int32_t out;
   std::optional<IndexedAxis> axis;
+
+  // Whole rows are put along the axis, for a device that sums them (see Abilities): there is no flat index.
+  bool puts_rows() const { return index.slot < 0; }
 };
 
 struct Arange {

@@ -42,13 +42,13 @@ std::string text(const Step& step) {
           for (const Read& read : s.operands) out += " " + text(read.slot, read.axes);
           return out + " {" + std::to_string(s.program->bytecode().instructions.size()) + " instructions}";
         } else if constexpr (std::is_same_v<T, Matmul>) {
-          return "matmul over " + text(s.extents) + ": s" + std::to_string(s.out) + " = " + text(s.a.slot, s.a.axes) + " x " +
-                 text(s.b.slot, s.b.axes);
+          return "matmul over " + text(s.extents) + ": s" + std::to_string(s.out) + " = " + text(s.a.slot, s.a.axes) +
+                 (s.scale ? " * " + text(s.scale->slot, s.scale->axes) : "") + " x " + text(s.b.slot, s.b.axes);
         } else if constexpr (std::is_same_v<T, Take>) {
           return "take: s" + std::to_string(s.out) + " = s" + std::to_string(s.source) + " at s" + std::to_string(s.index);
         } else if constexpr (std::is_same_v<T, PutAdd>) {
-          return "put: s" + std::to_string(s.out) + " += s" + std::to_string(s.value.slot) + " at s" +
-                 std::to_string(s.index.slot);
+          return "put: s" + std::to_string(s.out) + " += s" + std::to_string(s.value.slot) + " at " +
+                 (s.puts_rows() ? "rows s" + std::to_string(s.axis->index.slot) : "s" + std::to_string(s.index.slot));
         } else if constexpr (std::is_same_v<T, Arange>) {
           return "arange: s" + std::to_string(s.out);
         } else {

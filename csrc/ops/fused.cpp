@@ -1,28 +1,13 @@
 #include "ops/fused.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
-
-#include "kernels/cpu/loop_nest.h"
 
 namespace wengert::ops {
 namespace {
-
-std::atomic<std::uint64_t> launches{0};
-
-std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)>& evaluators() {
-  static std::array<std::atomic<Evaluator>, static_cast<std::size_t>(at::COMPILE_TIME_MAX_DEVICE_TYPES)> table{};
-  return table;
-}
-
-// Below this many iterations a nest is not shared out: waking a thread costs more.
-constexpr std::int64_t kSerialElements = 32768;
 
 constexpr at::ScalarType kScalarTypes[fused::kDtypeCount] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kLong,
                                                              at::kInt,   at::kShort,  at::kChar,     at::kByte, at::kBool};
@@ -65,20 +50,27 @@ c10::SmallVector<Int, 8> output_sizes(const c10::SmallVector<Int, 8>& extents, c
   return sizes;
 }
 
+at::Device common_device(at::TensorList operands) {
+  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    TORCH_CHECK_VALUE(operands[i].device() == device, "wengert::fused: operand ", i, " is on ", operands[i].device(),
+                      ", operand 0 on ", device, "; all have to be on one device");
+  }
+  return device;
+}
+
 // The kernel of every device that has an evaluator.
 std::vector<at::Tensor> fused_dense(at::TensorList operands, std::string_view text) {
   std::shared_ptr<const fused::Program> program = load(text);
   auto extents = infer_extents<std::int64_t>(*program, operands, [](const at::Tensor& t) { return t.sizes(); });
   const int rank = program->rank();
-  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
+  const at::Device device = common_device(operands);
   c10::SmallVector<OperandView, 8> inputs;
   c10::SmallVector<std::int64_t, 64> strides(operands.size() * rank);
   for (std::size_t i = 0; i < operands.size(); ++i) {
     const at::Tensor& operand = operands[i];
     TORCH_CHECK_VALUE(operand.layout() == at::kStrided, "wengert::fused: operand ", i, " has layout ", operand.layout(),
                       "; only strided tensors are supported");
-    TORCH_CHECK_VALUE(operand.device() == device, "wengert::fused: operand ", i, " is on ", operand.device(), ", operand 0 on ",
-                      device, "; all have to be on one device");
     TORCH_CHECK_VALUE(!operand.is_neg(), "wengert::fused: operand ", i, " has a pending negation");
     for (int k = 0; k < rank; ++k) strides[i * rank + k] = operand.size(k) == 1 ? 0 : operand.stride(k);
     inputs.push_back({operand.const_data_ptr(), to_dtype(operand.scalar_type()), strides.data() + i * rank});
@@ -96,6 +88,7 @@ std::vector<at::Tensor> fused_dense(at::TensorList operands, std::string_view te
 
 std::vector<at::Tensor> fused_meta(at::TensorList operands, std::string_view text) {
   std::shared_ptr<const fused::Program> program = load(text);
+  common_device(operands);
   auto extents = infer_extents<c10::SymInt>(*program, operands, [](const at::Tensor& t) { return t.sym_sizes(); });
   std::vector<at::Tensor> results;
   for (const fused::OutputSpec& output : program->outputs()) {
@@ -121,42 +114,6 @@ std::shared_ptr<const fused::Program> load(std::string_view text) {
     TORCH_CHECK_VALUE(false, error.what());
   }
 }
-
-std::uint64_t launch_count() { return launches.load(std::memory_order_relaxed); }
-
-void evaluate(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
-              std::span<const OperandView> operands, std::span<const OutputView> outputs) {
-  const Evaluator evaluator = evaluators()[static_cast<std::size_t>(device.type())].load(std::memory_order_relaxed);
-  TORCH_CHECK(evaluator != nullptr, "wengert::fused: this build has no kernels for ", device);
-  launches.fetch_add(1, std::memory_order_relaxed);
-  evaluator(device, program, extents, operands, outputs);
-}
-
-Evaluator exchange_evaluator(at::DeviceType type, Evaluator evaluator) {
-  return evaluators()[static_cast<std::size_t>(type)].exchange(evaluator);
-}
-
-bool can_evaluate(at::DeviceType type) { return evaluators()[static_cast<std::size_t>(type)].load() != nullptr; }
-
-namespace {
-
-// Threaded through at::parallel_for, with the same bits for any number of threads.
-void evaluate_on_cpu(at::Device, const fused::Program& program, std::span<const std::int64_t> extents,
-                     std::span<const OperandView> operands, std::span<const OutputView> outputs) {
-  thread_local kernels::LoopNest scratch;
-  kernels::LoopNest& nest = scratch;
-  nest.prepare(program, extents, operands, outputs);
-  if (nest.chunks() <= 1 || nest.elements() < kSerialElements) {
-    nest.run(0, nest.chunks());
-  } else {
-    at::parallel_for(0, nest.chunks(), 1, [&nest](std::int64_t first, std::int64_t last) { nest.run(first, last); });
-  }
-  nest.finish();
-}
-
-[[maybe_unused]] const Evaluator before = exchange_evaluator(at::kCPU, evaluate_on_cpu);
-
-}  // namespace
 
 std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program) {
   static auto op = c10::Dispatcher::singleton()

@@ -1,4 +1,4 @@
-// Nests in CUDA memory: generated kernels, planned and launched the way PyTorch expects it of an op.
+// What CUDA devices do: generated kernels for nests and the library's own kernels, launched the way PyTorch expects it of an op.
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -10,7 +10,8 @@
 
 #include "kernels/cuda/compiler.h"
 #include "kernels/cuda/launcher_cuda.h"
-#include "ops/fused.h"
+#include "kernels/cuda/static_launchers.h"
+#include "ops/backend.h"
 
 namespace wengert::ops {
 namespace {
@@ -66,7 +67,15 @@ void evaluate_on_cuda(at::Device device, const fused::Program& program, std::spa
   }
 }
 
-[[maybe_unused]] const Evaluator before = exchange_evaluator(at::kCUDA, evaluate_on_cuda);
+void queue_on_cuda(at::Device device, const cuda::StaticLaunch& launch, at::TensorList) {
+  const c10::cuda::CUDAGuard guard(device);
+  const Range range(launch.entry);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device.index());
+  C10_CUDA_CHECK(cuda::launch_static(launch, stream));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+[[maybe_unused]] const Backend before = exchange_backend(at::kCUDA, {.evaluate = evaluate_on_cuda, .launch = queue_on_cuda});
 
 }  // namespace
 

@@ -1,6 +1,5 @@
 """The engine on the CUDA kernels' PTX: every nest of the zoo is planned, compiled and executed as on a GPU."""
 
-import importlib
 import os
 import warnings
 
@@ -9,16 +8,8 @@ import torch
 import wengert
 from problems import LIBRARY
 from support import ptx_device
-from support.check import check_against_torch
+from support.engine_zoo import CASES, PROBLEMS, check_problem
 from support.zoo import Source
-
-MODULES = ("architectures", "dynamics", "energies", "linalg", "modules", "semantics", "structure")
-CASES = {
-    f"{name}-{case.name}": case
-    for name in MODULES
-    for zoo in [getattr(importlib.import_module(f"end_to_end.test_{name}"), "zoo", ())]
-    for case in zoo
-}
 
 
 @pytest.fixture
@@ -40,14 +31,9 @@ def test_jacobians_of_the_zoo(name, nests):
     CASES[name].check("jacobian")
 
 
-PROBLEMS = [name for name, problem in LIBRARY.items() if problem.small is not None]
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_jacobians_of_the_benchmark_problems(name, nests):
-    problem, source = LIBRARY[name], Source(torch.float64)
-    fn, x = problem.build(source, source.positive, problem.small)
-    check_against_torch(fn, x, modes=("jacobian",))
+    check_problem(name)
 
 
 @pytest.mark.parametrize("name", SECOND)

@@ -36,10 +36,3 @@ def tool(cuda_build):
         return path
 
     return find
-
-
-@pytest.fixture(autouse=True, scope="session")
-def session_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WENGERT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels", numbered=True)))
-        yield

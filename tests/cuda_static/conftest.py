@@ -8,8 +8,10 @@ import subprocess
 
 import ptx
 import pytest
+from support import ptx_device
 from support.toolkit import find_tool
 
+STEMS = ("materialize", "segment_sum", "small_matmul")
 CSRC = pathlib.Path(__file__).parents[2] / "csrc"
 
 
@@ -51,3 +53,31 @@ def execute(ptx_of):
         )
 
     return run
+
+
+def stem_of(launch: dict) -> str:
+    return next(stem for stem in STEMS if launch["entry"].startswith(stem))
+
+
+class Launches(list):
+    """Plans of the static kernels' launches; `nests` has the number of launches of every nest."""
+
+    nests: list[int]
+
+    def stems(self) -> list[str]:
+        return [stem_of(launch) for launch in self]
+
+
+@pytest.fixture
+def static_launches(execute):
+    """The engine runs as on a GPU, every kernel executed on the CPU."""
+
+    launches = Launches()
+
+    def launch(plan: dict, memory) -> None:
+        launches.append(plan)
+        execute(stem_of(plan), plan, memory)
+
+    ptx_device.nvrtc()
+    with ptx_device.evaluating_nests(launch) as launches.nests:
+        yield launches

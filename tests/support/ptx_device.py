@@ -7,7 +7,7 @@ import ctypes
 import functools
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,17 +115,28 @@ def evaluate(
     return Evaluation(results, plan, execute(plan, [*operands, *results], order, seed))
 
 
+def memory_at(address: int, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address))
+
+
 def hull(address: int, dtype: str, strides: Sequence[int], extents: Sequence[int]) -> np.ndarray:
     """The memory from the first to the last element of a window: all that a kernel may touch there."""
     reach = [(extent - 1) * stride for extent, stride in zip(extents, strides)]
     low, high = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
     item = DTYPES[dtype].itemsize
-    return np.ctypeslib.as_array((ctypes.c_uint8 * ((high - low + 1) * item)).from_address(address + low * item))
+    return memory_at(address + low * item, (high - low + 1) * item)
+
+
+StaticLauncher = Callable[[dict, Sequence[np.ndarray]], None]
 
 
 @contextlib.contextmanager
-def evaluating_nests() -> Iterator[list[int]]:
-    """Within the block every nest on CPU memory is evaluated by its CUDA kernels; gives the number of launches of each."""
+def evaluating_nests(launch_static: StaticLauncher | None = None) -> Iterator[list[int]]:
+    """Within the block every nest on CPU memory is evaluated by its CUDA kernels; gives the number of launches of each.
+
+    With `launch_static`, which executes a launch on the memory that it may touch, the engine also plans the kernels that nvcc
+    compiles, as it does for a GPU.
+    """
     launches: list[int] = []
 
     def evaluate_nest(text: str, extents: list[int], operands: list[tuple], outputs: list[tuple]) -> None:
@@ -140,7 +151,10 @@ def evaluating_nests() -> Iterator[list[int]]:
                 memory.append(hull(address, dtype, strides, kept))
         execute(plan, memory)
 
-    _C.evaluate_with(evaluate_nest)
+    def launch(plan: dict, touched: list[tuple[int, int]]) -> None:
+        launch_static(plan, [memory_at(address, count) for address, count in touched if count])
+
+    _C.evaluate_with(evaluate_nest, None if launch_static is None else launch)
     try:
         yield launches
     finally:

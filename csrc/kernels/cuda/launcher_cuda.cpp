@@ -1,9 +1,11 @@
 #include "kernels/cuda/launcher_cuda.h"
 
 #include <mutex>
+#include <string_view>
 #include <unordered_map>
 
 #include "kernels/cuda/compiler.h"
+#include "kernels/cuda/static_launchers.h"
 
 namespace wengert::kernels::cuda {
 namespace {
@@ -104,6 +106,13 @@ cudaError_t launch(const Launch& launch, cudaKernel_t loaded, const void* worksp
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(loaded), arguments);
+}
+
+cudaError_t launch_static(const StaticLaunch& launch, cudaStream_t stream) {
+  const std::string_view entry = launch.entry;
+  if (entry.starts_with("materialize")) return launch_materialize(launch, stream);
+  if (entry.starts_with("segment_sum")) return launch_segment_sum(launch, stream);
+  return launch_small_matmul(launch, stream);  // an error where it does not know the name
 }
 
 }  // namespace wengert::kernels::cuda

@@ -11,4 +11,7 @@ cudaError_t launch_materialize(const StaticLaunch& launch, cudaStream_t stream);
 cudaError_t launch_segment_sum(const StaticLaunch& launch, cudaStream_t stream);
 cudaError_t launch_small_matmul(const StaticLaunch& launch, cudaStream_t stream);
 
+// Any of them: a kernel's name begins with its launcher's.
+cudaError_t launch_static(const StaticLaunch& launch, cudaStream_t stream);
+
 }  // namespace wengert::kernels::cuda
