@@ -34,7 +34,7 @@ cuda-check:
 else
 cuda-check: $(CUDA_STAMPS)/build
 	$(CUDA_BIN)/python -m pytest -rs tests/cuda_build
-	WENGERT_TEST_THREADS=1 $(CUDA_BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal --ignore=tests/cuda_build
+	WENGERT_PTX=all WENGERT_TEST_THREADS=1 $(CUDA_BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal --ignore=tests/cuda_build
 endif
 
 lint: $(STAMPS)/requirements

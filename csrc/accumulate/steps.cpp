@@ -114,6 +114,16 @@ at::Tensor validated(at::Tensor grad, const torch::autograd::Edge& edge) {
   return grad.scalar_type() == dtype ? grad : grad.to(dtype);
 }
 
+// Plans hold complex values as pairs of reals, nodes want them complex.
+at::Tensor as_node_wants(const at::Tensor& cotangent, const torch::autograd::InputMetadata& metadata) {
+  const bool complex = at::isComplexType(c10::typeMetaToScalarType(metadata.dtype()));
+  return complex ? at::view_as_complex(cotangent.contiguous()) : cotangent;
+}
+
+at::Tensor as_plan_wants(const at::Tensor& result) {
+  return result.defined() && result.is_complex() ? at::view_as_real(result.resolve_conj()) : result;
+}
+
 std::vector<at::Tensor> call_once(const blocks::CallNode& step, const tape::Tape& tape,
                                   const std::vector<at::Tensor>& cotangents) {
   const tape::NodePtr& fn = tape.nodes[step.node].fn;
@@ -204,9 +214,15 @@ void reset_step_counts() { matmul_count = call_count = take_count = 0; }
 
 std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
                                   std::vector<at::Tensor> cotangents) {
+  const torch::autograd::Node& fn = *tape.nodes[step.node].fn;
   if (step.batch == 0) {
     ++call_count;
-    return call_once(step, tape, cotangents);
+    for (std::size_t o = 0; o < cotangents.size(); ++o) {
+      if (cotangents[o].defined()) cotangents[o] = as_node_wants(cotangents[o], fn.input_metadata(o));
+    }
+    std::vector<at::Tensor> results = call_once(step, tape, cotangents);
+    for (at::Tensor& result : results) result = as_plan_wants(result);
+    return results;
   }
   std::int64_t batch = 1;
   blocks::Shape lead;
@@ -215,9 +231,8 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
     const blocks::Shape& shape = plan.slots[step.cotangents[o]].shape;
     lead.assign(shape.begin(), shape.begin() + step.batch);
     batch = blocks::numel(lead);
-    cotangents[o] = cotangents[o].flatten(0, static_cast<std::int64_t>(step.batch) - 1);
+    cotangents[o] = as_node_wants(cotangents[o].flatten(0, static_cast<std::int64_t>(step.batch) - 1), fn.input_metadata(o));
   }
-  const torch::autograd::Node& fn = *tape.nodes[step.node].fn;
   std::vector<at::Tensor> results;
   bool rows = batch == 1 || row_only().contains(fn), failed = false;
   if (!rows) {
@@ -240,6 +255,7 @@ std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Pl
   for (std::size_t j = 0; j < results.size(); ++j) {
     if (!results[j].defined()) continue;
     blocks::Shape shape = lead;
+    results[j] = as_plan_wants(results[j]);
     shape.insert(shape.end(), results[j].sizes().begin() + 1, results[j].sizes().end());
     results[j] = results[j].reshape(shape);
   }

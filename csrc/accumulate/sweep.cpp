@@ -172,7 +172,9 @@ class Sweep {
         const tape::Meta& meta = node.outputs[o];
         Shape shape = row_shape_;
         shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
-        slot = array(states[o].list.blocks(), shape, to_fused(meta.dtype), {});
+        std::vector<Part> parts;
+        for (const Block& block : states[o].list.blocks()) parts.push_back(blocks::as_part(block));
+        slot = argument(shape, to_fused(meta.dtype), std::move(parts));
       }
       step.cotangents.push_back(slot);
     }
@@ -253,7 +255,7 @@ class Sweep {
                           .batch = batch.size(),
                           .cotangents = std::vector<std::int32_t>(node.outputs.size(), -1),
                           .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
-    step.cotangents[output] = builder_.assemble(shape, block.dtype, {std::move(part)});
+    step.cotangents[output] = argument(shape, block.dtype, {std::move(part)});
     Shape result_shape(shape.begin(), shape.begin() + batch.size());
     result_shape.insert(result_shape.end(), in.shape.begin(), in.shape.end());
     const std::int32_t result = builder_.new_slot(result_shape, to_fused(in.dtype));
@@ -304,6 +306,15 @@ class Sweep {
     out.value = blocks::Value{.expr = builder_.pool().operand(0), .operands = {std::move(read)}};
     blocks::normalize(out);
     return out;
+  }
+
+  // The sum of the parts as a node's argument: the result of the node before as it is, where it is just that.
+  std::int32_t argument(const Shape& shape, fused::Dtype dtype, std::vector<Part> parts) {
+    if (parts.size() == 1) {
+      const std::int32_t whole = builder_.as_whole_slot(parts[0], shape, dtype);
+      if (whole >= 0 && builder_.slot(whole).shape == shape) return whole;
+    }
+    return builder_.assemble(shape, dtype, std::move(parts));
   }
 
   // ---- explain and the watch on sample independence

@@ -19,11 +19,6 @@ namespace {
 
 namespace autograd = torch::autograd;
 
-void check_dtype(at::ScalarType dtype) {
-  if (at::isComplexType(dtype)) throw Unsupported("complex numbers");
-  if (at::isQIntType(dtype)) throw Unsupported("quantised numbers");
-}
-
 // Only plain strided tensors can be read by the engine's kernels.
 void check_tensor(const at::Tensor& tensor) {
   static const c10::DispatchKeySet kForeign({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
@@ -33,7 +28,8 @@ void check_tensor(const at::Tensor& tensor) {
   if (tensor.key_set().has_any(kForeign)) throw Unsupported("a wrapped, lazily negated or subclass tensor");
   if (tensor.layout() != at::kStrided || tensor.is_nested()) throw Unsupported("a layout other than strided");
   if (tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) throw Unsupported("symbolic sizes");
-  check_dtype(tensor.scalar_type());
+  if (at::isComplexType(tensor.scalar_type())) throw Unsupported("complex numbers");
+  if (at::isQIntType(tensor.scalar_type())) throw Unsupported("quantised numbers");
 }
 
 // Hooks have to see every gradient that PyTorch would show them.
@@ -57,11 +53,29 @@ void read_meta(const autograd::InputMetadata& metadata, Meta& meta) {
   if (metadata.is_nested_tensor()) throw Unsupported("a nested tensor");
   if (metadata.layout() != at::kStrided) throw Unsupported("a layout other than strided");
   meta.dtype = c10::typeMetaToScalarType(metadata.dtype());
-  check_dtype(meta.dtype);
+  if (at::isQIntType(meta.dtype)) throw Unsupported("quantised numbers");
   if (metadata.grad_dtype().has_value() && *metadata.grad_dtype() != meta.dtype) throw Unsupported("a gradient dtype of its own");
   const c10::SymIntArrayRef shape = metadata.shape_as_dim_vector();
   meta.shape.reserve(shape.size());
   for (const c10::SymInt& extent : shape) meta.shape.push_back(Take::concrete(extent));
+  meta.complex = at::isComplexType(meta.dtype);
+  if (meta.complex) {
+    meta.dtype = at::toRealValueType(meta.dtype);
+    meta.shape.push_back(2);
+  }
+}
+
+bool is_complex(const autograd::InputMetadata& metadata) {
+  return !metadata.was_default_constructed() && at::isComplexType(c10::typeMetaToScalarType(metadata.dtype()));
+}
+
+bool touches_complex(const autograd::Node& fn) {
+  for (std::uint32_t o = 0; o < fn.num_inputs(); ++o) {
+    if (is_complex(fn.input_metadata(o))) return true;
+  }
+  return std::ranges::any_of(fn.next_edges(), [](const autograd::Edge& edge) {
+    return edge.function && is_complex(edge.function->input_metadata(edge.input_nr));
+  });
 }
 
 struct Visit {
@@ -216,6 +230,12 @@ const Reader* find_reader(const autograd::Node& fn) {
   return cell.reader;
 }
 
+// Few programs have such nodes: no cache.
+const Reader* find_complex_reader(const autograd::Node& fn) {
+  const Reader* reader = complex_table().find(typeid(fn));
+  return reader != nullptr ? reader : &opaque_reader();
+}
+
 autograd::Edge input_edge(const at::Tensor& input) {
   if (const NodePtr& fn = input.grad_fn()) return {fn, static_cast<std::uint32_t>(input.output_nr())};
   return {autograd::impl::try_get_grad_accumulator(input), 0};
@@ -239,7 +259,7 @@ class Sign {
     list(node.inputs);
     put(std::ssize(node.outputs));
     for (const Meta& meta : node.outputs) {
-      put(meta.dtype);
+      put(static_cast<int>(meta.dtype) << 1 | meta.complex);
       list(meta.shape);
     }
   }
@@ -401,7 +421,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs) {
     const Visit& visit = walk.visit(walk.order()[k]);
     Node& node = tape.nodes[k];
     node.fn = NodePtr::reclaim_copy(visit.fn);
-    node.reader = find_reader(*visit.fn);
+    node.reader = touches_complex(*visit.fn) ? find_complex_reader(*visit.fn) : find_reader(*visit.fn);
     check_hooks(*visit.fn, visit.below);
     if (node.reader == &opaque_reader()) check_opaque(*visit.fn);
     node.outputs.resize(visit.fn->num_inputs());

@@ -99,7 +99,7 @@ std::string to_string(const Tape& tape) {
     const Node& node = tape.nodes[k];
     printer.out << k << ' ' << name(node);
     for (const Meta& meta : node.outputs) {
-      printer.out << ' ' << c10::toString(meta.dtype);
+      printer.out << ' ' << (meta.complex ? "pairs of " : "") << c10::toString(meta.dtype);
       printer.list(meta.shape);
     }
     printer.out << '\n';

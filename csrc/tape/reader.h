@@ -77,11 +77,13 @@ struct Site {
   int input;
   fused::ExprPool& pool;
 
-  const Shape& y() const { return node.outputs[output].shape; }
-  const Shape& x() const {
+  const Meta& output_meta() const { return node.outputs[output]; }
+  const Meta& input_meta() const {
     const Value value = node.inputs[input];
-    return tape.nodes[value.node].outputs[value.output].shape;
+    return tape.nodes[value.node].outputs[value.output];
   }
+  const Shape& y() const { return output_meta().shape; }
+  const Shape& x() const { return input_meta().shape; }
   std::int64_t integer(int k) const { return node.ints[k]; }
   double real(int k) const { return node.reals[k]; }
   bool has(int k) const { return k < std::ssize(node.slots) && node.slots[k] >= 0; }
@@ -141,8 +143,10 @@ void add_local(Table& table);
 void add_losses(Table& table);
 void add_inplace(Table& table);
 void add_fused(Table& table);
+void add_complex(Table& table);
 
 const Table& table();
+const Table& complex_table();  // of nodes with a complex tensor on either side
 const Reader& opaque_reader();
 const Reader& accumulate_reader();
 

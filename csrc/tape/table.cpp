@@ -27,6 +27,15 @@ const Table& table() {
   return rows;
 }
 
+const Table& complex_table() {
+  static const Table rows = [] {
+    Table table;
+    add_complex(table);
+    return table;
+  }();
+  return rows;
+}
+
 const Reader& opaque_reader() {
   static const Reader row{"opaque"};
   return row;

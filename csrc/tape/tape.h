@@ -33,6 +33,7 @@ struct Value {
 struct Meta {
   Shape shape;
   at::ScalarType dtype = at::kFloat;
+  bool complex = false;  // a complex value, shown as its pairs of reals: see NOTE [Complex values]
 };
 
 struct Reader;  // one row of the reader table: node name, how to read it, how to describe it

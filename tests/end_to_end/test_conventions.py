@@ -51,6 +51,16 @@ def check(f, x):
     assert_same(ours, torch.where(ref.isnan() & ours.isfinite(), ours, ref), tol=Tolerance(rtol=1e-8, atol=1e-9))
 
 
+@pytest.mark.parametrize("order", [1.0, 1.5, 2.0, 3.5, math.inf])
+def test_norms_at_zero(order):
+    norm = lambda x: torch.linalg.vector_norm(x, order)
+    assert_same(*(m.jacobian(lambda x: norm(x) * math.nan, ZERO) for m in (wengert, torch_functional)))
+    for f in (norm, lambda x: norm(x) ** 2, lambda x: (norm(x) * x).sum()):
+        assert_same(wengert.jacobian(f, ZERO), torch_functional.jacobian(f, ZERO))
+        ours, ref = wengert.hessian(f, ZERO), torch_functional.hessian(f, ZERO)
+        assert_same(ours, torch.where(ref.isnan() & ours.isfinite(), ours, ref))
+
+
 @pytest.mark.parametrize(("mask", "outer"), itertools.product(MASKS, OUTER))
 def test_masks_stop_infinite_cotangents(mask, outer):
     f = lambda x: OUTER[outer](MASKS[mask](x))

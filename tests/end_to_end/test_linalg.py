@@ -1,7 +1,12 @@
 """Linear algebra and Fourier transforms: local operators whose batch axes stay tied."""
 
+import pytest
 import torch
+import wengert
+from support.compare import Tolerance, assert_same
+from support.native import Calls
 from support.zoo import Zoo
+from torch.autograd import functional as F
 
 zoo = Zoo()
 
@@ -147,6 +152,41 @@ def _(r):
     return lambda x: torch.fft.rfft(x.unfold(-1, 4, 2) * win).abs().square(), r(2, 8)
 
 
+@zoo.case("convolution by spectra")
+def _(r):
+    k = r(6)
+    return lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(k) * torch.fft.rfft(x), n=6), r(2, 6)
+
+
+@zoo.case("2-d power spectrum")
+def _(r):
+    return lambda x: torch.fft.fft2(x).abs().log1p().sum(-1), r(3, 4)
+
+
+@zoo.case("shifted and sliced spectrum")
+def _(r):
+    return lambda x: (torch.fft.fftshift(torch.fft.fft(x, norm="ortho"))[..., 1:4].conj() / (2 + 1j)).imag, r(2, 5)
+
+
+@zoo.case("complex arithmetic")
+def _(r):
+    def f(x, y):
+        z = torch.polar(x.exp(), y) + torch.complex(x, y.sin()).reshape(-1, 1)
+        return (z.exp() / (z * z.conj() + 3)).angle() + torch.view_as_real(z.tanh()).prod(-1) + z.pow(2).sum().abs()
+
+    return f, (r(3), r(3))
+
+
+@zoo.case("eigenvalues in the plane")
+def _(r):
+    return lambda a: torch.linalg.eigvals(a + torch.diag(torch.arange(3).to(a) * 9)).real.sort().values, r(3, 3)
+
+
+@zoo.case("a product through flipped partial products")
+def _(r):
+    return lambda x: x.prod() * torch.prod(x * 0, 1).sum() + x.flip(0).cumprod(0).flip(0) @ x, r(4, 4)
+
+
 @zoo.case("Kalman filter step")
 def _(r):
     f_, h, q, z = r(2, 2), r(1, 2), torch.eye(2).to(r(1)) * 0.1, r(1)
@@ -163,3 +203,34 @@ def _(r):
 @zoo.parametrize()
 def test_linalg(case, mode):
     case.check(mode)
+
+
+SPECTRA = {
+    "power": lambda x: torch.fft.rfft(x).abs() ** 2,
+    "derivative": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.arange(4) * 1j, n=6) * x,
+    "polar": lambda x: torch.polar(x.exp(), x).real,
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_samples_stay_apart_through_spectra(name):
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = Calls.now()
+    ours = wengert.batch_jacobian(SPECTRA[name], x)
+    assert (Calls.now() - before).native == 1
+    assert_same(ours, torch.func.vmap(torch.func.jacrev(SPECTRA[name]))(x))
+
+
+def test_cotangents_that_cancel_do_so_before_ill_conditioned_nodes():
+    """Each subspace iteration multiplies what is not cancelled by the squared ratio of the singular values."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(3, 2, dtype=torch.float64, generator=g)).Q
+    a = (q * torch.tensor([90.0, 1.3])) @ torch.randn(2, 3, dtype=torch.float64, generator=g)
+
+    def basis(a):
+        y = torch.eye(3, 2, dtype=a.dtype)
+        for _ in range(2):
+            y = torch.linalg.qr(a.mT @ torch.linalg.qr(a @ y).Q).Q
+        return (y * torch.arange(6).reshape(3, 2)).sum()
+
+    assert_same(wengert.hessian(basis, a), F.hessian(basis, a), tol=Tolerance(rtol=1e-9, atol=1e-11))

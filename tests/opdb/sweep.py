@@ -187,7 +187,7 @@ def _confirmed(
 def where_undefined(ours: Any, ref: Any, value: torch.Tensor) -> Any:
     """torch's Hessian with our finite entries where torch has nan, of a function that is nan at this point.
 
-    Elements of an output that are nan make torch's derivatives of all elements nan; here elements that do not interact stay apart.
+    Elements that are nan make torch's derivatives of all elements nan; here elements that do not interact stay apart.
     """
     if not value.isnan():
         return ref

@@ -110,13 +110,22 @@ def test_a_saved_tensor_is_held_once():
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda x: torch.fft.fft(x).real, "complex"), (lambda x: x.to_sparse().to_dense(), "layout|sparse")],
-    ids=("complex", "sparse"),
+    [(lambda x: torch.fft.fft(x), "complex"), (lambda x: x.to_sparse().to_dense(), "layout|sparse")],
+    ids=("complex output", "sparse"),
 )
 def test_what_must_not_be_walked(make, message):
     x = leaf()
     with pytest.raises(_C.Unsupported, match=message):
         _C.tape([make(x)], [x])
+
+
+def test_complex_values_are_pairs_of_reals():
+    x = leaf()
+    text = _C.tape([(torch.fft.rfft(x) * 1j).real], [x])
+    nodes = dict(tape([(torch.fft.rfft(x) * 1j).real], [x]))
+    assert "MulBackward0 pairs of Float(4,2,2)" in text, text
+    assert nodes["MulBackward0"] == ["local(0,1,-1)"], "the two parts are coupled, all else stays tied"
+    assert nodes["FftR2CBackward0"] == ["local(0,-1,-1)"]
 
 
 def test_hooks_are_refused():
