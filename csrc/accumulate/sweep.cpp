@@ -504,7 +504,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     if (cotangent.given) given.push_back({.shape = cotangent.shape, .dtype = to_fused(cotangent.dtype)});
   }
   blocks::Abilities abilities;
-  if (ops::can_launch(tape.device.type())) abilities = {.scaled_side = kernels::cuda::kSmallMatmulLimit, .sums_rows = true};
+  if (ops::can_launch(tape.device.type())) abilities.scaled_side = kernels::cuda::kSmallMatmulLimit;
   Builder builder(std::move(given), abilities);
   std::vector<std::int32_t> results, taken;
   std::vector<Shape> shapes;

@@ -259,7 +259,7 @@ void Builder::put_add(std::int32_t target, fused::Dtype dtype, const Part& part)
   pool_.is_operand(value.expr, &leaf);
   PutAdd step{
       .extents = part.extents, .value = value.operands[leaf], .index = {}, .out = target, .axis = indexed_axis(part, shape)};
-  if (!(abilities_.sums_rows && step.axis && indexes_rows(*step.axis))) step.index = flat_index(part, shape);
+  if (!step.axis || !indexes_rows(*step.axis)) step.index = flat_index(part, shape);
   emit(std::move(step));
 }
 

@@ -16,7 +16,6 @@ namespace wengert::blocks {
 // What the device a plan is for has kernels for, beside programs and plain matrix products.
 struct Abilities {
   std::int64_t scaled_side = 0;  // products of matrices with sides up to this take a scale on the way; 0: none do
-  bool sums_rows = false;        // sums whole rows at positions along one axis
 };
 
 // A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by
@@ -74,7 +73,7 @@ struct PutAdd {
   std::int32_t out;
   std::optional<IndexedAxis> axis;
 
-  // Whole rows are put along the axis, for a device that sums them (see Abilities): there is no flat index.
+  // Whole rows are put along the axis: there is no flat index.
   bool puts_rows() const { return index.slot < 0; }
 };
 

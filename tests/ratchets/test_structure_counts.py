@@ -86,6 +86,14 @@ def convolution_weights(w):
     return torch.nn.functional.conv1d(rows(3, 2, 9), w, padding=1)
 
 
+def embedding(w):
+    return torch.nn.functional.embedding(torch.tensor([[2, 0, 5], [5, 1, 2]]), w) * 2
+
+
+def gradient(y, x):
+    return wengert.grad(y.sum(), x, retain_graph=True)
+
+
 J, H = wengert.jacobian, wengert.hessian
 CASES = {
     "pointwise": (J, pointwise, rows(40), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
@@ -100,6 +108,7 @@ CASES = {
     "gather": (J, gather, rows(6), Counts(blocks=1, losses=0, launches=3, matmuls=0, node_calls=0)),
     "convolution": (J, convolution, rows(3, 1, 9), Counts(blocks=1, losses=2, launches=2, matmuls=0, node_calls=1)),
     "kernel": (J, convolution_weights, rows(2, 2, 3), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
+    "embedding gradient": (gradient, embedding, rows(6, 4), Counts(blocks=1, losses=0, launches=2, matmuls=0, node_calls=0)),
     "rosenbrock": (H, rosenbrock, rows(10), Counts(blocks=6, losses=0, launches=4, matmuls=0, node_calls=0)),
     "cross entropy": (H, cross_entropy, rows(5, 4), Counts(blocks=4, losses=0, launches=5, matmuls=0, node_calls=0)),
 }
