@@ -8,7 +8,7 @@ import torch
 import wengert
 from problems import LIBRARY
 from support import ptx_device
-from support.engine_zoo import CASES, PROBLEMS, check_problem
+from support.engine_zoo import CASES, PROBLEMS, check_case, check_problem
 from support.zoo import Source
 
 
@@ -26,9 +26,7 @@ SECOND = [name for name in CASES if name not in MANY_PROGRAMS or os.environ.get(
 
 @pytest.mark.parametrize("name", CASES)
 def test_jacobians_of_the_zoo(name, nests):
-    if "jacobian" not in CASES[name].modes:
-        pytest.skip("torch itself does not serve this mode")
-    CASES[name].check("jacobian")
+    check_case(name, "jacobian")
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -38,9 +36,7 @@ def test_jacobians_of_the_benchmark_problems(name, nests):
 
 @pytest.mark.parametrize("name", SECOND)
 def test_hessians_of_the_zoo(name, nests):
-    if "hessian" not in CASES[name].modes:
-        pytest.skip("torch itself does not serve this mode")
-    CASES[name].check("hessian")
+    check_case(name, "hessian")
 
 
 # ---------------------------------------------------------------------------------------------------------------- launch counts

@@ -2,6 +2,7 @@
 
 import importlib
 
+import pytest
 import torch
 from problems import LIBRARY
 
@@ -16,6 +17,12 @@ CASES = {
     for case in zoo
 }
 PROBLEMS = [name for name, problem in LIBRARY.items() if problem.small is not None]
+
+
+def check_case(name, mode):
+    if mode not in CASES[name].modes:
+        pytest.skip("torch itself does not serve this mode")
+    CASES[name].check(mode)
 
 
 def check_problem(name):
