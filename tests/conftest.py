@@ -21,6 +21,10 @@ settings.load_profile(os.environ.get("WENGERT_HYPOTHESIS_PROFILE", "suite"))
 
 
 DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    # What tests make without naming a device lies there too. The tests of the host's part would be the same ones once more.
+    torch.set_default_device(DEVICE)
+    collect_ignore = ["benchmarks", "cuda", "cuda_build", "cuda_static", "fused", "packaging", "ptx"]
 
 
 def pytest_report_header():
@@ -36,9 +40,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def session_cache(tmp_path_factory):
-    """Compiled kernels of tests are kept for the session only, not among the user's."""
+    """Compiled kernels of tests are kept for the session only, not among the user's; parallel workers share them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WENGERT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels", numbered=True)))
+        patch.setenv("WENGERT_CACHE_DIR", str(folder / "kernels"))
         yield
 
 

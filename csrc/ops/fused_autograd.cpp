@@ -9,6 +9,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/node_ptr.h"
 #include "ops/fused.h"
 
 namespace wengert::ops {
@@ -201,7 +202,7 @@ std::vector<at::Tensor> fused_autograd(at::TensorList operands, std::string_view
   std::shared_ptr<const fused::Program> program = load(text);
   std::vector<at::Tensor> results = below_autograd(operands, text);
   if (requires_grad) {
-    auto node = c10::make_intrusive<FusedBackward>();
+    auto node = common::make_node<FusedBackward>();
     for (const at::Tensor& operand : operands) {
       node->add_next_edge(at::isFloatingType(operand.scalar_type()) ? ag::impl::gradient_edge(operand) : ag::Edge());
       node->operands_.emplace_back(operand, /*is_output=*/false);

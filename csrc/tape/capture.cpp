@@ -8,6 +8,7 @@
 #include <string>
 #include <unordered_set>
 
+#include "common/node_ptr.h"
 #include "common/pointer_index.h"
 #include "common/recycled.h"
 #include "tape/ambient.h"
@@ -420,7 +421,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   for (std::size_t k = 0; k < tape.nodes.size(); ++k) {
     const Visit& visit = walk.visit(walk.order()[k]);
     Node& node = tape.nodes[k];
-    node.fn = NodePtr::reclaim_copy(visit.fn);
+    node.fn = common::share(visit.fn);
     node.reader = touches_complex(*visit.fn) ? find_complex_reader(*visit.fn) : find_reader(*visit.fn);
     check_hooks(*visit.fn, visit.below);
     if (node.reader == &opaque_reader()) check_opaque(*visit.fn);

@@ -2,21 +2,20 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
-#include <torch/csrc/autograd/edge.h>
 
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
+#include "common/node_ptr.h"
 #include "fused/program.h"
 #include "tape/operators.h"
 
 namespace wengert::tape {
 
-using NodePtr = std::decay_t<decltype(std::declval<torch::autograd::Edge>().function)>;
+using common::NodePtr;
 
 // Thrown when the call has to take PyTorch's own path as a whole; what() is the reason, for stats and explain.
 struct Unsupported : std::runtime_error {

@@ -17,15 +17,6 @@ def cuda_build():
 
 
 @pytest.fixture(scope="session")
-def gpu(cuda_build):
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
-    return torch.device("cuda")
-
-
-@pytest.fixture(scope="session")
 def tool(cuda_build):
     """Finds a program of the CUDA toolkit."""
 

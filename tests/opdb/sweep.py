@@ -27,6 +27,7 @@ import wengert
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from support.check import DEVICE
 from support.compare import Outcome, Tolerance, assert_same, same_error
 from support.native import Calls
 from torch.autograd import functional as torch_functional
@@ -68,7 +69,7 @@ class OpReport:
 def database() -> list[Any]:
     from torch.testing._internal.common_methods_invocations import op_db
 
-    return [op for op in op_db if torch.float64 in op.dtypes]
+    return [op for op in op_db if torch.float64 in op.supported_dtypes(DEVICE.type)]
 
 
 def op_name(op: Any) -> str:
@@ -128,7 +129,7 @@ class NoOutput(Exception):
 
 def chosen_samples(op: Any, full: bool) -> list[Any]:
     torch.manual_seed(0)
-    samples = op.sample_inputs("cpu", torch.float64, requires_grad=True)
+    samples = op.sample_inputs(str(DEVICE), torch.float64, requires_grad=True)
     if full:
         return list(samples)
 
@@ -306,6 +307,8 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if DEVICE.type != "cpu":
+        torch.set_default_device(DEVICE)
     ops = [op for op in database() if not args.only or args.only in op_name(op)][args.index :: args.count]
     for op in ops[args.start :]:
         print(json.dumps({"begin": op_name(op)}), flush=True)

@@ -21,14 +21,14 @@ class Source:
         self._generator = torch.Generator().manual_seed(20)
 
     def __call__(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=self._generator).to(self.dtype).to(DEVICE)
+        return torch.randn(*shape, dtype=torch.float64, generator=self._generator, device="cpu").to(self.dtype).to(DEVICE)
 
     def positive(self, *shape: int) -> torch.Tensor:
         """Numbers in [0.5, 1.5)."""
-        return (torch.rand(*shape, dtype=torch.float64, generator=self._generator) + 0.5).to(self.dtype).to(DEVICE)
+        return (torch.rand(*shape, dtype=torch.float64, generator=self._generator, device="cpu") + 0.5).to(self.dtype).to(DEVICE)
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=self._generator).to(DEVICE)
+        return torch.randint(low, high, shape, generator=self._generator, device="cpu").to(DEVICE)
 
     def zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=self.dtype, device=DEVICE)
