@@ -28,6 +28,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 Call = Callable[[], Any]
@@ -53,6 +54,7 @@ class Device:
 
     name = "cpu"
     has_floors = True  # rows.py states its floors for the CPU
+    sample_seconds = 0.004  # one timed sample repeats a call until it lasts about this long
     warm_up_calls = 0
     copy_bandwidth: float | None = None  # bytes a second, read plus written
     activities = (ProfilerActivity.CPU,)
@@ -150,6 +152,7 @@ class Backend:
 
 class CudaDevice(Device):
     has_floors = False
+    sample_seconds = 0.0005  # events tell half a microsecond
     warm_up_calls = 5
     activities = (ProfilerActivity.CPU, ProfilerActivity.CUDA)
 
@@ -226,9 +229,8 @@ class CudaDevice(Device):
         with self._profile(activities=list(self.activities)) as profile:
             call()
             self.synchronise()
-        # Ranges that a person or a compiler named stand among the device's events too, around the kernels: not work.
-        work = [e for e in profile.events() if e.activity_type in ("kernel", "gpu_memcpy", "gpu_memset")]
-        launches = sum(e.activity_type == "kernel" for e in work)
+        work = device_work(profile)
+        launches = sum(not is_copy(e) for e in work)
         return Kernels(launches, len(work) - launches, sum(e.time_range.elapsed_us() for e in work) * 1e-6)
 
     @contextlib.contextmanager
@@ -260,6 +262,19 @@ class CudaDevice(Device):
 def open_device(name: str, *, seen_by_nsight: bool = False) -> Device:
     """'cpu' or 'cuda'; raises DeviceError where there is no such device."""
     return Device() if name == "cpu" else CudaDevice(Backend(seen_by_nsight=seen_by_nsight))
+
+
+def device_work(profile: Any) -> list[Any]:
+    """The events of a profile that are work of the device: kernels, copies and fills.
+
+    Ranges that a person or a compiler named stand among the device's events too, around the kernels.
+    """
+    return [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+
+
+def is_copy(event: Any) -> bool:
+    """Whether work of the device is a copy or a fill, by the name that CUPTI gives it."""
+    return event.name.startswith(("Memcpy", "Memset"))
 
 
 def _status_mib(field: str) -> float:

@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{row.name}: {results[-1].ratio:.2f}x", file=sys.stderr, flush=True)
         except Exception as error:
             broken.append(f"{row.name}: {type(error).__name__}: {error}")
+            print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)
     print(" " * 60, end="\r", file=sys.stderr)
     slopes = [] if arguments.no_slopes or arguments.only else pointwise_slopes(device, arguments.seconds)
     run = Run(device.stamp(), results, slopes, broken)

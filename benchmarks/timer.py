@@ -12,7 +12,6 @@ import torch
 from device import Call, Device, Kernels
 from rows import Prepared
 
-SAMPLE_SECONDS = 0.004  # one timed sample repeats a call until it lasts about this long
 HOPELESS = 25.0  # a peer this many times slower than the fastest is timed once
 SECOND_LOOK = 1.0  # a first call shorter than this says nothing of a peer; a longer one may
 
@@ -171,7 +170,7 @@ def race(
 ) -> dict[str, np.ndarray]:
     """Interleaved rounds in alternating order; fills the medians and returns every sample by name."""
     field = [(ours, our_call), *racing]
-    repeats = {t.name: max(1, min(1000, round(SAMPLE_SECONDS / max(t.seconds, 1e-7)))) for t, _ in field}
+    repeats = {t.name: max(1, min(1000, round(device.sample_seconds / max(t.seconds, 1e-7)))) for t, _ in field}
     cost = sum(repeats[t.name] * t.seconds for t, _ in field)
     count = max(5, min(100, round(seconds / max(cost, 1e-6))))
     samples: dict[str, list[float]] = {t.name: [] for t, _ in field}

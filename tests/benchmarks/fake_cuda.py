@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from device import Backend, CudaDevice
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 RECORD = 1e-3
@@ -103,9 +104,11 @@ class FakeProfile:
         self._ranges = self._cuda.ranges[self._first[1] :]
 
     def events(self) -> list[Any]:
-        around = [_event("cudaLaunchKernel", "cuda_runtime", 1.0), _event("named by a person", "gpu_user_annotation", 1.0)]
-        kinds = {"Memset": "gpu_memset", "Memcpy": "gpu_memcpy"}
-        return around + [_event(name, kinds.get(name.split()[0], "kernel"), seconds) for name, seconds in self._launched]
+        around = [
+            _event("cudaLaunchKernel", 1.0, device_type=DeviceType.CPU),
+            _event("named by a person", 1.0, is_user_annotation=True),
+        ]
+        return around + [_event(name, seconds) for name, seconds in self._launched]
 
     def export_chrome_trace(self, path: str) -> None:
         names = ["/".join(r) for r in self._ranges] + [name for name, _ in self._launched]
@@ -113,9 +116,10 @@ class FakeProfile:
             json.dump({"traceEvents": [{"name": name} for name in names]}, f)
 
 
-def _event(name: str, kind: str, seconds: float) -> Any:
+def _event(name: str, seconds: float, device_type: DeviceType = DeviceType.CUDA, is_user_annotation: bool = False) -> Any:
+    time_range = types.SimpleNamespace(elapsed_us=lambda: seconds * 1e6)
     return types.SimpleNamespace(
-        name=name, activity_type=kind, time_range=types.SimpleNamespace(elapsed_us=lambda: seconds * 1e6)
+        name=name, device_type=device_type, is_user_annotation=is_user_annotation, time_range=time_range
     )
 
 

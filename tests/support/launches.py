@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from device import device_work
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -14,4 +15,4 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
-    return [e.name for e in seen.events() if e.activity_type in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return [event.name for event in device_work(seen)]
