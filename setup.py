@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SUPPORTED_TORCH = ("2.11", "2.12", "2.13", "2.14")  # minors whose autograd node structs the readers know
+SUPPORTED_TORCH = ("2.11", "2.13", "2.14")  # minors whose autograd node structs the readers know
 TORCH_FREE = ("blocks/", "fused/", "kernels/")  # rooms that include no torch headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *AVX2]

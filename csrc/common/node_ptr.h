@@ -10,8 +10,8 @@ namespace wengert::common {
 
 using NodePtr = std::decay_t<decltype(std::declval<torch::autograd::Edge>().function)>;
 
-template <class Pointer = NodePtr>
-Pointer share(torch::autograd::Node* node) {
+template <class Node, class Pointer = NodePtr>
+Pointer share(Node* node) {
   if constexpr (requires { Pointer::reclaim_copy(node); }) {
     return Pointer::reclaim_copy(node);
   } else {

@@ -363,6 +363,10 @@ void Take::derived(at::Tensor tensor) {
   node_.slots.push_back(slot);
 }
 
+at::Tensor Take::flags(at::IntArrayRef shape) const {
+  return at::ones(shape, at::TensorOptions().dtype(at::kBool).device(node_.fn->input_metadata(0).device()));
+}
+
 void Take::real(const at::Scalar& value) {
   if (value.isComplex()) throw Unsupported("complex numbers");
   if (value.isSymbolic()) throw Unsupported("symbolic sizes");

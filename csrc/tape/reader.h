@@ -51,6 +51,7 @@ class Take {
   // A tensor computed while reading (under the caller's grad mode, so that it keeps its history when a graph is wanted).
   void derived(at::Tensor tensor);
   void no_slot() { node_.slots.push_back(-1); }
+  at::Tensor flags(at::IntArrayRef shape) const;  // all true, where the node's values lie; for a mask to be derived from
 
   void integer(std::int64_t value) { node_.ints.push_back(value); }
   void integer(const c10::SymInt& value) { node_.ints.push_back(concrete(value)); }

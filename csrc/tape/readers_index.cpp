@@ -169,7 +169,7 @@ void read_index_put(Take& k, const N& n) {
   for (const std::int64_t flag : indices.flags) {
     list.push_back(flag != 0 ? std::optional<at::Tensor>(indices.tensors[used++]) : std::nullopt);
   }
-  k.derived(at::ones(y, at::kBool).index_put_(list, at::zeros({}, at::kBool)));
+  k.derived(k.flags(y).index_put_(list, k.flags({}).logical_not_()));
 }
 
 Pullback index_put(const Site& s) {
@@ -244,7 +244,7 @@ Pullback written_along(const Site& s, double scale) {
 void take_kept_part(Take& k, std::int64_t dim, const at::Tensor& index) {
   const Shape& y = k.node().outputs[0].shape;
   const std::int64_t extent = y.empty() ? 1 : y[wrap_axis(dim, std::ssize(y))];
-  k.derived(at::ones({extent}, at::kBool).index_fill_(0, index, 0));
+  k.derived(k.flags({extent}).index_fill_(0, index, 0));
 }
 
 template <class N>
@@ -298,7 +298,7 @@ void add_scatter(Table& t, const char* name, bool overwrites) {
     k.integer(n.dim);
     k.integers(index.sizes());
     if (overwrites && k.needs(0)) {
-      k.derived(at::ones(k.node().outputs[0].shape, at::kBool).scatter_(n.dim, index, 0));
+      k.derived(k.flags(k.node().outputs[0].shape).scatter_(n.dim, index, 0));
     } else {
       k.no_slot();
     }

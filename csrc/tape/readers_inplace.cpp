@@ -61,7 +61,7 @@ void read_copy(Take& k, const CopySlices& n) {
   const Shape view = concrete(n.view.sym_sizes());
   k.integers(view);
   if (!k.needs(0)) return k.no_slot();
-  at::Tensor kept = at::ones(concrete(n.base.sym_sizes()), at::kBool);
+  at::Tensor kept = k.flags(concrete(n.base.sym_sizes()));
   const std::int64_t offset = Take::concrete(n.view.sym_storage_offset()) - Take::concrete(n.base.sym_storage_offset());
   kept.as_strided(view, concrete(n.view.sym_strides()), offset).fill_(false);
   k.derived(std::move(kept));

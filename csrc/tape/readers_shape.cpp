@@ -146,7 +146,7 @@ template <class N>
 void read_triangle(Take& k, const N& n, at::Tensor (*triangle)(const at::Tensor&, std::int64_t)) {
   const Shape& y = k.node().outputs[0].shape;
   k.integer(n.diagonal);
-  k.derived(triangle(at::ones({y[y.size() - 2], y[y.size() - 1]}, at::kBool), k.node().ints[0]));
+  k.derived(triangle(k.flags({y[y.size() - 2], y[y.size() - 1]}), k.node().ints[0]));
 }
 
 // The input's last axis runs along a diagonal of two axes of the output.
@@ -248,7 +248,7 @@ std::int64_t clamped_start(std::int64_t start, std::int64_t extent) {
 template <class N, class Write>
 void read_written(Take& k, const N&, const Write& write) {
   if (!k.needs(0)) return k.no_slot();
-  at::Tensor kept = at::ones(k.node().outputs[0].shape, at::kBool);
+  at::Tensor kept = k.flags(k.node().outputs[0].shape);
   write(kept);
   k.derived(std::move(kept));
 }

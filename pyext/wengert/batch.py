@@ -88,12 +88,12 @@ def _check_independence(
     With a random weight w_b per sample, a vector-Jacobian product gives sum_b' w_b' dy_b'/dx_b, which equals w_b times the
     unweighted sum for every w only if no other sample contributes.  One more pass through the graph instead of B.
     """
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(size, dtype=torch.float64, generator=generator) + 0.5
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device
+    weights = torch.rand(size, dtype=torch.float64, generator=generator, device="cpu") + 0.5
     for i, (out, row) in enumerate(zip(outputs, blocks)):
         if not out.requires_grad or not out.numel():
             continue
-        inner = torch.rand(out.shape[1:], dtype=torch.float64, generator=generator) + 0.5
+        inner = torch.rand(out.shape[1:], dtype=torch.float64, generator=generator, device="cpu") + 0.5
         cotangent = torch.tensordot(weights, inner, 0).to(out)
         products = _engine.torch_grad(out, inputs, cotangent, retain_graph=True, allow_unused=True)
         for j, (product, block) in enumerate(zip(products, row)):

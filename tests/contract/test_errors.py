@@ -214,6 +214,8 @@ GRAD_ERRORS = {
 
 @pytest.mark.parametrize("case", GRAD_ERRORS.values(), ids=GRAD_ERRORS)
 def test_grad(case):
+    if BEFORE_2_13 and case is GRAD_ERRORS["unused input"]:
+        pytest.skip("another text before 2.13")
     assert_same_error(lambda: case(wengert.grad, *graph()), lambda: case(torch.autograd.grad, *graph()))
 
 

@@ -267,3 +267,5 @@ class TestBatchJacobian:
                 torch.func.jacrev(lambda x: (x**2).cumsum(0)))(x))
             with pytest.raises(ValueError, match="depends on input 0 of another sample"):
                 wengert.batch_jacobian(lambda x: x - x.mean(0), x)
+            with torch.device("meta"):  # a default device concerns the user's own tensors
+                wengert.batch_jacobian(torch.sin, x)

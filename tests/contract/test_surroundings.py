@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import wengert
+from support.check import DEVICE
 from support.compare import assert_same
 from torch.autograd import functional as F
 from wengert import func
@@ -79,7 +80,7 @@ def test_differentiating_compiled_functions():
 
 
 def expected_and_ours():
-    x = torch.linspace(0.5, 1.5, 50, dtype=torch.float64)
+    x = torch.linspace(0.5, 1.5, 50, dtype=torch.float64, device=DEVICE)  # a thread has a default of its own
     g = lambda x: torch.roll(x, 1) * x.sin()
     return wengert.jacobian(g, x), F.jacobian(g, x)
 
@@ -92,6 +93,8 @@ def in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_a_child_process(method):
+    if DEVICE.type == "cuda" and method == "fork":
+        pytest.skip("CUDA does not survive a fork")
     expected_and_ours()  # the engine's caches are warm when the process forks
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's own limit: its threads do not survive a fork
@@ -118,6 +121,8 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_dataloader_workers():
+    if DEVICE.type == "cuda":
+        pytest.skip("CUDA does not survive a fork")
     for k, row in enumerate(torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=2)):
         assert_same(row, torch.diag(torch.full((3,), k + 1.0).cos()))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import wengert
+from support.check import DEVICE
 from support.compare import Tolerance, assert_same
 from support.native import Calls
 from support.zoo import Zoo
@@ -214,7 +215,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_samples_stay_apart_through_spectra(name):
-    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(0))
     before = Calls.now()
     ours = wengert.batch_jacobian(SPECTRA[name], x)
     assert (Calls.now() - before).native == 1
@@ -223,7 +224,7 @@ def test_samples_stay_apart_through_spectra(name):
 
 def test_cotangents_that_cancel_do_so_before_ill_conditioned_nodes():
     """Each subspace iteration multiplies what is not cancelled by the squared ratio of the singular values."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(DEVICE).manual_seed(0)
     q = torch.linalg.qr(torch.randn(3, 2, dtype=torch.float64, generator=g)).Q
     a = (q * torch.tensor([90.0, 1.3])) @ torch.randn(2, 3, dtype=torch.float64, generator=g)
 

@@ -164,7 +164,7 @@ def run(steps: list[tuple[str, int, int, int]], *inputs: torch.Tensor) -> torch.
 
 def inputs_of(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(7)
-    return tuple(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE) for s in shapes)
+    return tuple(torch.randn(s, dtype=torch.float64, generator=generator, device="cpu").to(dtype).to(DEVICE) for s in shapes)
 
 
 TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)

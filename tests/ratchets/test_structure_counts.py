@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import wengert
+from support.check import DEVICE
 from wengert import _C
 
 
@@ -114,9 +115,15 @@ CASES = {
 }
 
 
+# A device with kernels of its own for sums at indices counts each of them too; a CPU adds in place.
+LAUNCHED_SUMS = {"gather": 1, "embedding gradient": 1}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_structure_counts(name):
     derivative, function, point, expected = CASES[name]
+    if DEVICE.type == "cuda":
+        expected = dataclasses.replace(expected, launches=expected.launches + LAUNCHED_SUMS.get(name, 0))
     x = point.clone().requires_grad_()
     y = function(x)
     planning, running = counted(derivative, y, x), counted(derivative, y, x)

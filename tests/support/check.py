@@ -28,10 +28,12 @@ from typing import Any
 import torch
 import wengert
 from torch.autograd import functional as torch_functional
+from torch.torch_version import TorchVersion
 
 from support.compare import Outcome, Tolerance, assert_same, assert_same_call, leaves
 
 DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
+BEFORE_2_13 = TorchVersion(torch.__version__) < "2.13"  # signatures and texts compared are those of 2.13
 
 MODES = (
     "value",
