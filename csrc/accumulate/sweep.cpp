@@ -5,6 +5,7 @@
 #include <map>
 
 #include "blocks/pull.h"
+#include "kernels/cuda/launch_plan.h"
 #include "kernels/cuda/small_matmul.h"
 #include "ops/backend.h"
 
@@ -504,7 +505,12 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     if (cotangent.given) given.push_back({.shape = cotangent.shape, .dtype = to_fused(cotangent.dtype)});
   }
   blocks::Abilities abilities;
-  if (ops::can_launch(tape.device.type())) abilities.scaled_side = kernels::cuda::kSmallMatmulLimit;
+  if (ops::can_launch(tape.device.type())) {
+    abilities = {.scaled_side = kernels::cuda::kSmallMatmulLimit,
+                 .operands = kernels::cuda::kMostOperands,
+                 .instructions = kernels::cuda::kMostInstructions,
+                 .words = kernels::cuda::kOperandWords};
+  }
   Builder builder(std::move(given), abilities);
   std::vector<std::int32_t> results, taken;
   std::vector<Shape> shapes;

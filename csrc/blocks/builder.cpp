@@ -2,15 +2,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <ranges>
 
 namespace wengert::blocks {
 
 namespace {
 
-// A program beyond these sizes no longer fits the instruction cache and the register file of the interpreter; values are forced
-// before.
-constexpr int kMaxInstructions = 384;
-constexpr std::size_t kMaxOperands = 64;
 // Below this many multiplications one fused loop nest beats a separate matrix product.
 constexpr std::int64_t kMinMatmulWork = 8192;
 // A sub-value is computed on its own if that saves this much of the joint nest, and the nest is not tiny.
@@ -160,7 +157,10 @@ Value Builder::select(const Value& flag, const Value& value) {
 }
 
 bool Builder::is_large(const Value& value) {
-  return value.operands.size() > kMaxOperands || pool_.size(value.expr) > kMaxInstructions;
+  const auto words = [](const Read& read) { return 1 + (read.axes.empty() ? 0 : read.axes.front().step.size()); };
+  const std::size_t most = value.operands.empty() ? 0 : std::ranges::max(value.operands | std::views::transform(words));
+  return value.operands.size() > abilities_.operands || value.operands.size() * most > abilities_.words ||
+         pool_.size(value.expr) > abilities_.instructions;
 }
 
 Value Builder::force(const Value& value, const Shape& extents, fused::Dtype dtype, const std::vector<bool>& reduced) {

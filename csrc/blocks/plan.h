@@ -13,9 +13,13 @@
 
 namespace wengert::blocks {
 
-// What the device a plan is for has kernels for, beside programs and plain matrix products.
+// What the device a plan is for has kernels for, beside plain matrix products, and how large one program may be there before its
+// value is computed into memory.  The defaults are what fits the instruction cache and the register file of the interpreter.
 struct Abilities {
   std::int64_t scaled_side = 0;  // products of matrices with sides up to this take a scale on the way; 0: none do
+  std::size_t operands = 64;
+  int instructions = 384;
+  std::size_t words = 1 << 20;  // addresses and strides of all operands
 };
 
 // A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by

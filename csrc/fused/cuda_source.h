@@ -34,6 +34,7 @@ struct KernelShape {
   int width = 1;            // neighbouring elements a thread takes together
   int unroll = 1;           // such groups a thread takes at once
   int sums = 0;             // outputs that are summed
+  bool streamed = false;    // operands are read right before their first use
   std::vector<Load> loads;  // one per load of the bytecode
   std::vector<Store> stores;
 };

@@ -8,7 +8,10 @@
 //     kTail    the last of these groups may be incomplete
 //     kUnroll  groups a thread takes at once, so that enough loads are on their way
 //     kSums    outputs that are summed: the first ones.  The others are stored element by element
-//     load(lanes, bases, offsets, count), evaluate(operands, results),
+//     kStreamed  whether there is `stream` in place of `load` and `evaluate`
+//     load(lanes, bases, offsets, count), evaluate(operands, results): all operands first, so that the loads of all groups are
+//              on their way together; a thread holds all of them
+//     stream(bases, offset_of, count, results): every operand right before its first use, so that a program may have many
 //     store_elements(bases, offsets, lanes, count), store_sums(bases, offsets, strides, lanes)
 //   };
 // and defines its kernel as map<Nest> or sum<Nest, rows>.
@@ -116,20 +119,35 @@ WENGERT_DEVICE void store_lanes(void* base, Index offset, Stride stride, const T
   }
 }
 
+// Where iteration `index` of a nest of loops is along each of them.
+template <int Rank, class Index>
+struct Positions {
+  Index at[Rank];
+
+  WENGERT_DEVICE Positions(Index index, const Divisor<Index> (&extents)[Rank]) {
+#pragma unroll
+    for (int k = Rank - 1; k > 0; --k) {
+      const Index quotient = extents[k].quotient(index);
+      at[k] = index - quotient * extents[k].divisor;
+      index = quotient;
+    }
+    at[0] = index;
+  }
+  WENGERT_DEVICE Index offset(const Index (&strides)[Rank]) const {
+    Index sum = 0;
+#pragma unroll
+    for (int k = 0; k < Rank; ++k) sum += at[k] * strides[k];
+    return sum;
+  }
+};
+
 // Adds where iteration `index` of a nest of loops lies to the offsets of some views.
 template <int Views, int Rank, class Index>
 WENGERT_DEVICE void advance(Index (&offsets)[Views], Index index, const Divisor<Index> (&extents)[Rank],
                             const Index (&strides)[Views][Rank]) {
+  const Positions<Rank, Index> positions(index, extents);
 #pragma unroll
-  for (int k = Rank - 1; k > 0; --k) {
-    const Index quotient = extents[k].quotient(index);
-    const Index position = index - quotient * extents[k].divisor;
-#pragma unroll
-    for (int v = 0; v < Views; ++v) offsets[v] += position * strides[v][k];
-    index = quotient;
-  }
-#pragma unroll
-  for (int v = 0; v < Views; ++v) offsets[v] += index * strides[v][0];
+  for (int v = 0; v < Views; ++v) offsets[v] += positions.offset(strides[v]);
 }
 
 template <class Nest, class Index>
@@ -150,6 +168,21 @@ struct MapParameters {
   Index load_strides[Nest::kLoads][Nest::kRank];
   Index output_strides[Nest::kOutputs][Nest::kRank];
 };
+
+template <class Nest>
+WENGERT_DEVICE void map_streamed(const MapParameters<Nest>& p) {
+  using Index = typename Nest::Index;
+  const Index at = (static_cast<Index>(blockIdx.x) * kBlockThreads + static_cast<Index>(threadIdx.x)) * Nest::kWidth;
+  if (at >= p.elements) return;
+  const Positions<Nest::kRank, Index> positions(at, p.extents);
+  const int count = elements_of_group<Nest>(at, p.elements);
+  typename Nest::Compute out[Nest::kWidth][Nest::kOutputs];
+  Nest::stream(p.loads, [&](int k) { return positions.offset(p.load_strides[k]); }, count, out);
+  Index targets[Nest::kOutputs];
+#pragma unroll
+  for (int o = 0; o < Nest::kOutputs; ++o) targets[o] = positions.offset(p.output_strides[o]);
+  Nest::store_elements(p.outputs, targets, out, count);
+}
 
 template <class Nest>
 WENGERT_DEVICE void map(const MapParameters<Nest>& p) {
@@ -245,28 +278,41 @@ WENGERT_DEVICE void sum(const SumParameters<Nest>& p) {
   double sums[kWidth][kSums] = {};
   Index targets[Nest::kOutputs] = {};
   if (kept < p.kept_elements) {
-    Index bases[Nest::kLoads] = {};
-    advance(bases, kept, p.kept_extents, p.load_strides);
-    advance(targets, kept, p.kept_extents, p.output_strides);
+    const Positions<Nest::kRank, Index> place(kept, p.kept_extents);
+    Index bases[Nest::kLoads];
+    if constexpr (!Nest::kStreamed) {
+#pragma unroll
+      for (int i = 0; i < Nest::kLoads; ++i) bases[i] = place.offset(p.load_strides[i]);
+    }
+#pragma unroll
+    for (int o = 0; o < Nest::kOutputs; ++o) targets[o] = place.offset(p.output_strides[o]);
     const Index begin = static_cast<Index>(blockIdx.y) * p.piece;
     const Index end = p.reduced_elements - begin < p.piece ? p.reduced_elements : begin + p.piece;
 #pragma unroll Nest::kUnroll
     for (Index r = begin + lane * kReducedWidth; r < end; r += p.lanes * kReducedWidth) {
-      Index sources[Nest::kLoads];
-      for (int i = 0; i < Nest::kLoads; ++i) sources[i] = bases[i];
-      advance(sources, r, p.reduced_extents, p.reduced_load_strides);
       const int count = Rows ? elements_of_group<Nest>(r, end) : kWidth;
-      Compute in[kWidth][Nest::kLoads], out[kWidth][Nest::kOutputs];
-      Nest::load(in, p.loads, sources, count);
+      const Positions<Nest::kReducedRank, Index> step(r, p.reduced_extents);
+      Compute out[kWidth][Nest::kOutputs];
+      if constexpr (Nest::kStreamed) {
+        const auto offset_of = [&](int i) { return place.offset(p.load_strides[i]) + step.offset(p.reduced_load_strides[i]); };
+        Nest::stream(p.loads, offset_of, count, out);
+      } else {
+        Index sources[Nest::kLoads];
+#pragma unroll
+        for (int i = 0; i < Nest::kLoads; ++i) sources[i] = bases[i] + step.offset(p.reduced_load_strides[i]);
+        Compute in[kWidth][Nest::kLoads];
+        Nest::load(in, p.loads, sources, count);
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) Nest::evaluate(in[w], out[w]);
+      }
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
-        Nest::evaluate(in[w], out[w]);
         for (int o = 0; o < kSums; ++o) sums[w][o] += w < count ? static_cast<double>(out[w][o]) : 0.0;
       }
       if constexpr (kElements > 0) {
-        Index elements[kElements + 1] = {};
-        for (int o = 0; o < kElements; ++o) elements[o] = targets[kSums + o];
-        advance(elements, r, p.reduced_extents, p.reduced_element_strides);
+        Index elements[kElements];
+#pragma unroll
+        for (int o = 0; o < kElements; ++o) elements[o] = targets[kSums + o] + step.offset(p.reduced_element_strides[o]);
         Nest::store_elements(p.outputs, elements, out, count);
       }
     }

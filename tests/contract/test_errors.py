@@ -4,6 +4,7 @@
 import pytest
 import torch
 import wengert
+from support.check import BEFORE_2_13
 from support.compare import Outcome, assert_same
 from torch.autograd import functional as F
 from torch.autograd.graph import get_gradient_edge

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import wengert
+from support.check import BEFORE_2_13
 from support.compare import assert_same, assert_same_call
 from torch.autograd import forward_ad
 from torch.autograd import functional as F

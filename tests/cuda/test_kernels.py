@@ -3,7 +3,21 @@
 import pytest
 import torch
 from support import ptx_device
-from support.primitives import ARGUMENTS, DTYPES, PACKS, M, N, agree, broadcast, contiguous, program, strided
+from support.primitives import (
+    ARGUMENTS,
+    DTYPES,
+    LONG_SUMS,
+    PACKS,
+    M,
+    N,
+    agree,
+    broadcast,
+    contiguous,
+    long_program,
+    many_operands,
+    program,
+    strided,
+)
 from wengert import reference
 
 
@@ -31,3 +45,14 @@ def test_reduced_primitives(pack, dtype):
     agree(runs[0], operands, text, dtype, scale=N * M)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("sums", LONG_SUMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_operands(dtype, sums, transposed):
+    operands, text = many_operands(DTYPES[dtype], transposed), long_program(dtype, sums)
+    evaluation = ptx_device.evaluate(text, operands)
+    source = evaluation.plan["launches"][0]["source"]
+    assert "kStreamed = true" in source and "call_atan2" in source
+    agree(evaluation.results, operands, text, dtype, scale=N * M)

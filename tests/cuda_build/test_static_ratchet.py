@@ -44,6 +44,10 @@ def nest(body, extents, operands, outputs):
 
 
 CHAIN = "t0 = sin a0\nt1 = mul t0 a1\nt2 = tanh t1\nt3 = mul t2 a2\n"
+LENGTH = 300
+COSINES = "".join(f"t{k} = cos a{k}\n" for k in range(LENGTH)) + "".join(
+    f"t{k} = mul t{k - 1 if k > LENGTH else 0} t{k - LENGTH + 1}\n" for k in range(LENGTH, 2 * LENGTH - 1)
+)
 SIDES = [4096, 4096]
 # name: (plan, registers of each launch at most, whether memory is accessed 128 bits at a time)
 CASES = {
@@ -51,6 +55,7 @@ CASES = {
     "vectors f64": (lambda: nest("t0 = square a0\n", [1 << 20], ["f64"], ["t0 f64"]), [22], True),
     "vectors bf16": (lambda: nest("t0 = square a0\n", [1 << 20], ["bf16"], ["t0 bf16"]), [22], True),
     "a chain of four": (lambda: nest(CHAIN, SIDES, ["f32"] * 3, ["t3 f32", "t1 f32"]), [32], True),
+    "a chain of 300": (lambda: nest(COSINES, [1 << 20], ["f32"] * LENGTH, [f"t{2 * LENGTH - 2} f32"]), [24], False),
     "a transposed operand": (lambda: nest("t0 = mul a0 a1\n", SIDES, ["f32", ("f32", [1, 4096])], ["t0 f32"]), [32], False),
     "sum of rows": (lambda: nest("t0 = square a0\n", SIDES, ["f32"], ["t0 f32 sum=1"]), [32], True),
     "sum of columns": (lambda: nest("t0 = square a0\n", SIDES, ["f32"], ["t0 f32 sum=0"]), [32, 26], False),

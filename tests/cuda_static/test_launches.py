@@ -272,3 +272,14 @@ def test_the_engine_plans_anew_for_a_device_without_static_kernels(static_launch
     assert " * " not in wengert._C.plan([y], [x], "vmap")
     torch.testing.assert_close(wengert.batch_jacobian(net, x), batch_jacobian(net, x))
     assert len(static_launches) == launched
+
+
+@pytest.mark.parametrize("length", [65, 400])
+def test_pointwise_jacobian_of_a_long_chain_is_one_launch(static_launches, length):
+    x = torch.linspace(0.1, 0.9, 40).requires_grad_()
+    y = x
+    for _ in range(length):
+        y = y.cos() * 1.1
+    ours = wengert.jacobian(y, x)
+    assert static_launches.nests == [1] and not static_launches
+    torch.testing.assert_close(ours.diagonal(), torch.autograd.grad(y.sum(), x)[0])

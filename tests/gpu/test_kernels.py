@@ -4,7 +4,21 @@ import itertools
 
 import pytest
 import torch
-from support.primitives import DTYPES, PACKS, M, N, agree, broadcast, close, contiguous, program, strided
+from support.primitives import (
+    DTYPES,
+    LONG_SUMS,
+    PACKS,
+    M,
+    N,
+    agree,
+    broadcast,
+    close,
+    contiguous,
+    long_program,
+    many_operands,
+    program,
+    strided,
+)
 
 fused = torch.ops.wengert.fused
 
@@ -32,6 +46,15 @@ def test_primitives(gpu, pack, dtype, layout):
 def test_reduced_primitives(gpu, pack, dtype):
     with torch.device("cpu"):
         operands, text = contiguous(DTYPES[dtype]), program(pack, dtype, [" sum=0", " sum=1"])
+        agree(back(fused(on(gpu, operands), text)), operands, text, dtype, scale=N * M)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("sums", LONG_SUMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_operands(gpu, dtype, sums, transposed):
+    with torch.device("cpu"):
+        operands, text = many_operands(DTYPES[dtype], transposed), long_program(dtype, sums)
         agree(back(fused(on(gpu, operands), text)), operands, text, dtype, scale=N * M)
 
 

@@ -111,7 +111,7 @@ def cart_pole(state: Tensor) -> Tensor:
     return torch.stack([v, push - 0.05 * turn * cos, spin, turn], -1)
 
 
-@pytest.mark.parametrize("length", [1, 6, 20, 60])
+@pytest.mark.parametrize("length", [1, 6, 20, 60, 300])
 def test_a_pointwise_jacobian_is_one_kernel_and_a_fill(gpu, length):
     x = torch.linspace(0.1, 0.9, 1000, device=gpu, requires_grad=True)
     y = chain(x, length)

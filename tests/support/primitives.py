@@ -75,3 +75,27 @@ def agree(results, operands, text, dtype, scale=1.0):
     for mine, cpu, twin in zip(results, torch.ops.wengert.fused(operands, text), reference.evaluate(operands, text), strict=True):
         close(mine, cpu, TOLERANCE[dtype], scale)
         close(mine, twin, TORCH_TOLERANCE[dtype], scale)
+
+
+MANY = 30
+
+
+def many_operands(dtype, transposed=False):
+    """More operands than a thread holds at a time; some of one element or along one axis only."""
+    shapes = [(N, M), (1, M), (N, 1), (1, 1), (N, M)]
+    operands = [torch.rand(shapes[k % 5], dtype=torch.float64).mul(2).sub(0.5).to(dtype) for k in range(MANY)]
+    return [x.t().contiguous().t() for x in operands] if transposed else operands
+
+
+def long_program(dtype, sums):
+    """Uses them one after the other, the first ones again at the end, with more long primitives than are inlined."""
+    lines = [f"fused v1 rank=2 operands={MANY} compute={'f64' if dtype == 'f64' else 'f32'}", "t0 = sin a0"]
+    for k in range(1, MANY + 5):
+        lines.append(f"t{3 * k - 2} = cos a{k % MANY}")
+        lines.append(f"t{3 * k - 1} = mul t{3 * k - 2} {'0.5' if k % 7 else f'a{k // 7}'}")
+        lines.append(f"t{3 * k} = {'add' if k % 2 else 'atan2'} t{3 * k - 3} t{3 * k - 1}")
+    last = 3 * (MANY + 4)
+    return "\n".join([*lines, *(f"out t{last - 3 * i} {dtype}{axes}" for i, axes in enumerate(sums))]) + "\n"
+
+
+LONG_SUMS = [("",), ("", ""), (" sum=0", ""), (" sum=1", ""), (" sum=0,1", " sum=0,1")]

@@ -38,6 +38,7 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
   add(shape.unroll);
   add(shape.sums);
   add(shape.sums >> 8);
+  add(shape.streamed);
   for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 2 | load.moves << 1 | load.immediate);
   for (const KernelShape::Store& store : shape.stores) add(static_cast<int>(store.dtype) << 1 | store.accumulate);
   return key;
@@ -294,7 +295,6 @@ class Planner {
   }
 
   void add(const fused::Program& program, const KernelShape& shape, Launch launch, std::int64_t blocks, std::int64_t pieces) {
-    constexpr std::size_t kParameterBytes = 32764;  // since compute capability 7.0 and CUDA 12.1
     if (launch.parameters.size() > kParameterBytes) throw std::length_error("wengert: too many operands for one CUDA kernel");
     if (blocks > std::numeric_limits<std::int32_t>::max())
       throw std::length_error("wengert: too many elements for one CUDA kernel");

@@ -9,10 +9,12 @@ using fused::KernelShape;
 
 namespace {
 
-constexpr int kVectorBytes = 16;        // of the widest memory instruction
-constexpr int kShortVector = 4;         // elements; long programs gain nothing from more
-constexpr int kSumLimit = 32;           // sums a thread carries
-constexpr std::size_t kBodyLimit = 64;  // instructions of the program, for all elements a thread takes together
+constexpr int kVectorBytes = 16;           // of the widest memory instruction
+constexpr int kShortVector = 4;            // elements; long programs gain nothing from more
+constexpr int kSumLimit = 32;              // sums a thread carries
+constexpr std::size_t kHeldOperands = 8;   // more are read one by one: see kStreamed in fused/nest_kernel.h
+constexpr std::size_t kLongProgram = 256;  // instructions from which on a thread takes single elements, to compile in seconds
+constexpr std::size_t kBodyLimit = 64;     // instructions of the program, for all elements a thread takes together
 
 // Distinct elements a view touches: overlapping windows span fewer than they visit.
 std::int64_t distinct_bytes(const GpuLoops& loops, const LoopView& view) {
@@ -64,6 +66,7 @@ int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
     if (loops.rank_ > 1 && loops.extents_[inner] % width != 0) continue;
     if (loops.extents_[inner] < width) continue;
     if (width > kShortVector && width * instructions > kBodyLimit) continue;
+    if (instructions > kLongProgram) continue;
     if (width * sums > kSumLimit) continue;
     auto takes = [&](const LoopView& view) { return takes_groups(loops, view, width); };
     auto takes_or_sums = [&](const LoopOutput& view) { return view.reduced != 0 || takes(view); };
@@ -75,7 +78,7 @@ int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
 }
 
 int choose_unroll(std::size_t loads, std::size_t instructions, int width, bool sums) {
-  int unroll = loads > 8 || (width > 1 && !sums) ? 1 : loads > 4 ? 2 : 4;
+  int unroll = loads > kHeldOperands || (width > 1 && !sums) ? 1 : loads > 4 ? 2 : 4;
   while (unroll > 1 && unroll * width * instructions > kBodyLimit) unroll /= 2;
   return unroll;
 }
@@ -84,6 +87,7 @@ KernelShape shape_of(const GpuLoops& loops, const Limits& limits, int width) {
   KernelShape shape;
   shape.wide_index = !fits_narrow_index(loops, limits);
   shape.width = width;
+  shape.streamed = loops.operands_.size() > kHeldOperands;
   for (const LoopView& view : loops.operands_) {
     const bool moves = width == 1 || view.strides[loops.rank_ - 1] != 0;
     shape.loads.push_back({.dtype = view.dtype, .moves = moves, .immediate = view.in_host_memory});
