@@ -15,12 +15,13 @@ sys.path[:0] = [str(_HERE), str(_HERE.parent / "benchmarks")]
 torch.set_num_threads(int(os.environ.get("WENGERT_TEST_THREADS", "2")))
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
-settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60, suppress_health_check=_QUIET)
+DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
+# On a GPU every random program has kernels to be compiled.
+_EXAMPLES = 60 if DEVICE.type == "cpu" else 12
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=_EXAMPLES, suppress_health_check=_QUIET)
 settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("WENGERT_HYPOTHESIS_PROFILE", "suite"))
 
-
-DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
 if DEVICE.type != "cpu":
     # What tests make without naming a device lies there too. The tests of the host's part would be the same ones once more.
     if torch.cuda.is_available():

@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <ATen/PythonTorchFunctionTLS.h>
+
 #include "accumulate/derivatives.h"
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
@@ -53,6 +55,31 @@ auto released(F&& f) {
   return f();
 }
 
+// The function form for one plain tensor in and one out, which is most calls, without going through Python for every step:
+// `derive` of `func` at `input`.  None: nothing has been done yet.  A pair (leaf, output): `func` has run, and the rest has to
+// be done with more care.
+template <class Derive>
+py::object of_function(const py::object& func, const py::object& input, const Derive& derive) {
+  if (!THPVariable_CheckExact(input.ptr()) || at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||
+      wengert::tape::ambient_refusal() != nullptr)
+    return py::none();
+  const at::Tensor& x = THPVariable_Unpack(input.ptr());
+  if (x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return py::none();
+  const torch::autograd::AutoGradMode grad_mode(true);
+  const at::Tensor leaf = x.detach().set_requires_grad(true);
+  const py::object argument = py::cast(leaf);
+  const py::object output = py::reinterpret_steal<py::object>(PyObject_CallOneArg(func.ptr(), argument.ptr()));
+  if (!output) throw py::error_already_set();
+  if (THPVariable_CheckExact(output.ptr())) {
+    try {
+      const accumulate::TensorRows rows = derive({THPVariable_Unpack(output.ptr())}, {leaf});
+      if (rows[0][0].defined()) return py::cast(rows[0][0]);
+    } catch (const wengert::tape::Unsupported&) {  // met again, and counted, where PyTorch takes over
+    }
+  }
+  return py::make_tuple(argument, output);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -73,6 +100,17 @@ PYBIND11_MODULE(_C, m) {
         return to_python(released([&] { return accumulate::batch_jacobian(ys, xs, create_graph, check); }));
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("check"));
+  m.def("jacobian_of", [](const py::object& func, const py::object& input) {
+    return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
+      if (ys[0].numel() == 0) throw wengert::tape::Unsupported("an output without elements");
+      return released([&] { return accumulate::jacobian(ys, xs, false, true); });
+    });
+  });
+  m.def("batch_jacobian_of", [](const py::object& func, const py::object& input) {
+    return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
+      return released([&] { return accumulate::batch_jacobian(ys, xs, false, true); });
+    });
+  });
   m.def(
       "grad",
       [](const py::sequence& outputs, const py::sequence& inputs, const py::sequence& cotangents, bool retain_graph,

@@ -54,6 +54,30 @@ def fresh_leaves(inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor
     return _grad_preprocess(inputs, create_graph, True)
 
 
+def of_function(name: str, method: Callable[..., Any], func: Callable[..., Any], inputs: Any, create_graph: bool) -> Any:
+    """The function form in one native call, counted under `name`: the result where it is one plain tensor of one.
+
+    None where nothing has been done; a pair (leaf, output) for `values` where the function has run all the same.
+    """
+    if create_graph or type(inputs) is not Tensor:
+        return None
+    result = method(func, inputs)
+    if type(result) is Tensor:
+        native_calls[name] += 1
+    return result
+
+
+def values(
+    name: str, func: Callable[..., Any], inputs: Any, create_graph: bool, begun: tuple[Tensor, Any] | None
+) -> tuple[bool, tuple[Tensor, ...], Any]:
+    """Whether a tuple of inputs was given, fresh leaves of their values, and what the function gives for them."""
+    if begun is not None:
+        return False, (begun[0],), begun[1]
+    is_tuple, given = as_tuple(inputs, "inputs", name)
+    leaves = fresh_leaves(given, create_graph)
+    return is_tuple, leaves, func(*leaves)
+
+
 def count_fallback(name: str, reason: str) -> None:
     fallback_calls[name, reason] += 1
 
@@ -173,7 +197,7 @@ def vjp(
     return torch_grad(
         outputs,
         inputs,
-        cotangents,
+        cotangents or None,
         retain_graph=retain_graph,
         create_graph=create_graph,
         allow_unused=True,

@@ -74,9 +74,10 @@ def grad(
         # Contradictory or deprecated options: PyTorch raises or warns.
         if not only_inputs or (materialize_grads and allow_unused is False):
             reason = "unusual options"
-    if reason is None:
-        cotangents = _make_grads(outs, _tensor_or_tensors_to_tuple(grad_outputs, len(outs)), is_grads_batched)
-        if len(cotangents) != len(outs):
+    if reason is None:  # numbers are differentiated as they are, without tensors of ones
+        ones = grad_outputs is None and not is_grads_batched and all(y.numel() == 1 and y.is_floating_point() for y in outs)
+        cotangents = () if ones else _make_grads(outs, _tensor_or_tensors_to_tuple(grad_outputs, len(outs)), is_grads_batched)
+        if not ones and len(cotangents) != len(outs):
             reason = "fewer cotangents than outputs"
     if reason is not None:
         _engine.count_fallback("grad", reason)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _engine
 from ._compile import eager
+from ._native import C
 from .functional import Function, Tensors, _nest
 
 
@@ -40,13 +41,14 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
     Traceback (most recent call last):
     ValueError: ...
     """
+    begun = _engine.of_function("batch_jacobian", C.batch_jacobian_of, func, inputs, create_graph)
+    if type(begun) is Tensor:
+        return begun
     reason = _engine.refusal()
     grad_mode = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs = _engine.as_tuple(inputs, "inputs", "batch_jacobian")
-        inputs = _engine.fresh_leaves(inputs, create_graph)
-        outputs = func(*inputs)
+        is_inputs_tuple, inputs, outputs = _engine.values("batch_jacobian", func, inputs, create_graph, begun)
         is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "batch_jacobian")
         blocks = _blocks(outputs, inputs, create_graph, reason)
         return _nest(blocks, is_outputs_tuple, is_inputs_tuple)  # type: ignore[arg-type]

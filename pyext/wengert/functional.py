@@ -13,6 +13,7 @@ from torch.autograd.functional import _check_requires_grad
 
 from . import _engine
 from ._compile import eager
+from ._native import C
 
 Tensors: TypeAlias = Tensor | tuple[Tensor, ...]
 Function: TypeAlias = Callable[..., Tensors]
@@ -72,12 +73,13 @@ def jacobian(
     if reason is not None:
         _engine.count_fallback("jacobian", reason)
         return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
+    begun = None if strict else _engine.of_function("jacobian", C.jacobian_of, func, inputs, create_graph)
+    if type(begun) is Tensor:
+        return begun
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs = _engine.as_tuple(inputs, "inputs", "jacobian")
-        inputs = _engine.fresh_leaves(inputs, create_graph)
-        outputs = func(*inputs)
+        is_inputs_tuple, inputs, outputs = _engine.values("jacobian", func, inputs, create_graph, begun)
         is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "jacobian")
         if strict:
             _check_requires_grad(outputs, "outputs", strict)
