@@ -8,7 +8,7 @@ import pytest
 import torch
 import wengert
 from support.check import BEFORE_2_13
-from support.compare import assert_same, assert_same_call
+from support.compare import Outcome, assert_same, assert_same_call, same_error
 from torch.autograd import forward_ad
 from torch.autograd import functional as F
 from torch.autograd.graph import get_gradient_edge
@@ -307,3 +307,64 @@ def test_dual_tensors_through_our_results():
     assert (results[0] is None) == (results[1] is None)
     if results[0] is not None:
         assert_same(results[0].detach(), results[1].detach())
+
+
+# ----------------------------------------------------------------------------------------------- one call of the function, always
+def hooked(x):
+    y = x.sin()
+    y.register_hook(lambda g: g)
+    return y * 2
+
+
+ONCE = {
+    "native": torch.sin,
+    "refused": hooked,
+    "independent": lambda x: torch.ones(4, 2, dtype=torch.float64),
+    "independent, with a graph": lambda x: torch.ones(4, 2, dtype=torch.float64, requires_grad=True) * 2,
+    "a tuple": lambda x: (x.sin(), x.cos()),
+    "a list": lambda x: [x.sin()],
+    "nothing": lambda x: None,
+    "a number": lambda x: 3.0,
+    "a Parameter": lambda x: torch.nn.Parameter(x.detach()),
+    "no elements": lambda x: x[:, :0],
+    "its own argument": lambda x: x,
+    "an integer": lambda x: x.long(),
+    "complex": lambda x: torch.complex(x, x),
+    "an error": lambda x: x.reshape(5, 5),
+}
+
+
+@pytest.mark.parametrize("form", ["jacobian", "batch_jacobian"])
+@pytest.mark.parametrize("name", ONCE)
+def test_whatever_the_function_gives_it_runs_once(name, form):
+    calls = []
+
+    def f(x):
+        calls.append(torch.is_grad_enabled())
+        return ONCE[name](x)
+
+    x = torch.linspace(0.5, 1.5, 8, dtype=torch.float64).reshape(4, 2)
+    outcome = Outcome.of(lambda: getattr(wengert, form)(f, x))
+    assert calls == [True] and torch.is_grad_enabled() and not x.requires_grad
+    if form == "jacobian":
+        expected = Outcome.of(lambda: F.jacobian(ONCE[name], x))
+        if expected.error is None:
+            assert_same(outcome.value, expected.value)
+        else:
+            assert same_error(outcome.error, expected.error)
+    elif name in ("native", "refused"):
+        scale = 2 if name == "refused" else 1
+        assert_same(outcome.value, torch.func.vmap(torch.func.jacrev(lambda x: scale * x.sin()))(x))
+
+
+def test_the_graph_ends_at_the_functions_argument():
+    """Results hang on no graph, whatever the caller's mode and the history of the argument."""
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64, requires_grad=True)
+    y = x.exp()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            for form in (wengert.jacobian, wengert.batch_jacobian):
+                assert not form(torch.sin, y).requires_grad
+                assert not form(lambda v: v * x, y).requires_grad
+            assert torch.is_grad_enabled() is (mode is torch.enable_grad)
+    assert x.grad is None
