@@ -17,7 +17,7 @@ namespace wengert::blocks {
 // value is computed into memory.  The defaults are what fits the instruction cache and the register file of the interpreter.
 struct Abilities {
   std::int64_t scaled_side = 0;  // products of matrices with sides up to this take a scale on the way; 0: none do
-  std::size_t operands = 64;
+  std::size_t operands = 64;     // of a program
   int instructions = 384;
   std::size_t words = 1 << 20;  // addresses and strides of all operands
 };

@@ -60,13 +60,12 @@ void count_traffic(const GpuLoops& loops, std::int64_t* read, std::int64_t* writ
 }
 
 int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
-  if (loops.rank_ == 0) return 1;
+  if (loops.rank_ == 0 || instructions > kLongProgram) return 1;
   const int inner = loops.rank_ - 1;
   for (int width = kVectorBytes; width > 1; width /= 2) {
     if (loops.rank_ > 1 && loops.extents_[inner] % width != 0) continue;
     if (loops.extents_[inner] < width) continue;
     if (width > kShortVector && width * instructions > kBodyLimit) continue;
-    if (instructions > kLongProgram) continue;
     if (width * sums > kSumLimit) continue;
     auto takes = [&](const LoopView& view) { return takes_groups(loops, view, width); };
     auto takes_or_sums = [&](const LoopOutput& view) { return view.reduced != 0 || takes(view); };
