@@ -45,9 +45,8 @@ def nest(body, extents, operands, outputs):
 
 CHAIN = "t0 = sin a0\nt1 = mul t0 a1\nt2 = tanh t1\nt3 = mul t2 a2\n"
 LENGTH = 300
-COSINES = "".join(f"t{k} = cos a{k}\n" for k in range(LENGTH)) + "".join(
-    f"t{k} = mul t{k - 1 if k > LENGTH else 0} t{k - LENGTH + 1}\n" for k in range(LENGTH, 2 * LENGTH - 1)
-)
+STEPS = (f"t{k} = cos a{(k + 1) // 2}\nt{k + 1} = mul t{k - 1} t{k}\n" for k in range(1, 2 * LENGTH - 1, 2))
+COSINES = "t0 = cos a0\n" + "".join(STEPS)
 SIDES = [4096, 4096]
 # name: (plan, registers of each launch at most, whether memory is accessed 128 bits at a time)
 CASES = {
