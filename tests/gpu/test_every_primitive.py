@@ -63,7 +63,7 @@ AXES = ["0", "1", "0,1"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size, axes", itertools.product(SIZES, AXES), ids=str)
+@pytest.mark.parametrize("size, axes", list(itertools.product(SIZES, AXES)), ids=str)
 def test_sums_of_every_shape(gpu, size, axes, dtype):
     """Rows and columns, within a block and over several: the sum and, from the same pass, its terms."""
     with torch.device("cpu"):
