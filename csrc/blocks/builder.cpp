@@ -157,10 +157,13 @@ Value Builder::select(const Value& flag, const Value& value) {
 }
 
 bool Builder::is_large(const Value& value) {
+  return value.operands.size() > abilities_.operands || pool_.size(value.expr) > abilities_.instructions || !fits(value, 0);
+}
+
+bool Builder::fits(const Value& value, std::size_t more) const {
   const auto words = [](const Read& read) { return 1 + (read.axes.empty() ? 0 : read.axes.front().step.size()); };
-  const std::size_t most = value.operands.empty() ? 0 : std::ranges::max(value.operands | std::views::transform(words));
-  return value.operands.size() > abilities_.operands || value.operands.size() * most > abilities_.words ||
-         pool_.size(value.expr) > abilities_.instructions;
+  const std::size_t most = value.operands.empty() ? 1 : std::ranges::max(value.operands | std::views::transform(words));
+  return (value.operands.size() + more) * most <= abilities_.words;
 }
 
 Value Builder::force(const Value& value, const Shape& extents, fused::Dtype dtype, const std::vector<bool>& reduced) {
