@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wengert
+from support import zoo
+from support.check import as_tuple
+from support.engine_zoo import CASES
 from wengert import _C
 
 INDEX = torch.tensor([2, 0])
@@ -151,6 +154,25 @@ def test_a_graph_over_several_devices_is_refused():
     x = leaf()
     with pytest.raises(_C.Unsupported, match="several devices"):
         _C.tape([x.sin().to("meta") * 2], [x])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_readers_derive_lies_on_the_graphs_device(name, monkeypatch):
+    """On a GPU a mask left on the host would send the whole call to PyTorch, unseen by whoever compares numbers only."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(zoo, "DEVICE", meta)
+    with meta:
+        try:
+            fn, inputs = CASES[name].build(zoo.Source(torch.float64))
+            xs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in as_tuple(inputs)]
+            ys = [y for y in as_tuple(fn(*xs)) if isinstance(y, torch.Tensor) and y.requires_grad]
+        except (NotImplementedError, RuntimeError) as error:
+            assert "meta" in str(error).lower()
+            pytest.skip("looks at numbers, of which a meta tensor has none")
+    try:
+        _C.tape(ys, [x for x in xs if x.requires_grad])
+    except _C.Unsupported as refusal:
+        assert "devices" not in str(refusal)
 
 
 def test_a_device_without_kernels_takes_pytorchs_path():
