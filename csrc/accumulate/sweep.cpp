@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <map>
 
 #include "blocks/pull.h"
-#include "kernels/cuda/launch_plan.h"
 #include "kernels/cuda/small_matmul.h"
 #include "ops/backend.h"
 
@@ -111,14 +111,14 @@ class Sweep {
       for (std::size_t o = 0; o < states.size(); ++o) {
         const tape::Pullback& pullback = pullbacks[e][o];
         if (pullback.kind == tape::Kind::zero) continue;
-        const auto& list = states[o].list.blocks();
-        for (const Block& block : list) {
+        for (Block& block : states[o].list.blocks()) {
           if (pullback.kind == tape::Kind::local) {
             deliver(call_local(n, o, active[e], pullback.local, block), target);
             continue;
           }
           for (const tape::Term& term : pullback.terms) {
-            for (Block& pulled : blocks::pull(builder_, block, term)) deliver(std::move(pulled), target);
+            Block given = uses == 1 ? std::move(block) : block;  // a chain's operands are many, and copied at every node
+            for (Block& pulled : blocks::pull(builder_, std::move(given), term)) deliver(std::move(pulled), target);
           }
         }
       }
@@ -507,9 +507,8 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   blocks::Abilities abilities;
   if (ops::can_launch(tape.device.type())) {
     abilities = {.scaled_side = kernels::cuda::kSmallMatmulLimit,
-                 .operands = kernels::cuda::kMostOperands,
-                 .instructions = kernels::cuda::kMostInstructions,
-                 .words = kernels::cuda::kOperandWords};
+                 .operands = std::numeric_limits<std::size_t>::max(),
+                 .instructions = std::numeric_limits<int>::max()};
   }
   Builder builder(std::move(given), abilities);
   std::vector<std::int32_t> results, taken;

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <ranges>
+
+#include "blocks/join_nests.h"
 
 namespace wengert::blocks {
 
@@ -100,13 +101,18 @@ std::int32_t Builder::new_slot(Shape shape, fused::Dtype dtype, bool requires_gr
 
 Value Builder::compact_operands(const Value& value, std::vector<Read>& operands) {
   std::vector<fused::ExprId> leaves(value.operands.size(), fused::kNone);
+  bool same = true;  // every leaf is what it was
   for (std::int32_t used : pool_.operands(value.expr)) {
     const Read& read = value.operands[used];
-    auto at = std::find(operands.begin(), operands.end(), read);
+    // Where two values come from the same one most operands are where they were.
+    auto at = static_cast<std::size_t>(used) < operands.size() && operands[used] == read
+                  ? operands.begin() + used
+                  : std::find(operands.begin(), operands.end(), read);
     if (at == operands.end()) at = operands.insert(operands.end(), read);
     leaves[used] = pool_.operand(static_cast<std::int32_t>(at - operands.begin()));
+    same = same && at - operands.begin() == used;
   }
-  return Value{.expr = pool_.substitute(pool_, value.expr, leaves), .operands = {}};
+  return Value{.expr = same ? value.expr : pool_.substitute(pool_, value.expr, leaves), .operands = {}};
 }
 
 void Builder::compact(Value& value) {
@@ -157,13 +163,7 @@ Value Builder::select(const Value& flag, const Value& value) {
 }
 
 bool Builder::is_large(const Value& value) {
-  return value.operands.size() > abilities_.operands || pool_.size(value.expr) > abilities_.instructions || !fits(value, 0);
-}
-
-bool Builder::fits(const Value& value, std::size_t more) const {
-  const auto words = [](const Read& read) { return 1 + (read.axes.empty() ? 0 : read.axes.front().step.size()); };
-  const std::size_t most = value.operands.empty() ? 1 : std::ranges::max(value.operands | std::views::transform(words));
-  return (value.operands.size() + more) * most <= abilities_.words;
+  return value.operands.size() > abilities_.operands || pool_.size(value.expr) > abilities_.instructions;
 }
 
 Value Builder::force(const Value& value, const Shape& extents, fused::Dtype dtype, const std::vector<bool>& reduced) {
@@ -566,33 +566,12 @@ std::int32_t Builder::wrapped_index(std::int32_t source, std::int64_t size) {
 Plan Builder::finish(std::vector<std::int32_t> results, std::vector<Shape> result_shapes) && {
   plan_.results = std::move(results);
   plan_.result_shapes = std::move(result_shapes);
+  join_nests(plan_, abilities_);
   std::vector<std::int64_t> last(plan_.slots.size(), -1);
-  auto use = [&](std::int32_t s, std::size_t at) {
-    if (s >= 0) last[s] = static_cast<std::int64_t>(at);
-  };
   for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
-    std::visit(
-        [&](const auto& step) {
-          using T = std::decay_t<decltype(step)>;
-          if constexpr (std::is_same_v<T, Evaluate>) {
-            for (const Read& read : step.operands) use(read.slot, i);
-            for (const Target& target : step.targets) use(target.slot, i);
-          } else if constexpr (std::is_same_v<T, Matmul>) {
-            use(step.a.slot, i), use(step.b.slot, i), use(step.out, i);
-            if (step.scale) use(step.scale->slot, i);
-          } else if constexpr (std::is_same_v<T, Take>) {
-            use(step.source, i), use(step.index, i), use(step.out, i);
-          } else if constexpr (std::is_same_v<T, PutAdd>) {
-            use(step.value.slot, i), use(step.index.slot, i), use(step.out, i);
-            if (step.axis) use(step.axis->index.slot, i);
-          } else if constexpr (std::is_same_v<T, Arange>) {
-            use(step.out, i);
-          } else {
-            for (std::int32_t s : step.cotangents) use(s, i);
-            for (std::int32_t s : step.results) use(s, i);
-          }
-        },
-        plan_.steps[i]);
+    const Touched slots = touched(plan_.steps[i]);
+    for (std::int32_t s : slots.read) last[s] = static_cast<std::int64_t>(i);
+    for (std::int32_t s : slots.written) last[s] = static_cast<std::int64_t>(i);
   }
   for (std::int32_t s : plan_.results) {
     if (s >= 0) last[s] = -1;

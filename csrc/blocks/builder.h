@@ -42,8 +42,7 @@ class Builder {
   void compact(Value& value);
   // where(flag, value, 0): unlike a product, exact where value is not finite.
   Value select(const Value& flag, const Value& value);
-  bool is_large(const Value& value);                      // beyond what one program should be
-  bool fits(const Value& value, std::size_t more) const;  // with so many more operands into one kernel's parameters
+  bool is_large(const Value& value);  // beyond what one program should be
 
   // Evaluates into a new slot that has one axis per loop the value moves along, except `reduced` loops, which are summed.
   // Constants stay constants.  Returns the value as a read of that slot.

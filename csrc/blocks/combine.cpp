@@ -205,8 +205,6 @@ void BlockList::add(Builder& builder, Block block) {
   const std::size_t hash = nest_hash(block);
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     if (hashes_[i] != hash || blocks_[i].dtype != block.dtype || !same_nest(blocks_[i], block)) continue;
-    if (!builder.fits(blocks_[i].value, block.value.operands.size()))
-      blocks_[i].value = builder.force(blocks_[i].value, block.extents, block.dtype);
     builder.add(blocks_[i].value, block.value);
     if (builder.is_large(blocks_[i].value)) blocks_[i].value = builder.force(blocks_[i].value, block.extents, block.dtype);
     return;

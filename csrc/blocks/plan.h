@@ -19,7 +19,6 @@ struct Abilities {
   std::int64_t scaled_side = 0;  // products of matrices with sides up to this take a scale on the way; 0: none do
   std::size_t operands = 64;     // of a program
   int instructions = 384;
-  std::size_t words = 1 << 20;  // addresses and strides of all operands
 };
 
 // A tensor the plan works on.  Slots 0..given-1 are given by the caller (saved tensors, then cotangents); the others are made by
@@ -94,6 +93,12 @@ struct CallNode {
 };
 
 using Step = std::variant<Evaluate, Matmul, Take, PutAdd, Arange, CallNode>;
+
+// The slots a step reads and writes.
+struct Touched {
+  std::vector<std::int32_t> read, written;
+};
+Touched touched(const Step& step);
 
 struct Plan {
   std::vector<Slot> slots;

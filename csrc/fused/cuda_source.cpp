@@ -1,8 +1,12 @@
 #include "fused/cuda_source.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
+
+#include "fused/sections.h"
 
 namespace wengert::fused {
 namespace {
@@ -93,7 +97,8 @@ bool is_long(Prim prim) {
 
 class Emitter {
  public:
-  Emitter(const Program& program, const KernelShape& shape) : code_(program.bytecode()), program_(program), shape_(shape) {}
+  Emitter(const Program& program, const KernelShape& shape)
+      : code_(program.bytecode()), program_(program), shape_(shape), kinds_(kinds_of(shape)), listing_(code_, kinds_) {}
 
   std::string emit() {
     const bool sums = shape_.variant != KernelShape::Variant::map;
@@ -111,6 +116,7 @@ class Emitter {
     constant("kUnroll", shape_.unroll);
     line(std::string("  static constexpr bool kTail = ") + boolean(shape_.tail) + ";");
     line(std::string("  static constexpr bool kStreamed = ") + boolean(shape_.streamed) + ";");
+    line(std::string("  static constexpr bool kInMemory = ") + boolean(shape_.in_memory) + ";");
     find_called();
     if (shape_.streamed) {
       stream();
@@ -134,6 +140,12 @@ class Emitter {
   }
 
  private:
+  static std::vector<std::uint8_t> kinds_of(const KernelShape& shape) {
+    std::vector<std::uint8_t> kinds;
+    for (const KernelShape::Load& load : shape.loads) kinds.push_back(load.kind());
+    return kinds;
+  }
+
   void line(const std::string& text) { (text_ += text) += '\n'; }
   void constant(const char* name, std::size_t value) {
     line(std::string("  static constexpr int ") + name + " = " + std::to_string(value) + ";");
@@ -158,13 +170,16 @@ class Emitter {
   // Where the code of long primitives would stand many times over, each becomes a function that is called: compiling 64 cosines
   // takes 0.2 s instead of 9, and the code stays in the instruction cache.
   void find_called() {
-    constexpr std::size_t kInlined = 32;  // instances
-    std::size_t instances = 0;
+    constexpr int kInlined = 32;  // instances
+    int instances = 0;
     std::array<bool, kPrimCount> used{};
-    for (const Instruction& instruction : code_.instructions) {
-      if (!is_long(instruction.prim)) continue;
-      used[static_cast<std::size_t>(instruction.prim)] = true;
-      instances += static_cast<std::size_t>(shape_.width * shape_.unroll);
+    for (const Section& section : listing_.sections()) {
+      for (std::int32_t i = section.first; i < section.first + section.length; ++i) {
+        const Prim prim = code_.instructions[i].prim;
+        if (!is_long(prim)) continue;
+        used[static_cast<std::size_t>(prim)] = true;
+        instances += shape_.width * shape_.unroll * passes_at_once(section);
+      }
     }
     if (instances <= kInlined) return;
     called_ = used;
@@ -183,71 +198,180 @@ class Emitter {
     }
   }
 
-  std::string function(Prim prim) const {
-    if (called_[static_cast<std::size_t>(prim)]) return std::string("call_") + info(prim).name;
-    return std::string("prim::Op<Prim::") + info(prim).name + ">::value";
-  }
-
-  // Of the value each register holds at first; slots are taken again, values have names of their own.
-  template <class Operand>
-  std::vector<std::string> first_names(const Operand& operand) const {
-    std::vector<std::string> names;
-    for (std::size_t i = 0; i < code_.loads.size(); ++i) names.push_back(operand(std::to_string(i)));
-    for (double value : code_.constants) names.push_back("Compute(" + literal(value) + ")");
-    names.resize(names.size() + code_.slots);
-    return names;
-  }
-
-  std::string call(const Instruction& instruction, const std::vector<std::string>& names) const {
-    std::string text = function(instruction.prim) + "(";
-    for (int k = 0; k < info(instruction.prim).arity; ++k) (text += k ? ", " : "") += names[instruction.args[k]];
+  // `name` gives the text of an argument by its position.
+  template <class Name>
+  std::string call(std::int32_t instruction, const Name& name) const {
+    const Prim prim = code_.instructions[instruction].prim;
+    std::string text = called_[static_cast<std::size_t>(prim)] ? std::string("call_") + info(prim).name
+                                                               : std::string("prim::Op<Prim::") + info(prim).name + ">::value";
+    for (int k = 0; k < info(prim).arity; ++k) (text += k ? ", " : "(") += name(k);
     return text + ")";
   }
 
+  std::string constant_text(std::int32_t index) const { return "Compute(" + literal(code_.constants[index]) + ")"; }
+
   void evaluate() {
     line("  WENGERT_DEVICE static void evaluate(const Compute* a, Compute* r) {");
-    std::vector<std::string> names = first_names([](const std::string& i) { return "a[" + i + "]"; });
-    for (std::size_t i = 0; i < code_.instructions.size(); ++i) {
-      const std::string result = "t" + std::to_string(i);
-      line("    const Compute " + result + " = " + call(code_.instructions[i], names) + ";");
-      names[code_.instructions[i].result] = result;
+    const auto name = [&](const Argument& argument) {
+      if (argument.kind == Argument::Kind::constant) return constant_text(argument.index);
+      const std::string index = std::to_string(argument.index);
+      return argument.kind == Argument::Kind::load ? "a[" + index + "]" : "t" + index;
+    };
+    for (std::int32_t i = 0; i < static_cast<std::int32_t>(code_.instructions.size()); ++i) {
+      line("    const Compute t" + std::to_string(i) + " = " + call(i, [&](int k) { return name(listing_.arguments(i)[k]); }) +
+           ";");
     }
     for (std::size_t i = 0; i < code_.outputs.size(); ++i)
-      line("    r[" + std::to_string(i) + "] = " + names[code_.outputs[i]] + ";");
+      line("    r[" + std::to_string(i) + "] = " + name(listing_.outputs()[i]) + ";");
     line("  }");
   }
 
-  // Every value is an array of the group's lanes.
+  // ------------------------------------------------------------------------------------------------------------------ streamed
+  // Passes of a loop whose loads are on their way together.
+  static int passes_at_once(const Section& section) {
+    constexpr std::int32_t kInstructions = 16;
+    return section.passes == 1 ? 1 : std::clamp(kInstructions / section.length, 1, 4);
+  }
+
+  // Every value is an array of the group's lanes: value i is t<i>; within a loop, c<i> is what its position held in the pass
+  // before.
   void stream() {
-    constexpr const char* kLanes = "_Pragma(\"unroll\") for (int w = 0; w < kWidth; ++w) ";
-    line("  template <class Offset>");
-    line("  WENGERT_DEVICE static void stream(const void* const* bases, const Offset& offset_of, int count,");
-    line("                                    Compute (&out)[kWidth][kOutputs]) {");
-    std::vector<std::string> names = first_names([](const std::string& i) { return "a" + i + "[w][0]"; });
-    std::vector<bool> loaded(code_.loads.size(), false);
-    const auto need = [&](std::uint16_t used) {
-      if (used >= loaded.size() || loaded[used]) return;
-      loaded[used] = true;
-      const KernelShape::Load& operand = shape_.loads[used];
-      const std::string k = std::to_string(used), type = storage_type(operand.dtype);
-      line("    Compute a" + k + "[kWidth][1];");
-      line(operand.immediate ? "    load_immediate<" + type + ">(a" + k + ", 0, bases + " + k + ");"
-                             : "    load_lanes<" + type + ", " + boolean(operand.moves) + ">(a" + k + ", 0, bases[" + k +
-                                   "], offset_of(" + k + "), count);");
-    };
-    for (std::size_t i = 0; i < code_.instructions.size(); ++i) {
-      const Instruction& instruction = code_.instructions[i];
-      for (int k = 0; k < info(instruction.prim).arity; ++k) need(instruction.args[k]);
-      const std::string result = "t" + std::to_string(i);
-      line("    Compute " + result + "[kWidth];");
-      line("    " + std::string(kLanes) + result + "[w] = " + call(instruction, names) + ";");
-      names[instruction.result] = result + "[w]";
+    const std::vector<Section>& sections = listing_.sections();
+    line("  using Lanes = wengert::fused::Lanes<Compute, kWidth>;");
+    if (sections.size() > 1) {
+      for (const Section& section : sections) function(section);
+    }
+    line("  template <class From>");
+    line("  WENGERT_DEVICE static void stream(const From& from, Compute (&out)[kWidth][kOutputs]) {");
+    read_.clear();
+    if (sections.size() > 1) {
+      for (const Section& section : sections) {
+        std::string arguments = "from";
+        for (const std::int32_t value : taken(section)) arguments += ", t" + std::to_string(value);
+        for (const std::int32_t value : given(section)) {
+          line("    Lanes t" + std::to_string(value) + ";");
+          arguments += ", t" + std::to_string(value);
+        }
+        line("    " + function_name(section) + "(" + arguments + ");");
+      }
+    } else {
+      pass(sections.front(), "    ");
     }
     for (std::size_t i = 0; i < code_.outputs.size(); ++i) {
-      need(code_.outputs[i]);
-      line("    " + std::string(kLanes) + "out[w][" + std::to_string(i) + "] = " + names[code_.outputs[i]] + ";");
+      const std::string value = operand(listing_.outputs()[i], 0, "    ");
+      line("    " + std::string(kLanes) + "out[w][" + std::to_string(i) + "] = " + value + ";");
     }
     line("  }");
+  }
+
+  static std::string function_name(const Section& section) { return "section_" + std::to_string(section.first); }
+
+  // Values of earlier sections that this one reads, each once.
+  std::vector<std::int32_t> taken(const Section& section) const {
+    std::vector<std::int32_t> values;
+    for (std::int32_t i = section.first; i < section.first + section.length; ++i) {
+      for (const Argument& argument : listing_.arguments(i)) {
+        if (argument.kind == Argument::Kind::value && argument.index < section.first) values.push_back(argument.index);
+      }
+    }
+    std::sort(values.begin(), values.end());
+    values.erase(std::unique(values.begin(), values.end()), values.end());
+    return values;
+  }
+
+  // Values of its last pass that later sections or outputs read.
+  std::vector<std::int32_t> given(const Section& section) const {
+    std::vector<std::int32_t> values;
+    for (std::int32_t i = section.end() - section.length; i < section.end(); ++i) {
+      if (listing_.last_use(i) >= section.end()) values.push_back(i);
+    }
+    return values;
+  }
+
+  void function(const Section& section) {
+    std::string parameters = "From from";
+    for (const std::int32_t value : taken(section)) parameters += ", Lanes t" + std::to_string(value);
+    for (const std::int32_t value : given(section)) parameters += ", Lanes& r" + std::to_string(value);
+    line("  template <class From>");
+    line("  static __device__ __noinline__ void " + function_name(section) + "(" + parameters + ") {");
+    read_.clear();
+    if (section.passes == 1) {
+      pass(section, "    ");
+      for (const std::int32_t value : given(section)) {
+        const std::string i = std::to_string(value);
+        line("    r" + i + " = t" + i + ";");
+      }
+    } else {
+      loop(section);
+    }
+    line("  }");
+  }
+
+  void loop(const Section& section) {
+    std::vector<std::int32_t> kept;  // positions that the next pass or a later section reads
+    for (std::int32_t i = section.first; i < section.first + section.length; ++i) {
+      for (int k = 0; k < static_cast<int>(listing_.arguments(i).size()); ++k) {
+        const Argument& argument = listing_.arguments(i)[k];
+        if (is_carried(section, i, k)) kept.push_back(argument.index + section.length);
+        if (argument.kind == Argument::Kind::load && listing_.step(section, i, k) == 0) operand(argument, 0, "    ");
+      }
+    }
+    for (const std::int32_t value : given(section)) kept.push_back(value - (section.passes - 1) * section.length);
+    std::sort(kept.begin(), kept.end());
+    kept.erase(std::unique(kept.begin(), kept.end()), kept.end());
+    const std::vector<std::int32_t> before = taken(section);
+    for (const std::int32_t position : kept) {
+      const std::string i = std::to_string(position), first = std::to_string(position - section.length);
+      const bool starts = std::binary_search(before.begin(), before.end(), position - section.length);
+      line("    Lanes c" + i + (starts ? " = t" + first : "") + ";");
+    }
+    line("    _Pragma(\"unroll " + std::to_string(passes_at_once(section)) + "\")");
+    line("    for (int pass = 0; pass < " + std::to_string(section.passes) + "; ++pass) {");
+    pass(section, "      ");
+    for (const std::int32_t position : kept) line("      c" + std::to_string(position) + " = t" + std::to_string(position) + ";");
+    line("    }");
+    for (const std::int32_t value : given(section)) {
+      line("    r" + std::to_string(value) + " = c" + std::to_string(value - (section.passes - 1) * section.length) + ";");
+    }
+  }
+
+  // Whether an argument is what the pass before computed.
+  bool is_carried(const Section& section, std::int32_t instruction, int k) const {
+    const Argument& argument = listing_.arguments(instruction)[k];
+    return section.passes > 1 && argument.kind == Argument::Kind::value && argument.index < section.first &&
+           listing_.step(section, instruction, k) != 0;
+  }
+
+  void pass(const Section& section, const std::string& indent) {
+    for (std::int32_t i = section.first; i < section.first + section.length; ++i) {
+      const std::string value = call(i, [&](int k) {
+        const Argument& argument = listing_.arguments(i)[k];
+        if (is_carried(section, i, k)) return "c" + std::to_string(argument.index + section.length) + kLane;
+        return operand(argument, section.passes > 1 ? listing_.step(section, i, k) : 0, indent);
+      });
+      line(indent + "Lanes t" + std::to_string(i) + ";");
+      line(indent + kLanes + "t" + std::to_string(i) + kLane + " = " + value + ";");
+    }
+  }
+
+  // The text of an argument; reads a load that was not read yet, which may lie `step` loads further on in every pass.
+  std::string operand(const Argument& argument, std::int32_t step, const std::string& indent) {
+    if (argument.kind == Argument::Kind::constant) return constant_text(argument.index);
+    if (argument.kind == Argument::Kind::value) return "t" + std::to_string(argument.index) + kLane;
+    const KernelShape::Load& load = shape_.loads[argument.index];
+    std::string position = std::to_string(argument.index), name = "a" + position;
+    if (step != 0) {
+      name += (step < 0 ? "_less" : "_") + std::to_string(std::abs(step));
+      position += " + pass * " + std::to_string(step);
+    }
+    if (std::find(read_.begin(), read_.end(), name) == read_.end()) {
+      read_.push_back(name);
+      const std::string type = storage_type(load.dtype);
+      line(indent + "Lanes " + name + ";");
+      line(indent + (load.immediate ? "read_immediate<" + type : "read<" + type + ", " + boolean(load.moves)) + ">(from, " +
+           position + ", " + name + ");");
+    }
+    return name + kLane;
   }
 
   void store_elements() {
@@ -278,15 +402,27 @@ class Emitter {
     return std::string(storage_type(shape_.stores[i].dtype)) + ", " + boolean(shape_.stores[i].accumulate);
   }
 
+  static constexpr const char* kLanes = "_Pragma(\"unroll\") for (int w = 0; w < kWidth; ++w) ";
+  static constexpr const char* kLane = ".at[w][0]";
+
   const Bytecode& code_;
   const Program& program_;
   const KernelShape& shape_;
+  const std::vector<std::uint8_t> kinds_;
+  const Listing listing_;
   std::array<bool, kPrimCount> called_{};  // primitives that are functions of the kernel
+  std::vector<std::string> read_;          // operands that the function at hand has read so far
   std::string text_;
 };
 
 }  // namespace
 
 std::string cuda_source(const Program& program, const KernelShape& shape) { return Emitter(program, shape).emit(); }
+
+std::string table_source() {
+  return std::string("#include \"fused/nest_kernel.h\"\nusing namespace wengert::fused;\n") +
+         "extern \"C\" __global__ void __launch_bounds__(kBlockThreads) " + kTableEntry +
+         "(const __grid_constant__ TablePiece p) { write_table(p); }\n";
+}
 
 }  // namespace wengert::fused

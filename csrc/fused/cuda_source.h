@@ -20,6 +20,8 @@ struct KernelShape {
     Dtype dtype;
     bool moves;              // along the innermost loop; matters where width > 1
     bool immediate = false;  // the parameter holds the element itself instead of its address
+
+    std::uint8_t kind() const { return static_cast<std::uint8_t>(static_cast<int>(dtype) << 2 | moves << 1 | immediate); }
   };
   struct Store {
     Dtype dtype;
@@ -35,14 +37,17 @@ struct KernelShape {
   int unroll = 1;           // such groups a thread takes at once
   int sums = 0;             // outputs that are summed
   bool streamed = false;    // operands are read right before their first use
+  bool in_memory = false;   // operands' addresses and strides lie in memory; streamed only
   std::vector<Load> loads;  // one per load of the bytecode
   std::vector<Store> stores;
 };
 
 inline constexpr const char* kMapEntry = "wengert_map";
 inline constexpr const char* kSumEntry = "wengert_sum";
+inline constexpr const char* kTableEntry = "wengert_table";
 
 std::string cuda_source(const Program& program, const KernelShape& shape);
+std::string table_source();  // of the kernel that writes a TablePiece
 
 // The headers that generated source includes, by the names it includes them under.
 struct EmbeddedHeader {

@@ -1,4 +1,4 @@
-// What the host and generated kernels agree on: threads of a block, and division by an extent.
+// What the host and generated kernels agree on: threads of a block, size of the parameters, and division by an extent.
 #pragma once
 #include <cstdint>
 
@@ -7,6 +7,17 @@
 namespace wengert::fused {
 
 inline constexpr int kBlockThreads = 256;
+inline constexpr int kParameterBytes = 32764;  // of a kernel; since compute capability 7.0 and CUDA 12.1
+
+// Words on their way into memory, by way of a kernel's parameters: no copy from the host, so that nothing waits, and a CUDA graph
+// keeps them.
+struct TablePiece {
+  static constexpr int kWords = (kParameterBytes - 16) / 8;
+
+  std::uint64_t* target;
+  std::uint64_t words;
+  std::uint64_t data[kWords];
+};
 
 // Integer division by a number known at launch.
 template <class Index>

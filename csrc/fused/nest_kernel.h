@@ -9,9 +9,10 @@
 //     kUnroll  groups a thread takes at once, so that enough loads are on their way
 //     kSums    outputs that are summed: the first ones.  The others are stored element by element
 //     kStreamed  whether there is `stream` in place of `load` and `evaluate`
+//     kInMemory  whether operands' addresses and strides lie in memory, for being too many for the kernel's parameters
 //     load(lanes, bases, offsets, count), evaluate(operands, results): all operands first, so that the loads of all groups are
 //              on their way together; a thread holds all of them
-//     stream(bases, offset_of, count, results): every operand right before its first use, so that a program may have many
+//     stream(operands, results): every operand right before its first use, so that a program may have many
 //     store_elements(bases, offsets, lanes, count), store_sums(bases, offsets, strides, lanes)
 //   };
 // and defines its kernel as map<Nest> or sum<Nest, rows>.
@@ -96,6 +97,29 @@ WENGERT_DEVICE void load_immediate(T (&lanes)[Width][Columns], int k, const void
   for (int w = 0; w < Width; ++w) lanes[w][k] = value;
 }
 
+// What a program that is streamed reads from: operand k lies at bases[k], offset_of(k) elements on.
+template <class OffsetOf>
+struct Operands {
+  const void* const* bases;
+  OffsetOf offset_of;
+  int count;  // of the group's elements
+};
+
+// The value of each of a group's elements.
+template <class T, int Width>
+struct Lanes {
+  T at[Width][1];
+};
+
+template <class S, bool Moves, class From, class T, int Width>
+WENGERT_DEVICE void read(const From& from, int k, Lanes<T, Width>& lanes) {
+  load_lanes<S, Moves>(lanes.at, 0, from.bases[k], from.offset_of(k), from.count);
+}
+template <class S, class From, class T, int Width>
+WENGERT_DEVICE void read_immediate(const From& from, int k, Lanes<T, Width>& lanes) {
+  load_immediate<S>(lanes.at, 0, from.bases + k);
+}
+
 template <class S, bool Accumulate, class T>
 WENGERT_DEVICE S stored(S before, T value) {
   return Narrow<S>::from(Accumulate ? widen<T>(before) + value : value);
@@ -156,16 +180,34 @@ WENGERT_DEVICE int elements_of_group(Index first, Index end) {
   return static_cast<int>(end - first);
 }
 
+// ------------------------------------------------------------------------------------------------------- tables of operands
+// An array of the parameters, or where one lies in memory.
+template <class T, int Count, bool InMemory>
+struct TableOf {
+  using type = T[Count];
+};
+template <class T, int Count>
+struct TableOf<T, Count, true> {
+  using type = const T*;
+};
+template <class Nest, class T>
+using Table = typename TableOf<T, Nest::kLoads, Nest::kInMemory>::type;
+
+WENGERT_DEVICE void write_table(const TablePiece& p) {
+  const unsigned word = blockIdx.x * kBlockThreads + threadIdx.x;
+  if (word < p.words) p.target[word] = p.data[word];
+}
+
 // --------------------------------------------------------------------------------------------------------- outputs without sums
 // Parameter structs are filled by kernels/cuda/launch_plan.cpp field by field, in this order and with natural alignment.
 template <class Nest>
 struct MapParameters {
   using Index = typename Nest::Index;
-  const void* loads[Nest::kLoads];
+  Table<Nest, const void*> loads;
   void* outputs[Nest::kOutputs];
   Index elements;
   Divisor<Index> extents[Nest::kRank];  // outer to inner, as the strides
-  Index load_strides[Nest::kLoads][Nest::kRank];
+  Table<Nest, Index[Nest::kRank]> load_strides;
   Index output_strides[Nest::kOutputs][Nest::kRank];
 };
 
@@ -177,7 +219,9 @@ WENGERT_DEVICE void map_streamed(const MapParameters<Nest>& p) {
   const Positions<Nest::kRank, Index> positions(at, p.extents);
   const int count = elements_of_group<Nest>(at, p.elements);
   typename Nest::Compute out[Nest::kWidth][Nest::kOutputs];
-  Nest::stream(p.loads, [&](int k) { return positions.offset(p.load_strides[k]); }, count, out);
+  const Index(*strides)[Nest::kRank] = p.load_strides;
+  const auto offset_of = [=](int k) { return positions.offset(strides[k]); };
+  Nest::stream(Operands<decltype(offset_of)>{p.loads, offset_of, count}, out);
   Index targets[Nest::kOutputs];
 #pragma unroll
   for (int o = 0; o < Nest::kOutputs; ++o) targets[o] = positions.offset(p.output_strides[o]);
@@ -224,7 +268,7 @@ WENGERT_DEVICE void map(const MapParameters<Nest>& p) {
 template <class Nest>
 struct SumParameters {
   using Index = typename Nest::Index;
-  const void* loads[Nest::kLoads];
+  Table<Nest, const void*> loads;
   void* outputs[Nest::kOutputs];
   Index kept_elements, reduced_elements;
   Index piece;         // of the summed range, a block's
@@ -232,9 +276,9 @@ struct SumParameters {
   std::int32_t lanes;
   Divisor<Index> kept_extents[Nest::kRank];
   Divisor<Index> reduced_extents[Nest::kReducedRank];
-  Index load_strides[Nest::kLoads][Nest::kRank];
+  Table<Nest, Index[Nest::kRank]> load_strides;
   Index output_strides[Nest::kOutputs][Nest::kRank];
-  Index reduced_load_strides[Nest::kLoads][Nest::kReducedRank];
+  Table<Nest, Index[Nest::kReducedRank]> reduced_load_strides;
   Index reduced_element_strides[Nest::kOutputs - Nest::kSums + 1]
                                [Nest::kReducedRank];  // of outputs that are not summed; and none
 };
@@ -294,8 +338,10 @@ WENGERT_DEVICE void sum(const SumParameters<Nest>& p) {
       const Positions<Nest::kReducedRank, Index> step(r, p.reduced_extents);
       Compute out[kWidth][Nest::kOutputs];
       if constexpr (Nest::kStreamed) {
-        const auto offset_of = [&](int i) { return place.offset(p.load_strides[i]) + step.offset(p.reduced_load_strides[i]); };
-        Nest::stream(p.loads, offset_of, count, out);
+        const Index(*strides)[Nest::kRank] = p.load_strides;
+        const Index(*reduced_strides)[Nest::kReducedRank] = p.reduced_load_strides;
+        const auto offset_of = [=](int k) { return place.offset(strides[k]) + step.offset(reduced_strides[k]); };
+        Nest::stream(Operands<decltype(offset_of)>{p.loads, offset_of, count}, out);
       } else {
         Index sources[Nest::kLoads];
 #pragma unroll

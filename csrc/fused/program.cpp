@@ -1,7 +1,9 @@
 #include "fused/program.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
+#include <functional>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -22,7 +24,7 @@ constexpr DtypeInfo kDtypes[kDtypeCount] = {{"f32", 4}, {"f64", 8}, {"bf16", 2},
 void check(const ProgramSpec& spec) {
   if (spec.rank < 0 || spec.rank > kMaxRank)
     fail("rank " + std::to_string(spec.rank) + " is not in 0.." + std::to_string(kMaxRank));
-  if (spec.operands < 0 || spec.operands > 4096) fail("too many operands");
+  if (spec.operands < 0) fail("operands=" + std::to_string(spec.operands) + " is negative");
   if (spec.compute != Dtype::f32 && spec.compute != Dtype::f64) fail("compute type must be f32 or f64");
   if (spec.outputs.empty()) fail("no outputs");
   for (const OutputSpec& output : spec.outputs) {
@@ -30,16 +32,41 @@ void check(const ProgramSpec& spec) {
   }
 }
 
-// Depth first from the outputs, arguments before users: keeps live ranges short.
+std::vector<ExprId> roots_of(const ProgramSpec& spec) {
+  std::vector<ExprId> roots;
+  for (const OutputSpec& output : spec.outputs) roots.push_back(output.expr);
+  return roots;
+}
+
+// Slots that computing each value takes, were it a tree (Sethi and Ullman, "The generation of optimal code for arithmetic
+// expressions"): its arguments in order of their own, largest first.
+std::vector<std::int32_t> slots_needed(const ExprPool& pool, const std::vector<ExprId>& roots) {
+  const std::vector<ExprId> below = pool.reachable(roots);  // arguments before users
+  std::vector<std::int32_t> needed(below.empty() ? 0 : below.back() + 1, 0);
+  for (ExprId id : below) {
+    std::array<std::int32_t, kMaxArity> each{};
+    std::span<const ExprId> args = pool.args(id);
+    std::transform(args.begin(), args.end(), each.begin(), [&](ExprId arg) { return needed[arg]; });
+    std::sort(each.begin(), each.begin() + args.size(), std::greater<>());
+    if (!args.empty()) needed[id] = 1;
+    for (std::size_t k = 0; k < args.size(); ++k) {
+      if (each[k] > 0) needed[id] = std::max(needed[id], each[k] + static_cast<std::int32_t>(k));
+    }
+  }
+  return needed;
+}
+
+// Depth first from the outputs, arguments before users, those that take more slots first: keeps live ranges short.
 std::vector<ExprId> schedule(const ExprPool& pool, const ProgramSpec& spec) {
+  const std::vector<ExprId> roots = roots_of(spec);
+  const std::vector<std::int32_t> needed = slots_needed(pool, roots);
   std::vector<ExprId> order;
-  std::vector<char> state;  // 0 unseen, 1 arguments pushed, 2 emitted
+  std::vector<char> state(needed.size());  // 0 unseen, 1 arguments pushed, 2 emitted
   std::vector<ExprId> stack;
-  for (const OutputSpec& output : spec.outputs) {
-    stack.push_back(output.expr);
+  for (ExprId root : roots) {
+    stack.push_back(root);
     while (!stack.empty()) {
-      ExprId id = stack.back();
-      if (static_cast<std::size_t>(id) >= state.size()) state.resize(id + 1, 0);
+      const ExprId id = stack.back();
       if (state[id] != 0) {
         stack.pop_back();
         if (state[id] == 1) {
@@ -49,10 +76,13 @@ std::vector<ExprId> schedule(const ExprPool& pool, const ProgramSpec& spec) {
         continue;
       }
       state[id] = 1;
-      std::span<const ExprId> args = pool.args(id);
-      for (auto arg = args.rbegin(); arg != args.rend(); ++arg) {
-        if (static_cast<std::size_t>(*arg) >= state.size() || state[*arg] == 0) stack.push_back(*arg);
+      const std::size_t first = stack.size();
+      for (ExprId arg : pool.args(id)) {
+        if (state[arg] == 0) stack.push_back(arg);
       }
+      // The last one is taken first.
+      std::reverse(stack.begin() + first, stack.end());
+      std::stable_sort(stack.begin() + first, stack.end(), [&](ExprId a, ExprId b) { return needed[a] < needed[b]; });
     }
   }
   return order;
@@ -61,7 +91,7 @@ std::vector<ExprId> schedule(const ExprPool& pool, const ProgramSpec& spec) {
 Bytecode compile(const ExprPool& pool, const ProgramSpec& spec) {
   Bytecode code;
   std::vector<ExprId> order = schedule(pool, spec);
-  std::unordered_map<ExprId, std::uint16_t> registers;
+  std::unordered_map<ExprId, Register> registers;
   std::unordered_map<ExprId, int> uses;
   std::vector<std::pair<std::int32_t, ExprId>> leaves;
   for (ExprId id : order) {
@@ -75,17 +105,17 @@ Bytecode compile(const ExprPool& pool, const ProgramSpec& spec) {
   for (const OutputSpec& output : spec.outputs) ++uses[output.expr];  // never released: outputs are read at the end of a tile
   std::sort(leaves.begin(), leaves.end());
   for (auto [index, id] : leaves) {
-    registers[id] = static_cast<std::uint16_t>(code.loads.size());
+    registers[id] = static_cast<Register>(code.loads.size());
     code.loads.push_back(index);
   }
   for (ExprId id : order) {
     double value;
     if (!pool.is_constant(id, &value)) continue;
-    registers[id] = static_cast<std::uint16_t>(code.loads.size() + code.constants.size());
+    registers[id] = static_cast<Register>(code.loads.size() + code.constants.size());
     code.constants.push_back(value);
   }
   const std::size_t first_slot = code.loads.size() + code.constants.size();
-  std::vector<std::uint16_t> free_slots;
+  std::vector<Register> free_slots;
   for (ExprId id : order) {
     if (pool.is_constant(id) || pool.is_operand(id)) continue;
     std::span<const ExprId> args = pool.args(id);
@@ -93,10 +123,7 @@ Bytecode compile(const ExprPool& pool, const ProgramSpec& spec) {
     for (std::size_t k = 0; k < args.size(); ++k) instruction.args[k] = registers[args[k]];
     // The result's slot is taken before the arguments' are released: an argument may be a single vector that is read again for
     // every vector of the result.
-    if (free_slots.empty()) {
-      if (first_slot + code.slots >= 0xffff) fail("too many registers");
-      free_slots.push_back(static_cast<std::uint16_t>(first_slot + code.slots++));
-    }
+    if (free_slots.empty()) free_slots.push_back(static_cast<Register>(first_slot + code.slots++));
     instruction.result = free_slots.back();
     free_slots.pop_back();
     for (std::size_t k = 0; k < args.size(); ++k) {

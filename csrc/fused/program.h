@@ -38,17 +38,18 @@ struct ProgramSpec {
 
 // Registers hold a tile each.  The first are the operands the program reads, then its constants, then the slots temporaries
 // share.
+using Register = std::uint32_t;
 struct Instruction {
   Prim prim;
-  std::uint16_t result;
-  std::uint16_t args[kMaxArity];
+  Register result;
+  Register args[kMaxArity];
 };
 struct Bytecode {
   std::vector<std::int32_t> loads;  // register i holds operand loads[i]
   std::vector<double> constants;    // register loads.size() + i
   int slots = 0;                    // registers loads.size() + constants.size() + 0 .. slots - 1
   std::vector<Instruction> instructions;
-  std::vector<std::uint16_t> outputs;  // the register of each output after the last instruction
+  std::vector<Register> outputs;  // the register of each output after the last instruction
 };
 
 class Program {  // immutable

@@ -274,12 +274,101 @@ def test_the_engine_plans_anew_for_a_device_without_static_kernels(static_launch
     assert len(static_launches) == launched
 
 
-@pytest.mark.parametrize("length", [65, 400])
-def test_pointwise_jacobian_of_a_long_chain_is_one_launch(static_launches, length):
-    x = torch.linspace(0.1, 0.9, 40).requires_grad_()
-    y = x
-    for _ in range(length):
-        y = y.cos() * 1.1
+# --------------------------------------------------------------------------------------------------------------- long programs
+def cosines(x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        x = x.cos() * 1.1
+    return x
+
+
+def euler(x: Tensor, steps: int) -> Tensor:
+    """Every state is read twice."""
+    for _ in range(steps):
+        x = x + 0.01 * x.sin()
+    return x
+
+
+def leapfrog(x: Tensor, steps: int) -> Tensor:
+    q, p = x, x.cos()
+    for _ in range(steps):
+        p = p - 0.05 * q.sin()
+        q = q + 0.05 * p
+    return q
+
+
+def mixed(x: Tensor, steps: int) -> Tensor:
+    functions = [torch.sin, torch.cos, torch.tanh, torch.sigmoid, torch.square, torch.exp]
+    for k in range(steps):
+        x = functions[(k * k + 3 * k) // 7 % 6](x) - 0.5
+    return x
+
+
+@pytest.mark.parametrize("steps", [65, 400])
+@pytest.mark.parametrize("fn", [cosines, euler, leapfrog, mixed], ids=lambda fn: fn.__name__)
+def test_pointwise_jacobian_of_a_long_chain_is_one_launch(static_launches, fn, steps):
+    x = torch.linspace(0.1, 0.9, 40, dtype=torch.float64).requires_grad_()
+    y = fn(x, steps)
     ours = wengert.jacobian(y, x)
     assert static_launches.nests == [1] and not static_launches
+    torch.testing.assert_close(ours.diagonal(), torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+    static_launches.nests.clear()
+    torch.testing.assert_close(wengert.grad(y.sum(), x, retain_graph=True)[0], ours.diagonal())
+    assert static_launches.nests == [1] and not static_launches
+
+
+@pytest.mark.parametrize("fn", [cosines, euler], ids=lambda fn: fn.__name__)
+def test_operands_beyond_a_kernels_parameters_are_written_to_memory_first(static_launches, fn):
+    x = torch.linspace(0.1, 0.9, 5, dtype=torch.float64).requires_grad_()
+    steps = 3000  # a saved tensor and a number each: 72 kB of addresses and strides, 32 kB a launch
+    y = fn(x, steps)
+    ours = wengert.jacobian(y, x)
+    assert static_launches.nests == [1 + 3] and not static_launches
     torch.testing.assert_close(ours.diagonal(), torch.autograd.grad(y.sum(), x)[0])
+
+
+def test_values_that_several_need_stay_in_registers(static_launches):
+    """Parameters of each step: eight results a launch, one of them what the next launch goes on from."""
+    x, weights = leaf(6), [leaf(6) for _ in range(21)]
+    y = x
+    for weight in weights:
+        y = (y * weight).sin()
+    inputs = (x, *weights)
+    ours = wengert.grad(y.sum(), inputs, retain_graph=True)
+    assert len(static_launches.nests) <= 4
+    torch.testing.assert_close(ours, torch.autograd.grad(y.sum(), inputs))
+
+
+def test_values_that_are_results_are_stored_too(static_launches):
+    x = leaf(6)
+    y = euler(x, 20)
+    z = euler(y, 20).sum()
+    ours = wengert.grad(z, (x, y), retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(z, (x, y)))
+    assert static_launches.nests == [1]
+
+
+def test_sums_are_taken_where_their_terms_are_computed(static_launches):
+    """The gradients of a scale and a shift, over the same axis, and that of the input."""
+    x, scale, shift = leaf(7, 5), leaf(5), leaf(5)
+    check_gradient(lambda x, scale, shift: (x.sin() * scale + shift).tanh().exp(), x, scale, shift)
+    assert static_launches.nests == [1]
+
+
+def test_values_of_half_precision_are_rounded_in_memory(static_launches):
+    x = leaf(6, dtype=torch.bfloat16)
+    check_gradient(lambda x: euler(x, 9).float() * x.cos(), x, tolerance=4e-2)
+
+
+def test_nests_that_do_not_run_alike_stay_apart(static_launches):
+    x = leaf(6, 4, dtype=torch.float64)
+    for fn in (
+        lambda x: (x.sin() * x.sum(0)).cos() * x.sum(1, keepdim=True),
+        lambda x: (x.flip(0).sin() * x).tanh() * x.cos() + x.roll(1, 0) * x.exp(),
+        lambda x: euler(x, 9)[1:] * euler(x, 9)[:-1],
+        lambda x: torch.cat((euler(x, 9), x.sin() * x[:2].sum())),
+        lambda x: (euler(x, 9) @ torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)).sin(),
+        lambda x: x[torch.tensor([0, 0, 3])].sin() * euler(x, 9)[:3],
+        lambda x: euler(x.float(), 9).double() * euler(x, 9),
+    ):
+        check_gradient(fn, x)
+        check_jacobian(fn, x)

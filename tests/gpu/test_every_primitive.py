@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.long_programs import product_of_sines, random_program, values
 from support.primitives import (
     DTYPES,
     LONG_SUMS,
@@ -47,6 +48,21 @@ def test_reduced_primitives(gpu, pack, dtype):
     with torch.device("cpu"):
         operands, text = contiguous(DTYPES[dtype]), program(pack, dtype, [" sum=0", " sum=1"])
         agree(back(fused(on(gpu, operands), text)), operands, text, dtype, scale=N * M)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_long_programs(gpu, seed):
+    """Loops over what repeats, and functions of a stretch each."""
+    with torch.device("cpu"):
+        text, operands = random_program(seed)
+        agree(back(fused(on(gpu, operands), text)), operands, text, "f64")
+
+
+@pytest.mark.parametrize("sums", ["", " sum=0", " sum=1"])
+def test_operands_beyond_a_kernels_parameters(gpu, sums):
+    with torch.device("cpu"):
+        text, operands = product_of_sines(6000, rank=2).rstrip("\n") + sums + "\n", values(6000, (33, 5))
+        agree(back(fused(on(gpu, operands), text)), operands, text, "f64", scale=33 * 5)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])

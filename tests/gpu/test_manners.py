@@ -8,7 +8,9 @@ import pytest
 import torch
 import wengert
 from support.launches import kernels_of
+from support.long_programs import product_of_sines, values
 from torch import Tensor
+from wengert import reference
 
 SQUARE = "fused v1 rank=1 operands=1 compute=f32\nt0 = square a0\nout t0 f32\n"
 
@@ -47,6 +49,29 @@ def test_cuda_graphs(gpu):
     graph.replay()
     torch.testing.assert_close(values, x.square())
     torch.testing.assert_close(total[0, 0], x.square().sum())
+
+
+def test_operands_beyond_a_kernels_parameters_in_a_cuda_graph(gpu):
+    """What is written to memory first is part of the graph, and nothing waits for it."""
+    with torch.device("cpu"):
+        text, given = product_of_sines(3000), values(3000, (64,))
+    operands = [x.to(gpu) for x in given]
+    torch.ops.wengert.fused(operands, text)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        (result,) = torch.ops.wengert.fused(operands, text)
+    operands[1].mul_(0.5)
+    graph.replay()
+    expected = reference.evaluate([x.cpu() for x in operands], text)[0]
+    torch.testing.assert_close(result.cpu(), expected)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        torch.ops.wengert.fused(operands, text)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = kernels_of(lambda: torch.ops.wengert.fused(operands, text))
+    assert sorted(names) == ["wengert_map", "wengert_table", "wengert_table"]
 
 
 def test_several_devices(gpu):

@@ -45,7 +45,7 @@ void LoopNest::Chunk::setup(bool fresh) {
       }
     }
     const int most = static_cast<int>(std::min<std::int64_t>(tile, nest.elements_));
-    for (std::uint16_t r : code.outputs) {
+    for (fused::Register r : code.outputs) {
       if (is_constant(r)) spread(r, most);
     }
   }
@@ -162,14 +162,14 @@ void LoopNest::Chunk::look_ahead(const char* data, std::int64_t step) const {
 }
 
 // Repeats the one vector of a register over n elements of its tile.
-void LoopNest::Chunk::spread(std::uint16_t r, int n) const {
+void LoopNest::Chunk::spread(fused::Register r, int n) const {
   const Dtype compute = nest.wide_ ? Dtype::f64 : Dtype::f32;
   nest.backend_->loads[nest.wide_][static_cast<int>(compute)](tile_at(r), scratch.registers[r], {0, 0, 1, n});
 }
 
 // The n elements of an output.  Constants were spread when the thread began.
 const char* LoopNest::Chunk::output_tile(std::size_t i, int n) const {
-  const std::uint16_t r = nest.program_->bytecode().outputs[i];
+  const fused::Register r = nest.program_->bytecode().outputs[i];
   if (!scratch.varying[r] && !is_constant(r)) spread(r, n);
   return scratch.registers[r];
 }
@@ -178,7 +178,7 @@ const char* LoopNest::Chunk::output_tile(std::size_t i, int n) const {
 void LoopNest::Chunk::aim(std::size_t i, char* target, std::int64_t stride, int n) const {
   const fused::Bytecode& code = nest.program_->bytecode();
   const Output& output = nest.outputs_[i];
-  const std::uint16_t r = code.outputs[i];
+  const fused::Register r = code.outputs[i];
   const bool computed = r >= code.loads.size() + code.constants.size() && scratch.varying[r];
   if (!computed || stride != 1 || output.accumulate || n % lanes != 0 || scratch.registers[r] != tile_at(r)) return;
   if (output.dtype != (nest.wide_ ? Dtype::f64 : Dtype::f32)) return;
@@ -187,7 +187,7 @@ void LoopNest::Chunk::aim(std::size_t i, char* target, std::int64_t stride, int 
 
 void LoopNest::Chunk::reset_registers() const {
   const fused::Bytecode& code = nest.program_->bytecode();
-  for (std::uint16_t r : code.outputs) {
+  for (fused::Register r : code.outputs) {
     if (r >= code.loads.size()) scratch.registers[r] = tile_at(r);
   }
 }

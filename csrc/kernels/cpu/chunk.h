@@ -78,13 +78,13 @@ struct LoopNest::Chunk {
   void execute(int n) const;
   template <class Before>
   void instructions(int n, Before before) const;
-  bool is_constant(std::uint16_t r) const {
+  bool is_constant(fused::Register r) const {
     const fused::Bytecode& code = nest.program_->bytecode();
     return r >= code.loads.size() && r < code.loads.size() + code.constants.size();
   }
   void load(std::size_t i, const char* source, std::int64_t stride, int n) const;
   void look_ahead(const char* data, std::int64_t step) const;
-  void spread(std::uint16_t r, int n) const;
+  void spread(fused::Register r, int n) const;
   const char* output_tile(std::size_t i, int n) const;
   void aim(std::size_t i, char* target, std::int64_t stride, int n) const;
   void reset_registers() const;

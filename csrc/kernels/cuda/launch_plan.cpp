@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <mutex>
@@ -18,6 +19,7 @@ using fused::Divisor;
 using fused::Dtype;
 using fused::kBlockThreads;
 using fused::KernelShape;
+using fused::kParameterBytes;
 
 namespace {
 
@@ -38,8 +40,8 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
   add(shape.unroll);
   add(shape.sums);
   add(shape.sums >> 8);
-  add(shape.streamed);
-  for (const KernelShape::Load& load : shape.loads) add(static_cast<int>(load.dtype) << 2 | load.moves << 1 | load.immediate);
+  add(shape.streamed | shape.in_memory << 1);
+  for (const KernelShape::Load& load : shape.loads) add(load.kind());
   for (const KernelShape::Store& store : shape.stores) add(static_cast<int>(store.dtype) << 1 | store.accumulate);
   return key;
 }
@@ -61,18 +63,26 @@ std::shared_ptr<const Kernel> kernel_for(const fused::Program& program, const Ke
   return kernels->try_emplace(std::move(key), std::move(kernel)).first->second;
 }
 
+const std::shared_ptr<const Kernel>& table_kernel() {
+  static const auto* kernel = new auto(std::make_shared<const Kernel>(Kernel{0, fused::kTableEntry, fused::table_source()}));
+  return *kernel;
+}
+
 // Fills a parameter struct field by field with natural alignment.
 class Parameters {
  public:
   explicit Parameters(bool wide_index) : wide_(wide_index) {}
 
+  // Returns the position.
   template <class T>
-  void put(const T& value, std::size_t alignment = sizeof(T)) {
-    bytes_.resize((bytes_.size() + alignment - 1) / alignment * alignment);
+  std::size_t put(const T& value, std::size_t alignment = sizeof(T)) {
+    const std::size_t position = (bytes_.size() + alignment - 1) / alignment * alignment;
+    bytes_.resize(position);
     const char* raw = reinterpret_cast<const char*>(&value);
     bytes_.insert(bytes_.end(), raw, raw + sizeof(T));
+    return position;
   }
-  void pointer(const void* address) { put(reinterpret_cast<std::uint64_t>(address)); }
+  std::size_t pointer(const void* address) { return put(reinterpret_cast<std::uint64_t>(address)); }
   void index(std::int64_t value) {
     if (wide_) {
       put(value);
@@ -87,7 +97,6 @@ class Parameters {
       put(Divisor<std::int32_t>::of(value), alignof(Divisor<std::int32_t>));
     }
   }
-  std::size_t size() const { return bytes_.size(); }
   std::vector<char> take() {
     bytes_.resize((bytes_.size() + 7) / 8 * 8);  // pointers come first: the struct is aligned to 8
     return std::move(bytes_);
@@ -106,12 +115,6 @@ void put_extents(Parameters& parameters, const GpuLoops& loops, const SomeLoops&
 void put_strides(Parameters& parameters, const LoopView& view, const SomeLoops& some) {
   if (some.loops.empty()) parameters.index(0);
   for (int k : some.loops) parameters.index(view.strides[k]);
-}
-
-// Arrays of no elements do not exist, so a program without operands has one that nobody reads.
-void put_load_strides(Parameters& parameters, const GpuLoops& loops, const SomeLoops& some) {
-  if (loops.operands_.empty()) put_strides(parameters, LoopView{}, some);
-  for (const LoopView& view : loops.operands_) put_strides(parameters, view, some);
 }
 
 // ------------------------------------------------------------------------------------------------------------------- launches
@@ -138,17 +141,19 @@ class Planner {
 
  private:
   void map(const fused::Program& program, const GpuLoops& loops, Workspace workspace) {
-    KernelShape shape = shape_of(loops, limits_, choose_width(loops, program.bytecode().instructions.size(), 0));
+    const std::size_t instructions = code_size(program, loops);
+    KernelShape shape = shape_of(program, loops, limits_, choose_width(loops, instructions, 0));
     const SomeLoops all = select_loops(loops, 0, false);
     shape.rank = all.rank();
     shape.tail = loops.rank_ == 1 && shape.width > 1;
-    shape.unroll = choose_unroll(loops.operands_.size(), program.bytecode().instructions.size(), shape.width, false);
+    shape.unroll = shape.streamed ? 1 : choose_unroll(loops.operands_.size(), instructions, shape.width, false);
+    shape.in_memory = goes_to_memory(loops, shape, shape.rank, workspace);
     Parameters parameters(shape.wide_index);
     Launch launch;
-    put_pointers(parameters, launch, loops, workspace);
+    put_pointers(parameters, launch, shape, loops, workspace);
     parameters.index(loops.elements_);
     put_extents(parameters, loops, all);
-    put_load_strides(parameters, loops, all);
+    put_load_strides(parameters, launch, shape, loops, all);
     for (const LoopOutput& view : loops.outputs_) put_strides(parameters, view, all);
     launch.parameters = parameters.take();
     count_traffic(loops, &launch.bytes_read, &launch.bytes_written);
@@ -163,7 +168,8 @@ class Planner {
     const bool rows = reduced >> (loops.rank_ - 1) & 1;
     const auto is_sum = [](const LoopOutput& view) { return view.reduced != 0; };
     const int sums = static_cast<int>(std::count_if(loops.outputs_.begin(), loops.outputs_.end(), is_sum));
-    const int width = choose_width(loops, program.bytecode().instructions.size(), sums);
+    const std::size_t instructions = code_size(program, loops);
+    const int width = choose_width(loops, instructions, sums);
     const std::int64_t kept_groups = rows ? kept.elements : kept.elements / width;
     const std::int64_t steps = rows ? divide_up(summed.elements, width) : summed.elements;
     const int lanes = choose_lanes(rows, kept_groups, steps);
@@ -178,16 +184,17 @@ class Planner {
       for (int i = 0; i < sums; ++i) partial_sums(loops.outputs_[i], loops, kept, used);
       workspace = Workspace::written;
     }
-    KernelShape shape = shape_of(loops, limits_, width);
+    KernelShape shape = shape_of(program, loops, limits_, width);
     shape.variant = rows ? KernelShape::Variant::sum_rows : KernelShape::Variant::sum_columns;
     shape.tail = rows && loops.rank_ == 1 && width > 1;
     shape.rank = kept.rank();
     shape.reduced_rank = summed.rank();
     shape.sums = sums;
-    shape.unroll = choose_unroll(loops.operands_.size(), program.bytecode().instructions.size(), width, true);
+    shape.unroll = shape.streamed ? 1 : choose_unroll(loops.operands_.size(), instructions, width, true);
+    shape.in_memory = goes_to_memory(loops, shape, shape.rank + shape.reduced_rank, workspace);
     Parameters parameters(shape.wide_index);
     Launch launch;
-    put_pointers(parameters, launch, loops, workspace);
+    put_pointers(parameters, launch, shape, loops, workspace);
     parameters.index(kept.elements);
     parameters.index(summed.elements);
     parameters.index(piece);
@@ -195,9 +202,9 @@ class Planner {
     parameters.put(static_cast<std::int32_t>(lanes));
     put_extents(parameters, loops, kept);
     put_extents(parameters, loops, summed);
-    put_load_strides(parameters, loops, kept);
+    put_load_strides(parameters, launch, shape, loops, kept);
     for (const LoopOutput& view : loops.outputs_) put_strides(parameters, view, kept);
-    put_load_strides(parameters, loops, summed);
+    put_load_strides(parameters, launch, shape, loops, summed);
     for (std::size_t i = sums; i < loops.outputs_.size(); ++i) put_strides(parameters, loops.outputs_[i], summed);
     put_strides(parameters, LoopView{}, summed);
     launch.parameters = parameters.take();
@@ -248,7 +255,7 @@ class Planner {
       view.strides[*k] = stride;
       stride *= loops.extents_[*k];
     }
-    plan_.workspace_bytes += divide_up(pieces * stride * view.bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
+    reserve(pieces * stride * view.bytes);
   }
 
   // The second pass of a sum: a program that adds the pieces, over the loops (piece, kept loops ...).
@@ -276,28 +283,84 @@ class Planner {
     pass(*fused::intern(text), extents, operands, outputs, Workspace::read);
   }
 
-  void put_pointers(Parameters& parameters, Launch& launch, const GpuLoops& loops, Workspace workspace) {
+  // Whether the operands' addresses and strides, one for each of `rank` loops, do not fit the parameters beside everything else.
+  static bool goes_to_memory(const GpuLoops& loops, const KernelShape& shape, int rank, Workspace workspace) {
+    constexpr std::size_t kOthers = 64;
+    if (!shape.streamed || workspace == Workspace::read) return false;  // addresses in the workspace are known at launch
+    const std::size_t views = loops.operands_.size() + loops.outputs_.size(), index = shape.wide_index ? 8 : 4;
+    const std::size_t extents = rank * (sizeof(Divisor<std::int64_t>) + sizeof(std::int64_t));
+    return views * (8 + rank * index) + extents + kOthers > kParameterBytes;
+  }
+
+  void put_pointers(Parameters& parameters, Launch& launch, const KernelShape& shape, const GpuLoops& loops,
+                    Workspace workspace) {
     if (loops.operands_.empty()) parameters.pointer(nullptr);
-    for (const LoopView& view : loops.operands_) {
-      if (workspace == Workspace::read) launch.workspace_pointers.push_back(parameters.size());
-      if (view.in_host_memory) {
-        std::uint64_t bits = 0;
-        std::memcpy(&bits, view.data, static_cast<std::size_t>(view.bytes));
-        parameters.put(bits);
-      } else {
-        parameters.pointer(view.data);
+    put_table(parameters, launch, shape, [&](Parameters& table) {
+      for (const LoopView& view : loops.operands_) {
+        std::uint64_t word = reinterpret_cast<std::uint64_t>(view.data);
+        if (view.in_host_memory) {
+          word = 0;
+          std::memcpy(&word, view.data, static_cast<std::size_t>(view.bytes));
+        }
+        const std::size_t position = table.put(word);
+        if (workspace == Workspace::read) launch.workspace_pointers.push_back(position);
       }
-    }
+    });
     for (const LoopOutput& view : loops.outputs_) {
-      if (workspace == Workspace::written && view.reduced != 0) launch.workspace_pointers.push_back(parameters.size());
-      parameters.pointer(view.data);
+      const std::size_t position = parameters.pointer(view.data);
+      if (workspace == Workspace::written && view.reduced != 0) launch.workspace_pointers.push_back(position);
     }
   }
 
+  // Arrays of no elements do not exist, so a program without operands has one that nobody reads.
+  void put_load_strides(Parameters& parameters, Launch& launch, const KernelShape& shape, const GpuLoops& loops,
+                        const SomeLoops& some) {
+    if (loops.operands_.empty()) put_strides(parameters, LoopView{}, some);
+    put_table(parameters, launch, shape, [&](Parameters& table) {
+      for (const LoopView& view : loops.operands_) put_strides(table, view, some);
+    });
+  }
+
+  // An array of the parameters, or the address of one at the end of the workspace.
+  template <class Put>
+  void put_table(Parameters& parameters, Launch& launch, const KernelShape& shape, const Put& put) {
+    if (!shape.in_memory) return put(parameters);
+    Parameters array(shape.wide_index);
+    put(array);
+    const std::vector<char> bytes = array.take();
+    launch.workspace_pointers.push_back(
+        parameters.pointer(reinterpret_cast<const void*>(plan_.workspace_bytes + static_cast<std::int64_t>(tables_.size()))));
+    tables_.insert(tables_.end(), bytes.begin(), bytes.end());
+  }
+
+  // Launches that write the arrays of put_table to the workspace.
+  void write_tables() {
+    using fused::TablePiece;
+    constexpr std::size_t kPieceBytes = sizeof(TablePiece::data);
+    for (std::size_t at = 0; at < tables_.size(); at += kPieceBytes) {
+      const std::size_t count = std::min(kPieceBytes, tables_.size() - at);
+      TablePiece piece{.target = reinterpret_cast<std::uint64_t*>(plan_.workspace_bytes + at), .words = count / 8, .data = {}};
+      std::memcpy(piece.data, tables_.data() + at, count);
+      Launch launch{.kernel = table_kernel()};
+      launch.grid = {static_cast<unsigned>(divide_up(static_cast<std::int64_t>(piece.words), kBlockThreads)), 1, 1};
+      launch.block = {static_cast<unsigned>(kBlockThreads), 1, 1};
+      launch.parameters.resize(sizeof piece);
+      std::memcpy(launch.parameters.data(), &piece, sizeof piece);
+      launch.workspace_pointers = {offsetof(TablePiece, target)};
+      launch.bytes_written = static_cast<std::int64_t>(count);
+      plan_.launches.push_back(std::move(launch));
+    }
+    reserve(static_cast<std::int64_t>(tables_.size()));
+    tables_.clear();
+  }
+
+  void reserve(std::int64_t bytes) { plan_.workspace_bytes += divide_up(bytes, kWorkspaceAlignment) * kWorkspaceAlignment; }
+
   void add(const fused::Program& program, const KernelShape& shape, Launch launch, std::int64_t blocks, std::int64_t pieces) {
-    if (launch.parameters.size() > kParameterBytes) throw std::length_error("wengert: too many operands for one CUDA kernel");
+    if (launch.parameters.size() > kParameterBytes) throw std::length_error("wengert: too many outputs for one CUDA kernel");
     if (blocks > std::numeric_limits<std::int32_t>::max())
       throw std::length_error("wengert: too many elements for one CUDA kernel");
+    write_tables();
     launch.kernel = kernel_for(program, shape);
     launch.grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(pieces), 1};
     launch.block = {static_cast<unsigned>(kBlockThreads), 1, 1};
@@ -306,6 +369,7 @@ class Planner {
 
   const Limits& limits_;
   Plan& plan_;
+  std::vector<char> tables_;  // of the pass at hand
 };
 
 // Program `program` with some of its outputs.

@@ -54,15 +54,8 @@ struct Plan {
   }
 };
 
-// What one kernel takes.  Its parameters hold an address and a stride per loop of every operand, and beside them what outputs and
-// a last factor need.  More operands or instructions would compile for minutes.
-inline constexpr std::size_t kParameterBytes = 32764;  // since compute capability 7.0 and CUDA 12.1
-inline constexpr std::size_t kOperandWords = kParameterBytes / sizeof(std::int64_t) - 256;
-inline constexpr std::size_t kMostOperands = 1024;
-inline constexpr int kMostInstructions = 8192;
-
 // Views hold device addresses, which are not followed.  The workspace must be aligned to kWorkspaceAlignment.  Throws
-// std::length_error where a kernel cannot take as many operands.
+// std::length_error where a kernel cannot take as many outputs or elements.
 inline constexpr int kWorkspaceAlignment = 256;
 Plan plan(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
           std::span<const OutputView> outputs, const Limits& limits = {});

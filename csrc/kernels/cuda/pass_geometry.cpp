@@ -3,18 +3,19 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "fused/sections.h"
+
 namespace wengert::kernels::cuda {
 
 using fused::KernelShape;
 
 namespace {
 
-constexpr int kVectorBytes = 16;           // of the widest memory instruction
-constexpr int kShortVector = 4;            // elements; long programs gain nothing from more
-constexpr int kSumLimit = 32;              // sums a thread carries
-constexpr std::size_t kHeldOperands = 8;   // more are read one by one: see kStreamed in fused/nest_kernel.h
-constexpr std::size_t kLongProgram = 256;  // instructions from which on a thread takes single elements, to compile in seconds
-constexpr std::size_t kBodyLimit = 64;     // instructions of the program, for all elements a thread takes together
+constexpr int kVectorBytes = 16;          // of the widest memory instruction
+constexpr int kShortVector = 4;           // elements; long programs gain nothing from more
+constexpr int kSumLimit = 32;             // sums a thread carries
+constexpr std::size_t kHeldOperands = 8;  // more are read one by one: see kStreamed in fused/nest_kernel.h
+constexpr std::size_t kBodyLimit = 64;    // instructions of the program, for all elements a thread takes together
 
 // Distinct elements a view touches: overlapping windows span fewer than they visit.
 std::int64_t distinct_bytes(const GpuLoops& loops, const LoopView& view) {
@@ -49,6 +50,11 @@ bool takes_groups(const GpuLoops& loops, const LoopView& view, int width) {
   return true;
 }
 
+KernelShape::Load load_of(const GpuLoops& loops, const LoopView& view) {
+  const bool moves = loops.rank_ > 0 && view.strides[loops.rank_ - 1] != 0;
+  return {.dtype = view.dtype, .moves = moves, .immediate = view.in_host_memory};
+}
+
 }  // namespace
 
 void count_traffic(const GpuLoops& loops, std::int64_t* read, std::int64_t* written) {
@@ -59,8 +65,16 @@ void count_traffic(const GpuLoops& loops, std::int64_t* read, std::int64_t* writ
   }
 }
 
+std::size_t code_size(const fused::Program& program, const GpuLoops& loops) {
+  const fused::Bytecode& code = program.bytecode();
+  if (code.instructions.size() <= fused::kOneStretch) return code.instructions.size();
+  std::vector<std::uint8_t> kinds;
+  for (const LoopView& view : loops.operands_) kinds.push_back(load_of(loops, view).kind());
+  return static_cast<std::size_t>(fused::Listing(code, kinds).instructions());
+}
+
 int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
-  if (loops.rank_ == 0 || instructions > kLongProgram) return 1;
+  if (loops.rank_ == 0 || instructions > fused::kOneStretch) return 1;
   const int inner = loops.rank_ - 1;
   for (int width = kVectorBytes; width > 1; width /= 2) {
     if (loops.rank_ > 1 && loops.extents_[inner] % width != 0) continue;
@@ -82,14 +96,14 @@ int choose_unroll(std::size_t loads, std::size_t instructions, int width, bool s
   return unroll;
 }
 
-KernelShape shape_of(const GpuLoops& loops, const Limits& limits, int width) {
+KernelShape shape_of(const fused::Program& program, const GpuLoops& loops, const Limits& limits, int width) {
   KernelShape shape;
   shape.wide_index = !fits_narrow_index(loops, limits);
   shape.width = width;
-  shape.streamed = loops.operands_.size() > kHeldOperands;
+  shape.streamed = loops.operands_.size() > kHeldOperands || program.bytecode().instructions.size() > fused::kOneStretch;
   for (const LoopView& view : loops.operands_) {
-    const bool moves = width == 1 || view.strides[loops.rank_ - 1] != 0;
-    shape.loads.push_back({.dtype = view.dtype, .moves = moves, .immediate = view.in_host_memory});
+    shape.loads.push_back(load_of(loops, view));
+    if (width == 1) shape.loads.back().moves = true;  // it makes no difference, so that the kernels are the same
   }
   for (const LoopOutput& view : loops.outputs_) shape.stores.push_back({view.dtype, view.accumulate});
   return shape;
