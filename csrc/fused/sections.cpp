@@ -6,11 +6,12 @@
 namespace wengert::fused {
 namespace {
 
-constexpr std::int32_t kStretch = 64;      // instructions of a section of straight code
-constexpr std::int32_t kFewestPasses = 3;  // of a loop
-constexpr std::int32_t kWorthALoop = 32;   // instructions it spares
-constexpr std::int32_t kWindow = 4;        // instructions that are compared to find where passes may begin
-constexpr int kMostCandidates = 16;        // lengths of a pass that are tried at an instruction
+constexpr std::int32_t kStretch = 64;       // instructions of a section of straight code
+constexpr std::int32_t kLongestPass = 512;  // instructions of a loop
+constexpr std::int32_t kFewestPasses = 3;
+constexpr std::int32_t kWorthALoop = 32;  // instructions it spares
+constexpr std::int32_t kWindow = 4;       // instructions that are compared to find where passes may begin
+constexpr int kMostCandidates = 16;       // lengths of a pass that are tried at an instruction
 
 std::size_t mix(std::size_t hash, std::size_t value) { return (hash ^ value) * 0x9E3779B97F4A7C15ull ^ (hash >> 29); }
 
@@ -117,7 +118,7 @@ void Listing::find_sections() {
   for (std::int32_t i = 0; i < count;) {
     Section best{i, 1, 1};
     int tried = 0;
-    for (std::int32_t j = next[i]; j >= 0 && tried < kMostCandidates; j = next[j], ++tried) {
+    for (std::int32_t j = next[i]; j >= 0 && j - i <= kLongestPass && tried < kMostCandidates; j = next[j], ++tried) {
       const std::int32_t passes = passes_from(i, j - i);
       const Section loop{i, j - i, passes};
       if (passes >= kFewestPasses && loop.spared() > best.spared()) best = loop;

@@ -106,6 +106,30 @@ def test_a_loop_within_the_steps_of_a_rollout():
     assert steps - 2 <= max(loops(source)) <= steps
 
 
+def test_values_that_wait_for_the_way_back_stay_alive():
+    """As in a second derivative: the products from the front meet those from the back."""
+    program, steps = Writer(), 150
+    products = [program.apply("sin", "a0")]
+    for k in range(1, steps):
+        products.append(program.apply("mul", products[-1], program.apply("add", program.apply("sin", f"a{k}"), "0.5")))
+    value = program.apply("cos", products[-1])
+    for product in reversed(products):
+        value = program.apply("sub", program.apply("mul", value, "0.5"), product)
+    check(program.text(steps, [f"{value} f64"]), values(steps))
+
+
+def test_steps_of_many_operations_are_stretches():
+    rng = random.Random(3)
+    body = [(rng.choice(["mul", "sub", "maximum"]), rng.choice(["sin", "cos", "tanh"])) for _ in range(300)]
+    program, steps = Writer(), 3
+    value = program.apply("sin", "a0")
+    for k in range(steps * len(body)):
+        outer, inner = body[k % len(body)]
+        value = program.apply(outer, value, program.apply(inner, f"a{k}"))
+    operands = values(steps * len(body))
+    assert loops(source_of(check(program.text(len(operands), [f"{value} f64"]), operands))) == []
+
+
 @pytest.mark.parametrize("sums", [[""], [" sum=0"], [" sum=1"], [" sum=0,1", ""]], ids=str)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_loops_in_every_kind_of_kernel(sums, dtype):

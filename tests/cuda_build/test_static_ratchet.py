@@ -6,6 +6,7 @@ what is used: a change that needs fewer registers moves them.
 
 import os
 import pathlib
+import random
 import re
 import subprocess
 
@@ -45,8 +46,19 @@ def nest(body, extents, operands, outputs):
 
 CHAIN = "t0 = sin a0\nt1 = mul t0 a1\nt2 = tanh t1\nt3 = mul t2 a2\n"
 LENGTH = 300
-STEPS = (f"t{k} = cos a{(k + 1) // 2}\nt{k + 1} = mul t{k - 1} t{k}\n" for k in range(1, 2 * LENGTH - 1, 2))
-COSINES = "t0 = cos a0\n" + "".join(STEPS)
+
+
+def product(functions):
+    """Of the functions, one after the other, of as many operands."""
+    steps = (f"t{k} = {functions(k)} a{(k + 1) // 2}\nt{k + 1} = mul t{k - 1} t{k}\n" for k in range(1, 2 * LENGTH - 1, 2))
+    return f"t0 = cos a0\n{''.join(steps)}"
+
+
+def chain(functions):
+    return nest(product(functions), [1 << 20], ["f32"] * LENGTH, [f"t{2 * LENGTH - 2} f32"])
+
+
+MIXED = random.Random(0).choices(["cos", "tanh", "exp", "sigmoid", "digamma"], k=2 * LENGTH)
 SIDES = [4096, 4096]
 # name: (plan, registers of each launch at most, whether memory is accessed 128 bits at a time)
 CASES = {
@@ -54,7 +66,8 @@ CASES = {
     "vectors f64": (lambda: nest("t0 = square a0\n", [1 << 20], ["f64"], ["t0 f64"]), [22], True),
     "vectors bf16": (lambda: nest("t0 = square a0\n", [1 << 20], ["bf16"], ["t0 bf16"]), [22], True),
     "a chain of four": (lambda: nest(CHAIN, SIDES, ["f32"] * 3, ["t3 f32", "t1 f32"]), [32], True),
-    "a chain of 300": (lambda: nest(COSINES, [1 << 20], ["f32"] * LENGTH, [f"t{2 * LENGTH - 2} f32"]), [24], False),
+    "a chain of 300 alike": (lambda: chain(lambda k: "cos"), [36], True),
+    "a chain of 300 others": (lambda: chain(lambda k: MIXED[k]), [44], False),
     "a transposed operand": (lambda: nest("t0 = mul a0 a1\n", SIDES, ["f32", ("f32", [1, 4096])], ["t0 f32"]), [32], False),
     "sum of rows": (lambda: nest("t0 = square a0\n", SIDES, ["f32"], ["t0 f32 sum=1"]), [32], True),
     "sum of columns": (lambda: nest("t0 = square a0\n", SIDES, ["f32"], ["t0 f32 sum=0"]), [32, 26], False),

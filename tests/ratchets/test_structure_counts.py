@@ -96,8 +96,16 @@ def gradient(y, x):
 
 
 J, H = wengert.jacobian, wengert.hessian
+def rollout(x):
+    """Every state is read twice: what is computed for both stays in one nest."""
+    for _ in range(15):
+        x = x + 0.1 * x.sin()
+    return x
+
+
 CASES = {
     "pointwise": (J, pointwise, rows(40), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
+    "rollout": (J, rollout, rows(8), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
     "heat2d": (J, heat2d, rows(8, 8), Counts(blocks=5, losses=0, launches=1, matmuls=0, node_calls=0)),
     "lorenz96": (J, lorenz96, rows(12), Counts(blocks=7, losses=0, launches=6, matmuls=0, node_calls=0)),
     "cart-pole": (J, cart_pole, rows(5, 4), Counts(blocks=6, losses=0, launches=1, matmuls=0, node_calls=0)),
