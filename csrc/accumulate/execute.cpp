@@ -161,16 +161,16 @@ class MemoryRun : public Run<MemoryRun> {
   void run(const PutAdd& step) {
     at::Tensor& out = slots_[step.out];
     const Slot& slot = plan_.slots[step.out];
-    const bool first = !out.defined();
-    if (first) out = launches_ ? empty(slot, tape_.device) : zeros(slot, tape_.device);
+    const bool first = !out.defined(), sums = launches_ && !step.distinct;
+    if (first) out = sums ? empty(slot, tape_.device) : zeros(slot, tape_.device);
     const at::Tensor& index = on_device(made(step.puts_rows() ? step.axis->index.slot : step.index.slot));
     const RowSum sum = row_sum(step, on_device(made(step.value.slot)), index, out);
-    if (launches_) {
+    if (sums) {
       if (first && !sum.covers) out.zero_();
       if (launch_segment_sum(sum, !first)) return;
       if (first && sum.covers) out.zero_();
     }
-    if (tape_.device.is_cpu()) {
+    if (tape_.device.is_cpu() || step.distinct) {
       sum.out.index_add_(0, sum.index, sum.values);
     } else {
       sum.out.index_put_({sum.index}, sum.values, true);  // sorts first: index_add_ on CUDA adds in any order

@@ -257,8 +257,12 @@ void Builder::put_add(std::int32_t target, fused::Dtype dtype, const Part& part)
       pool_.is_constant(part.value.expr) ? evaluate(part.value, part.extents, dtype, {}) : force(part.value, part.extents, dtype);
   std::int32_t leaf = 0;
   pool_.is_operand(value.expr, &leaf);
-  PutAdd step{
-      .extents = part.extents, .value = value.operands[leaf], .index = {}, .out = target, .axis = indexed_axis(part, shape)};
+  PutAdd step{.extents = part.extents,
+              .value = value.operands[leaf],
+              .index = {},
+              .out = target,
+              .axis = indexed_axis(part, shape),
+              .distinct = injective(part)};
   if (!step.axis || !indexes_rows(*step.axis)) step.index = flat_index(part, shape);
   emit(std::move(step));
 }

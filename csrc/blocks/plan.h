@@ -75,6 +75,7 @@ struct PutAdd {
   Read value, index;
   std::int32_t out;
   std::optional<IndexedAxis> axis;
+  bool distinct = false;  // no place is added to twice, whatever the index holds
 
   // Whole rows are put along the axis: there is no flat index.
   bool puts_rows() const { return index.slot < 0; }

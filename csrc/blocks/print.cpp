@@ -47,7 +47,8 @@ std::string text(const Step& step) {
         } else if constexpr (std::is_same_v<T, Take>) {
           return "take: s" + std::to_string(s.out) + " = s" + std::to_string(s.source) + " at s" + std::to_string(s.index);
         } else if constexpr (std::is_same_v<T, PutAdd>) {
-          return "put: s" + std::to_string(s.out) + " += s" + std::to_string(s.value.slot) + " at " +
+          return "put: s" + std::to_string(s.out) + " += s" + std::to_string(s.value.slot) +
+                 (s.distinct ? " at distinct " : " at ") +
                  (s.puts_rows() ? "rows s" + std::to_string(s.axis->index.slot) : "s" + std::to_string(s.index.slot));
         } else if constexpr (std::is_same_v<T, Arange>) {
           return "arange: s" + std::to_string(s.out);

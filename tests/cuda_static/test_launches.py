@@ -48,8 +48,9 @@ def test_embedding_gradient_is_one_segment_sum_over_memory_that_nothing_filled(s
 def test_index_select(static_launches, axis):
     x = leaf(4, 4, 4)
     check_gradient(lambda x: x.index_select(axis, torch.tensor([1, 1, 3, 0, 1])), x)
+    assert static_launches.stems() == ["segment_sum"]
     check_jacobian(lambda x: x.index_select(axis, torch.tensor([2, 0, 2])), x)
-    assert static_launches.stems() == ["segment_sum"] * 2
+    assert static_launches.stems() == ["segment_sum"], "a row for each index"
 
 
 GATHER = torch.tensor([[0, 2], [1, 1], [3, 0]])
@@ -85,9 +86,10 @@ def test_indexed_gradients(static_launches, name):
 
 @pytest.mark.parametrize("name", INDEXED)
 def test_indexed_jacobians(static_launches, name):
+    """Each row has places of its own, so that nothing is summed, unless the rows are at indices themselves."""
     fn, shape = INDEXED[name]
     check_jacobian(fn, leaf(*shape))
-    assert "segment_sum" in static_launches.stems()
+    assert ("segment_sum" in static_launches.stems()) == (name == "index_put_of_indexed")
 
 
 def test_same_bits_again_and_in_any_order_of_duplicates(static_launches):
@@ -121,6 +123,26 @@ def test_rows_in_graphs_of_derivatives(static_launches):
     torch.testing.assert_close(ours, theirs)
     second = [torch.autograd.grad(first.sin().sum(), weight, retain_graph=True) for first in (ours, theirs)]
     torch.testing.assert_close(*second)
+
+
+ONE_A_ROW = {
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([2, 0, 0, 1]), reduction="none"),
+    "largest": lambda x: x.max(1).values * x[:, 0],
+    "smallest": lambda x: x.min(0).values.exp(),
+    "median": lambda x: x.median(1).values,
+    "gather": lambda x: x.gather(1, torch.tensor([[2], [0], [0], [1]])).sin(),
+    "pairs": lambda x: x[torch.arange(4), torch.tensor([2, 0, 0, 1])].square(),
+}
+# Positions from tensors, of which nothing is known.
+UNKNOWN = {"pairs"}
+
+
+@pytest.mark.parametrize("name", ONE_A_ROW)
+def test_one_index_a_row_is_added_without_sorting(static_launches, name):
+    fn, x = ONE_A_ROW[name], leaf(4, 3)
+    check_gradient(fn, x)
+    check_jacobian(fn, x)
+    assert ("segment_sum" in static_launches.stems()) == (name in UNKNOWN)
 
 
 # ------------------------------------------------------------------------------------------------------------- products
