@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import wengert
+from support.long_programs import agree_relatively
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -298,8 +299,9 @@ def test_the_engine_plans_anew_for_a_device_without_static_kernels(static_launch
 
 # --------------------------------------------------------------------------------------------------------------- long programs
 def cosines(x: Tensor, steps: int) -> Tensor:
+    """A step's derivative comes close to -1, so that thousands of them leave a number."""
     for _ in range(steps):
-        x = x.cos() * 1.1
+        x = x.cos() * 1.3195
     return x
 
 
@@ -332,9 +334,10 @@ def test_pointwise_jacobian_of_a_long_chain_is_one_launch(static_launches, fn, s
     y = fn(x, steps)
     ours = wengert.jacobian(y, x)
     assert static_launches.nests == [1] and not static_launches
-    torch.testing.assert_close(ours.diagonal(), torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    agree_relatively(ours.diagonal(), expected, 1e-10)
     static_launches.nests.clear()
-    torch.testing.assert_close(wengert.grad(y.sum(), x, retain_graph=True)[0], ours.diagonal())
+    agree_relatively(wengert.grad(y.sum(), x, retain_graph=True)[0], expected, 1e-10)
     assert static_launches.nests == [1] and not static_launches
 
 
@@ -345,7 +348,7 @@ def test_operands_beyond_a_kernels_parameters_are_written_to_memory_first(static
     y = fn(x, steps)
     ours = wengert.jacobian(y, x)
     assert static_launches.nests == [1 + 3] and not static_launches
-    torch.testing.assert_close(ours.diagonal(), torch.autograd.grad(y.sum(), x)[0])
+    agree_relatively(ours.diagonal(), torch.autograd.grad(y.sum(), x)[0], 1e-10)
 
 
 def test_values_that_several_need_stay_in_registers(static_launches):

@@ -29,6 +29,13 @@ def values(count: int, shape=(5,), dtype=torch.float64) -> list[torch.Tensor]:
     return [torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
 
 
+def agree_relatively(mine: torch.Tensor, twin: torch.Tensor, tolerance: float = 1e-12) -> None:
+    """Of results that may be tiny, as long products are: their own size is the measure, and none may vanish."""
+    size = twin.abs().max().item()
+    assert 0 < size < float("inf")
+    torch.testing.assert_close(mine, twin, rtol=tolerance, atol=tolerance * size)
+
+
 def product_of_sines(length: int, compute: str = "f64", rank: int = 1) -> str:
     """The product of sines, each times a number of its own."""
     program = Writer(compute)

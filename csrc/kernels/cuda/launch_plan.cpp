@@ -146,7 +146,7 @@ class Planner {
     const SomeLoops all = select_loops(loops, 0, false);
     shape.rank = all.rank();
     shape.tail = loops.rank_ == 1 && shape.width > 1;
-    shape.unroll = shape.streamed ? 1 : choose_unroll(loops.operands_.size(), instructions, shape.width, false);
+    shape.unroll = choose_unroll(shape, instructions, false);
     shape.in_memory = goes_to_memory(loops, shape, shape.rank, workspace);
     Parameters parameters(shape.wide_index);
     Launch launch;
@@ -190,7 +190,7 @@ class Planner {
     shape.rank = kept.rank();
     shape.reduced_rank = summed.rank();
     shape.sums = sums;
-    shape.unroll = shape.streamed ? 1 : choose_unroll(loops.operands_.size(), instructions, width, true);
+    shape.unroll = choose_unroll(shape, instructions, true);
     shape.in_memory = goes_to_memory(loops, shape, shape.rank + shape.reduced_rank, workspace);
     Parameters parameters(shape.wide_index);
     Launch launch;

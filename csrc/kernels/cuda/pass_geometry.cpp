@@ -90,9 +90,10 @@ int choose_width(const GpuLoops& loops, std::size_t instructions, int sums) {
   return 1;
 }
 
-int choose_unroll(std::size_t loads, std::size_t instructions, int width, bool sums) {
-  int unroll = loads > kHeldOperands || (width > 1 && !sums) ? 1 : loads > 4 ? 2 : 4;
-  while (unroll > 1 && unroll * width * instructions > kBodyLimit) unroll /= 2;
+int choose_unroll(const KernelShape& shape, std::size_t instructions, bool sums) {
+  if (shape.streamed || (shape.width > 1 && !sums)) return 1;
+  int unroll = shape.loads.size() > 4 ? 2 : 4;
+  while (unroll > 1 && unroll * shape.width * instructions > kBodyLimit) unroll /= 2;
   return unroll;
 }
 

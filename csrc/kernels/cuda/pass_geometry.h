@@ -21,7 +21,7 @@ std::size_t code_size(const fused::Program& program, const GpuLoops& loops);
 int choose_width(const GpuLoops& loops, std::size_t instructions, int sums);
 // Groups a thread has on their way at once: single elements need more than vectors to keep the memory busy, but each takes a
 // register for every operand.
-int choose_unroll(std::size_t loads, std::size_t instructions, int width, bool sums);
+int choose_unroll(const fused::KernelShape& shape, std::size_t instructions, bool sums);
 // The part of a kernel's shape that all variants share.
 fused::KernelShape shape_of(const fused::Program& program, const GpuLoops& loops, const Limits& limits, int width);
 
