@@ -95,7 +95,8 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
 std::vector<at::Tensor> run(tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
   const std::shared_ptr<const blocks::Plan> plan = plan_for(tape, request);
   try {
-    return create_graph ? execute_differentiably(*plan, tape, cotangents) : execute(*plan, tape, cotangents);
+    const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
+    return create_graph ? execute_differentiably(*plan, tape, cotangents, strides) : execute(*plan, tape, cotangents, strides);
   } catch (const kernels::cuda::CompileError& error) {
     TORCH_WARN_ONCE("wengert cannot compile CUDA kernels and leaves the work to PyTorch. ", error.what());
     throw tape::Unsupported("CUDA kernels cannot be compiled");
@@ -121,13 +122,8 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
 TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero) {
   const bool one_row = std::ranges::all_of(outputs, [](const at::Tensor& output) { return output.numel() <= 1; });
   tape::Tape tape = capture(outputs, inputs, create_graph, one_row);
-  std::vector<at::Tensor> blocks = run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, {}, create_graph);
-  if (!create_graph) {
-    for (at::Tensor& block : blocks) {  // a tensor that the graph saved may be a block as it is
-      if (block.defined() && block.requires_grad()) block = block.detach();
-    }
-  }
-  return rows(std::move(blocks), inputs.size());
+  const Request request{.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero};
+  return rows(run(tape, request, {}, create_graph), inputs.size());
 }
 
 // Every tensor has its samples along the first axis, and as many of them.

@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/grad_mode.h>
@@ -51,7 +52,13 @@ at::Tensor zeros(const Slot& slot, at::Device device) {
   void* data = std::calloc(bytes, 1);
   TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "wengert: could not allocate ", bytes,
                    " bytes for a dense result of shape ", c10::IntArrayRef(slot.shape));
-  return at::from_blob(data, slot.shape, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
+  // With PyTorch's allocator, from which a storage that is resized takes its new memory.
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(data, data, &std::free, device),
+                       c10::GetCPUAllocator(), /*resizable=*/true);
+  at::Tensor out = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                            c10::scalarTypeToTypeMeta(dtype));
+  out.unsafeGetTensorImpl()->set_sizes_contiguous(slot.shape);
+  return out;
 }
 
 bool runs_backwards(const std::vector<Affine>& axes) {
@@ -214,9 +221,9 @@ class MemoryRun : public Run<MemoryRun> {
 
 }  // namespace
 
-std::vector<at::Tensor> execute(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) {
+std::vector<at::Tensor> execute(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Strides strides) {
   torch::autograd::AutoGradMode no_grad(false);
-  return MemoryRun(plan, tape, cotangents)();
+  return MemoryRun(plan, tape, cotangents)(strides);
 }
 
 }  // namespace wengert::accumulate

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "blocks/plan.h"
@@ -9,11 +10,15 @@
 
 namespace wengert::accumulate {
 
+// Of results.  PyTorch's gradients have those that the last node gave them, as long as they are dense.
+enum class Strides : std::uint8_t { contiguous, dense };
+
 // Straight on memory, below autograd.  Undefined tensors stand for results that are not connected.
-std::vector<at::Tensor> execute(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents);
+std::vector<at::Tensor> execute(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Strides strides);
 
 // Through differentiable dispatcher ops, so that the results can be differentiated again.
-std::vector<at::Tensor> execute_differentiably(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents);
+std::vector<at::Tensor> execute_differentiably(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents,
+                                               Strides strides);
 
 // Calls the node of a CallNode step; cotangents and results have step.batch leading axes.  Results are defined where wanted.
 std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,

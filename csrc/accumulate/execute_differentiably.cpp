@@ -242,9 +242,10 @@ class DifferentiableRun : public Run<DifferentiableRun> {
 
 }  // namespace
 
-std::vector<at::Tensor> execute_differentiably(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents) {
+std::vector<at::Tensor> execute_differentiably(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents,
+                                               Strides strides) {
   torch::autograd::AutoGradMode with_grad(true);
-  return DifferentiableRun(plan, tape, cotangents)();
+  return DifferentiableRun(plan, tape, cotangents)(strides);
 }
 
 }  // namespace wengert::accumulate

@@ -24,7 +24,7 @@ class Run {
     }
   }
 
-  std::vector<at::Tensor> operator()() {
+  std::vector<at::Tensor> operator()(Strides strides) {
     Way& way = static_cast<Way&>(*this);
     for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
       std::visit([&way](const auto& step) { way.run(step); }, plan_.steps[i]);
@@ -33,7 +33,8 @@ class Run {
     std::vector<at::Tensor> results;
     for (std::size_t r = 0; r < plan_.results.size(); ++r) {
       const std::int32_t s = plan_.results[r];
-      results.push_back(s < 0 ? at::Tensor() : accumulate::result(way.made(s), plan_.result_shapes[r]));
+      if (s >= 0) way.made(s);
+      results.push_back(s < 0 ? at::Tensor() : accumulate::result(std::move(slots_[s]), plan_.result_shapes[r], strides));
     }
     return results;
   }

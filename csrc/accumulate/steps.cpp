@@ -170,6 +170,13 @@ std::vector<at::Tensor> call_rows(const blocks::CallNode& step, const blocks::Pl
   return results;
 }
 
+// A view's base is one more tensor on the same storage.
+bool owns_its_memory(const at::Tensor& tensor) {
+  const c10::Storage& storage = tensor.storage();
+  if (tensor.use_count() != 1 || !storage.resizable()) return false;
+  return tensor.is_view() ? tensor._base().use_count() == 1 && storage.use_count() == 2 : storage.use_count() == 1;
+}
+
 }  // namespace
 
 blocks::Matmul unscaled(const blocks::Matmul& step) {
@@ -206,9 +213,16 @@ at::Tensor take(const at::Tensor& source, const at::Tensor& index) {
   return source.reshape(-1).index_select(0, index.reshape(-1)).view(index.sizes());
 }
 
-at::Tensor result(const at::Tensor& tensor, const blocks::Shape& shape) {
-  const at::Tensor own = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
-  return own.sizes() == at::IntArrayRef(shape) ? own : own.reshape(shape);
+at::Tensor result(at::Tensor tensor, const blocks::Shape& shape, Strides strides) {
+  // A backward written by the user may have recorded a graph where none is wanted.
+  if (tensor.requires_grad() && !at::GradMode::is_enabled()) tensor = tensor.detach();
+  const bool fits = strides == Strides::dense ? tensor.is_non_overlapping_and_dense() : tensor.is_contiguous();
+  if (!fits) {
+    tensor = tensor.clone(at::MemoryFormat::Contiguous);
+  } else if (!owns_its_memory(tensor)) {
+    tensor = tensor.clone(at::MemoryFormat::Preserve);
+  }
+  return tensor.sizes() == at::IntArrayRef(shape) ? tensor : tensor.reshape(shape);
 }
 
 void count_matmul() { ++matmul_count; }

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "accumulate/execute.h"
 #include "blocks/plan.h"
 
 namespace wengert::accumulate {
@@ -17,9 +18,9 @@ at::Tensor matmul(const blocks::Matmul& step, const blocks::Shape& shape, const 
 // source.flatten()[index], with index's shape
 at::Tensor take(const at::Tensor& source, const at::Tensor& index);
 
-// A slot as the caller gets it: memory of its own (a node may have returned an expanded tensor), viewed in the result's shape,
-// which may differ in axes of extent 1.
-at::Tensor result(const at::Tensor& tensor, const blocks::Shape& shape);
+// A slot's tensor as the caller gets it: in memory that nobody else holds and that can be resized (a node may return a saved
+// tensor, the same tensor for two edges, an expanded one), viewed in the result's shape, which may differ in axes of extent 1.
+at::Tensor result(at::Tensor tensor, const blocks::Shape& shape, Strides strides);
 
 void count_matmul();
 void count_take();

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_function_stack
-from torch.autograd.functional import _as_tuple, _grad_preprocess
+from torch.autograd.functional import _as_tuple, _construct_standard_basis_for, _grad_preprocess
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -155,7 +155,7 @@ def jacobian(
     Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
     """
     result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph, none_is_zero)
-    return result if result is not None else [_rows(out, inputs, create_graph, vectorize) for out in outputs]
+    return result if result is not None else _torch_jacobian(outputs, inputs, create_graph, vectorize)
 
 
 def hessian(
@@ -175,7 +175,7 @@ def hessian(
     if output.requires_grad:
         gradient = torch_grad(output.squeeze(), inputs, create_graph=True, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradient, inputs)]
-    return [_rows(g, inputs, create_graph, vectorize) for g in filled]
+    return _torch_jacobian(filled, inputs, create_graph, vectorize)
 
 
 def vjp(
@@ -232,16 +232,33 @@ def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor
     return torch.stack([torch.zeros_like(wrt) if row is None else row for row in rows]).view(prefix + wrt.shape)
 
 
-def _rows(out: Tensor, inputs: Sequence[Tensor], create_graph: bool, vectorize: bool) -> list[Tensor | None]:
-    """One row of the Jacobian of `out` after the other (or all at once under vmap), by PyTorch's engine."""
+def _torch_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, vectorize: bool) -> Blocks:
+    if vectorize:
+        return _rows_at_once(outputs, inputs, create_graph)
+    return [_rows(out, inputs, create_graph) for out in outputs]
+
+
+def _rows_at_once(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
+    """All rows of all outputs under vmap, by PyTorch's engine."""
+    sizes = [out.numel() for out in outputs]
+    seeds = _construct_standard_basis_for(tuple(outputs), tuple(sizes))
+    pairs = [(out.reshape(-1), seed) for out, seed in zip(outputs, seeds) if out.requires_grad]
+    if not pairs:
+        return [[None] * len(inputs) for _ in outputs]
+    connected, cotangents = zip(*pairs)
+    options = {"create_graph": create_graph, "allow_unused": True, "is_grads_batched": True}
+    found = torch_grad(connected, inputs, cotangents, True, **options)
+    columns = [[None] * len(outputs) if whole is None else whole.split(sizes) for whole in found]
+    return [
+        [None if rows is None else rows.view(out.shape + wrt.shape) for rows, wrt in zip(row, inputs)]
+        for out, row in zip(outputs, zip(*columns))
+    ]
+
+
+def _rows(out: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
+    """One row of the Jacobian of `out` after the other, by PyTorch's engine."""
     if not out.requires_grad:
         return [None if out.numel() else _stack([], out.shape, wrt) for wrt in inputs]
-    if vectorize:
-        basis = torch.eye(out.numel(), dtype=out.dtype, device=out.device)
-        result = torch_grad(
-            out.reshape(-1), inputs, basis, True, create_graph=create_graph, allow_unused=True, is_grads_batched=True
-        )
-        return [None if r is None else r.view(out.shape + wrt.shape) for r, wrt in zip(result, inputs)]
     rows = [
         torch_grad(element, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True)
         for element in (out.reshape(-1)[j] for j in range(out.numel()))

@@ -98,7 +98,8 @@ def _blocks(
     outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool, strict: bool, vectorize: bool = False
 ) -> list[list[Tensor]]:
     """Blocks without gaps, with the complaints of strict mode."""
-    reason = None if all(out.numel() for out in outputs) else "an output without elements"  # which PyTorch refuses
+    # Which PyTorch refuses, but for one among others under vmap.
+    reason = None if (any if vectorize else all)(out.numel() for out in outputs) else "an output without elements"
     options = {"reason": reason, "vectorize": vectorize, "none_is_zero": not strict}
     blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, **options)
     for i, (row, out) in enumerate(zip(blocks, outputs)):

@@ -1,0 +1,136 @@
+"""What a result is, beside its numbers: memory of its own, contiguous, resizable."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import wengert
+from support.compare import assert_same, leaves
+from torch import Tensor
+from torch.autograd import functional as torch_functional
+
+D = torch.float64
+BUFFER = torch.arange(1.0, 4.0, dtype=D)
+
+
+class Gives(torch.autograd.Function):
+    """x + y, whose backward gives what `backward` makes of the cotangent and of what was saved."""
+
+    gives = staticmethod(lambda g, x, y: (g, g))
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x + y
+
+    @staticmethod
+    def backward(ctx, g):
+        return Gives.gives(g, *ctx.saved_tensors)
+
+
+GIVES = {
+    "the cotangent twice": lambda g, x, y: (g, g),
+    "what it saved": lambda g, x, y: (x, y),
+    "one saved tensor twice": lambda g, x, y: (x, x),
+    "a buffer": lambda g, x, y: (BUFFER, BUFFER),
+    "views of one tensor": lambda g, x, y: (lambda z: (z[:3], z[3:]))(torch.cat([g, 2 * g])),
+    "an expanded number": lambda g, x, y: (g.sum().expand(3), g.sum().expand(3)),
+    "memory of numpy": lambda g, x, y: (torch.from_numpy(g.detach().numpy().copy()), g),
+}
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def assert_own_memory(results: list[Tensor], others: list[Tensor]) -> None:
+    for k, result in enumerate(results):
+        begin, end = span(result)
+        for other in (*results[:k], *others):
+            first, last = span(other)
+            assert end <= first or last <= begin, f"result {k} lies in the memory of another tensor"
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("gives", GIVES)
+def test_results_lie_in_memory_of_their_own(gives, create_graph, monkeypatch):
+    monkeypatch.setattr(Gives, "gives", GIVES[gives])
+    x, y = (torch.rand(3, dtype=D, requires_grad=True) for _ in range(2))
+    ct = torch.rand(3, dtype=D)
+    fn = Gives.apply
+    calls = {
+        "jacobian": lambda: wengert.jacobian(fn, (x, y), create_graph=create_graph),
+        "graph jacobian": lambda: wengert.jacobian(fn(x, y), (x, y), create_graph=create_graph),
+        "grad": lambda: wengert.grad(fn(x, y), (x, y), ct, create_graph=create_graph),
+        "grad of a sum": lambda: wengert.grad(fn(x, y).sum(), (x, y), create_graph=create_graph),
+        "batched grad": lambda: wengert.grad(fn(x, y), (x, y), torch.eye(3, dtype=D), is_grads_batched=True),
+        "vjp": lambda: wengert.vjp(fn, (x, y), ct, create_graph=create_graph)[1],
+        "func.jacrev": lambda: wengert.func.jacrev(fn, (0, 1))(x.detach(), y.detach()),
+    }
+    before = [t.detach().clone() for t in (x, y, ct, BUFFER)]
+    for name, call in calls.items():
+        found = leaves(call())
+        assert_own_memory(found, [x, y, ct, BUFFER])
+        with torch.no_grad():
+            for t in found:
+                t.fill_(7)
+        assert_same([t.detach() for t in (x, y, ct, BUFFER)], before, f"{name} written to")
+
+
+@pytest.mark.parametrize("fn", [torch.sin, lambda x: x + 1, lambda x: x.view(2, -1).t()])
+def test_a_gradient_is_no_view_of_its_cotangent(fn):
+    x = torch.rand(4, dtype=D, requires_grad=True)
+    y = fn(x)
+    ct = torch.rand_like(y)
+    for create_graph in (False, True):
+        assert_own_memory(list(wengert.grad(y, x, ct, True, create_graph)), [x, y, ct])
+
+
+SQUARE = torch.rand(4, 4, dtype=D) + 4 * torch.eye(4, dtype=D)
+IMAGES = torch.rand(2, 3, 6, 6, dtype=D)
+CONTIGUOUS = {
+    "solve": (lambda x: torch.linalg.solve(x, x.t()), SQUARE),
+    "cholesky": (lambda x: torch.linalg.cholesky(x @ x.t()), SQUARE),
+    "logdet": (torch.logdet, SQUARE),
+    "transpose": (lambda x: x.t().sin(), SQUARE),
+    "product": (lambda x: x.t() @ x, SQUARE),
+    "attention": (lambda q: F.scaled_dot_product_attention(q, q, q), torch.rand(1, 2, 3, 4, dtype=D)),
+    "convolution": (lambda w: torch.conv2d(IMAGES, w), torch.rand(2, 3, 3, 3, dtype=D)),
+    "channels last": (lambda x: torch.conv2d(x, IMAGES[:1, :, :3, :3]), IMAGES.contiguous(memory_format=torch.channels_last)),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", CONTIGUOUS)
+def test_jacobians_and_hessians_are_contiguous(name, create_graph):
+    fn, x = CONTIGUOUS[name]
+    J = wengert.jacobian(fn, x, create_graph=create_graph)
+    assert J.is_contiguous()
+    if name != "attention":  # which has no second derivative
+        assert wengert.hessian(lambda x: (fn(x) ** 2).sum(), x, create_graph=create_graph).is_contiguous()
+
+
+@pytest.mark.parametrize("n", [3, 300])
+def test_results_can_be_resized(n):
+    x = torch.randn(n, dtype=D)
+    J = wengert.jacobian(torch.sin, x)
+    want = J.clone()
+    J.resize_(n + 1, n)
+    assert_same(J[:n], want, "after resizing")
+    H = wengert.hessian(lambda x: x.sin().sum(), x)
+    H.untyped_storage().resize_(2 * H.untyped_storage().nbytes())
+    g, = wengert.grad(torch.sin(x.requires_grad_()).sum(), x)
+    g.resize_(n + 1)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_vectorised_with_an_empty_output_among_others(hooked):
+    def fn(x, s):
+        y = x * s
+        if hooked:  # which is PyTorch's work
+            y.register_hook(lambda g: g)
+        return y, s * s, x.new_zeros(0) * s, x.new_ones(2)
+
+    inputs = torch.rand(4, dtype=D), torch.rand((), dtype=D)
+    got = wengert.jacobian(fn, inputs, vectorize=True)
+    assert_same(got, torch_functional.jacobian(fn, inputs, vectorize=True), "vectorised")
