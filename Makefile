@@ -1,6 +1,7 @@
 # make demo    set up .venv if needed, build the extension, run examples/quickstart.py
 # make test    the same set-up, then the tests
 # make opdb    the whole operator database instead of the sample that `make test` takes
+# make fuzz    20,000 random programs in two processes, some two hours; FUZZ_COUNT and FUZZ_SEED choose others
 # make cuda-check  the build with CUDA, in an environment of its own (.venv-cuda), and the tests under it; needs nvcc, but no GPU
 # make lint    clang-format and ruff; `make format` mends what they can mend
 # Another PyTorch: make TORCH=torch==X.Y.Z demo.  Another Python: make PYTHON=python3.12 demo.
@@ -8,6 +9,8 @@ TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
 PYTHON ?= python3
 TEST_JOBS ?= 2
+FUZZ_SEED ?= 0
+FUZZ_COUNT ?= 20000
 
 BIN := .venv/bin
 STAMPS := .venv/stamps
@@ -16,7 +19,7 @@ CUDA_STAMPS := .venv-cuda/stamps
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test opdb cuda-check lint format clean torch-choice cuda-torch-choice
+.PHONY: demo test opdb fuzz cuda-check lint format clean torch-choice cuda-torch-choice
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/build
@@ -27,6 +30,9 @@ test: $(STAMPS)/build
 
 opdb: $(STAMPS)/build
 	WENGERT_OPDB=all WENGERT_TEST_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/opdb
+
+fuzz: $(STAMPS)/build
+	$(BIN)/python tests/fuzz/run.py --seed $(FUZZ_SEED) --count $(FUZZ_COUNT) --jobs 2
 
 ifeq ($(NVCC),)
 cuda-check:
