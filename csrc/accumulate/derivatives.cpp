@@ -5,19 +5,20 @@
 
 #include <algorithm>
 #include <atomic>
-#include <list>
 #include <mutex>
-#include <unordered_map>
 
 #include "accumulate/execute.h"
+#include "blocks/footprint.h"
+#include "common/budget.h"
+#include "common/lru.h"
+#include "fused/footprint.h"
 #include "kernels/cuda/compiler.h"
 #include "ops/backend.h"
+#include "ops/fused_autograd.h"
 
 namespace wengert::accumulate {
 
 namespace {
-
-constexpr std::size_t kMaxPlans = 512;
 
 std::atomic<std::int64_t> plan_hits{0}, plan_misses{0};
 std::atomic<std::int64_t> launches_before{0};  // kernel launches up to the last reset
@@ -30,37 +31,38 @@ struct SignatureHash {
   }
 };
 
-// Plans by the structure they were made for; the least recently used one goes first.
+// Plans by the structure they were made for.
 class PlanCache {
  public:
   using Key = std::vector<std::int64_t>;
 
   std::shared_ptr<const blocks::Plan> find(const Key& key) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto at = index_.find(key);
-    if (at == index_.end()) return nullptr;
-    entries_.splice(entries_.begin(), entries_, at->second);
-    return at->second->second;
+    const auto* found = plans_.find(key);
+    return found ? *found : nullptr;
   }
-  void insert(Key key, std::shared_ptr<const blocks::Plan> plan) {
+  void insert(const Key& key, std::shared_ptr<const blocks::Plan> plan) {
+    const std::size_t bytes = sizeof(Key) + key.size() * sizeof(std::int64_t) + blocks::footprint(*plan);
     std::lock_guard<std::mutex> lock(mutex_);
-    if (index_.contains(key)) return;
-    entries_.emplace_front(key, std::move(plan));
-    index_.emplace(std::move(key), entries_.begin());
-    if (entries_.size() <= kMaxPlans) return;
-    index_.erase(entries_.back().first);
-    entries_.pop_back();
+    plans_.insert(key, std::move(plan), bytes);
+  }
+  std::size_t bytes() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return plans_.bytes();
+  }
+  void clear() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    plans_.clear();
   }
 
  private:
   std::mutex mutex_;
-  std::list<std::pair<Key, std::shared_ptr<const blocks::Plan>>> entries_;
-  std::unordered_map<Key, decltype(entries_)::iterator, SignatureHash> index_;
+  common::Lru<Key, std::shared_ptr<const blocks::Plan>, SignatureHash> plans_{common::plan_budget()};
 };
 
 PlanCache& plan_cache() {
-  static PlanCache cache;
-  return cache;
+  static PlanCache* cache = new PlanCache;  // never destroyed: threads may outlive static destructors
+  return *cache;
 }
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
@@ -208,6 +210,16 @@ std::map<std::string, std::int64_t> counters() {
   return {{"plan_hits", plan_hits},     {"plan_misses", plan_misses},      {"launches", ops::launch_count() - launches_before},
           {"matmuls", steps.matmuls},   {"node_calls", steps.node_calls},  {"takes", steps.takes},
           {"blocks", structure.blocks}, {"densified", structure.densified}};
+}
+
+std::map<std::string, std::int64_t> cache_bytes() {
+  return {{"plans", plan_cache().bytes()}, {"programs", fused::interned_bytes()}, {"derived programs", ops::derived_bytes()}};
+}
+
+void clear_caches() {
+  plan_cache().clear();
+  fused::forget_interned();
+  ops::forget_derived();
 }
 
 void reset_counters() {

@@ -36,4 +36,8 @@ Report explain(at::TensorList outputs, at::TensorList inputs);
 std::map<std::string, std::int64_t> counters();
 void reset_counters();
 
+// What is kept between calls, by kind; and to keep it no longer.
+std::map<std::string, std::int64_t> cache_bytes();
+void clear_caches();
+
 }  // namespace wengert::accumulate

@@ -162,4 +162,6 @@ PYBIND11_MODULE(_C, m) {
   wengert::bind::define_evaluator(m);
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
+  m.def("cache_bytes", &accumulate::cache_bytes);
+  m.def("clear_caches", &accumulate::clear_caches, py::call_guard<py::gil_scoped_release>());
 }

@@ -5,9 +5,12 @@
 #include <charconv>
 #include <functional>
 #include <mutex>
-#include <shared_mutex>
 #include <stdexcept>
 #include <unordered_map>
+
+#include "common/budget.h"
+#include "common/lru.h"
+#include "fused/footprint.h"
 
 namespace wengert::fused {
 namespace {
@@ -272,17 +275,9 @@ struct Parser {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------- cache
-struct TextHash {
-  using is_transparent = void;
-  std::size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
-};
-using Texts = std::unordered_map<std::string, std::shared_ptr<const Program>, TextHash, std::equal_to<>>;
-
-// Two generations: when the young one is full the old one is dropped, so what is in use survives and memory is bounded.
 struct Cache {
-  static constexpr std::size_t kGeneration = 4096;
-  std::shared_mutex mutex;
-  Texts young, old;
+  std::mutex mutex;
+  common::Lru<std::string, std::shared_ptr<const Program>> programs{common::program_budget()};
 };
 
 Cache& cache() {
@@ -361,22 +356,25 @@ std::string to_text(const ExprPool& pool, const ProgramSpec& spec) {
 
 std::shared_ptr<const Program> intern(std::string_view text) {
   Cache& c = cache();
+  std::string key(text);
   {
-    std::shared_lock lock(c.mutex);
-    if (auto found = c.young.find(text); found != c.young.end()) return found->second;
+    std::lock_guard lock(c.mutex);
+    if (const auto* found = c.programs.find(key)) return *found;
   }
-  std::shared_ptr<const Program> program;
-  {
-    std::shared_lock lock(c.mutex);
-    if (auto found = c.old.find(text); found != c.old.end()) program = found->second;
-  }
-  if (!program) program = Parser{}.parse(text);
-  std::unique_lock lock(c.mutex);
-  if (c.young.size() >= Cache::kGeneration) {
-    c.old = std::move(c.young);
-    c.young = {};
-  }
-  return c.young.try_emplace(std::string(text), std::move(program)).first->second;
+  std::shared_ptr<const Program> program = Parser{}.parse(text);
+  const std::size_t bytes = sizeof key + key.capacity() + footprint(*program);
+  std::lock_guard lock(c.mutex);
+  return c.programs.insert(std::move(key), std::move(program), bytes);
+}
+
+std::size_t interned_bytes() {
+  std::lock_guard lock(cache().mutex);
+  return cache().programs.bytes();
+}
+
+void forget_interned() {
+  std::lock_guard lock(cache().mutex);
+  cache().programs.clear();
 }
 
 }  // namespace wengert::fused

@@ -5,11 +5,14 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <map>
+#include <functional>
 #include <mutex>
 #include <stdexcept>
 
+#include "common/budget.h"
+#include "common/lru.h"
 #include "common/node_ptr.h"
+#include "fused/footprint.h"
 #include "ops/fused.h"
 
 namespace wengert::ops {
@@ -18,16 +21,30 @@ namespace ag = torch::autograd;
 
 namespace {
 
-// Derived programs by program and question, bounded: when full it starts afresh.
+constexpr std::uint32_t kBackwards = 0, kForwards = 1;
+
+// A program with what is asked about it; holding the program keeps its address its own.
+struct Question {
+  std::shared_ptr<const fused::Program> program;
+  std::vector<std::uint32_t> words;
+  bool operator==(const Question&) const = default;
+};
+
+struct QuestionHash {
+  std::size_t operator()(const Question& question) const {
+    std::size_t hash = std::hash<const void*>()(question.program.get());
+    for (std::uint32_t word : question.words) hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
+    return hash ^ (hash >> 32);
+  }
+};
+
 class DerivedCache {
  public:
   template <class Build>
-  std::shared_ptr<const DerivedProgram> get(const std::shared_ptr<const fused::Program>& program, std::vector<std::uint32_t> key,
-                                            Build build) {
-    auto full_key = std::make_pair(program, std::move(key));
+  std::shared_ptr<const DerivedProgram> get(Question question, Build build) {
     {
       std::lock_guard lock(mutex_);
-      if (auto found = entries_.find(full_key); found != entries_.end()) return found->second;
+      if (const auto* found = entries_.find(question)) return *found;
     }
     std::shared_ptr<const DerivedProgram> derived;
     try {
@@ -35,24 +52,28 @@ class DerivedCache {
     } catch (const std::domain_error& error) {
       TORCH_CHECK_NOT_IMPLEMENTED(false, "wengert::fused: ", error.what());
     }
+    const std::size_t bytes = sizeof(Question) + question.words.capacity() * sizeof(std::uint32_t) + sizeof(DerivedProgram) +
+                              fused::footprint(*question.program) + derived->text.capacity() +
+                              derived->outputs.capacity() * sizeof(int);
     std::lock_guard lock(mutex_);
-    if (entries_.size() >= 2048) entries_.clear();
-    return entries_.try_emplace(std::move(full_key), std::move(derived)).first->second;
+    return entries_.insert(std::move(question), std::move(derived), bytes);
+  }
+  std::size_t bytes() {
+    std::lock_guard lock(mutex_);
+    return entries_.bytes();
+  }
+  void clear() {
+    std::lock_guard lock(mutex_);
+    entries_.clear();
   }
 
  private:
-  using Key =
-      std::pair<std::shared_ptr<const fused::Program>, std::vector<std::uint32_t>>;  // keeps the program, so its address, alive
   std::mutex mutex_;
-  std::map<Key, std::shared_ptr<const DerivedProgram>> entries_;
+  common::Lru<Question, std::shared_ptr<const DerivedProgram>, QuestionHash> entries_{common::derived_budget()};
 };
 
 // Never destroyed: threads may outlive static destructors.
-DerivedCache& vjp_cache() {
-  static auto* instance = new DerivedCache;
-  return *instance;
-}
-DerivedCache& jvp_cache() {
+DerivedCache& derived_cache() {
   static auto* instance = new DerivedCache;
   return *instance;
 }
@@ -87,13 +108,13 @@ bool is_floating(fused::Dtype dtype) { return dtype <= fused::Dtype::f16; }
 
 std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
                                                   const std::vector<bool>& wanted, const std::vector<bool>& given) {
-  std::vector<std::uint32_t> key;
+  std::vector<std::uint32_t> key{kBackwards};
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     key.push_back(wanted[i] ? 1 + static_cast<std::uint32_t>(to_dtype(operands[i].scalar_type())) : 0);
     if (wanted[i]) key.push_back(broadcast_axes(operands[i]));
   }
   for (bool g : given) key.push_back(g);
-  return vjp_cache().get(program, key, [&] {
+  return derived_cache().get({program, std::move(key)}, [&] {
     fused::ExprPool pool;
     fused::ProgramSpec spec{
         .rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
@@ -115,7 +136,9 @@ std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fu
 
 std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program,
                                                   const std::vector<bool>& given) {
-  return jvp_cache().get(program, {given.begin(), given.end()}, [&] {
+  std::vector<std::uint32_t> key{kForwards};
+  key.insert(key.end(), given.begin(), given.end());
+  return derived_cache().get({program, std::move(key)}, [&] {
     fused::ExprPool pool;
     fused::ProgramSpec spec{
         .rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
@@ -131,6 +154,9 @@ std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fu
     return finish(pool, spec, std::move(outputs));
   });
 }
+
+std::size_t derived_bytes() { return derived_cache().bytes(); }
+void forget_derived() { derived_cache().clear(); }
 
 ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
   std::vector<at::Tensor> operands;

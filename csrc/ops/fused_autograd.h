@@ -34,4 +34,8 @@ std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fu
 std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program,
                                                   const std::vector<bool>& given);
 
+// What the two have made is kept; and to keep it no longer.
+std::size_t derived_bytes();
+void forget_derived();
+
 }  // namespace wengert::ops

@@ -12,7 +12,7 @@ tensor([[2., 0., 0.],
 """
 
 from . import func
-from ._stats import Stats, reset_stats, stats
+from ._stats import Stats, clear_caches, reset_stats, stats
 from ._version import __version__
 from .autograd import grad
 from .batch import batch_jacobian
@@ -25,6 +25,7 @@ __all__ = [
     "Stats",
     "__version__",
     "batch_jacobian",
+    "clear_caches",
     "explain",
     "func",
     "grad",

@@ -72,9 +72,13 @@ class _Disabled:
     def counters() -> dict[str, int]:
         return {}
 
+    cache_bytes = counters
+
     @staticmethod
     def reset_counters() -> None:
         pass
+
+    clear_caches = reset_counters
 
 
 C: Any = _Disabled if DISABLED else _load()

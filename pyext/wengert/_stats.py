@@ -19,12 +19,14 @@ class Stats:
     Attributes:
         native: calls answered by the engine, by name of the public function.
         fallback: calls that took PyTorch's path, by name and then by reason.
-        engine: the engine's own counters (tapes captured, plans cached, densifications by reason, ...).
+        engine: the engine's own counters (plans found and made, launches, densifications, ...).
+        caches: bytes that are kept in memory between calls, by kind; see `clear_caches`.
     """
 
     native: dict[str, int]
     fallback: dict[str, dict[str, int]]
     engine: dict[str, Any]
+    caches: dict[str, int]
 
     def __str__(self) -> str:
         lines = [f"{'function':<18}{'calls':>8}  path"]
@@ -32,6 +34,7 @@ class Stats:
         for name, reasons in sorted(self.fallback.items()):
             lines += [f"{name:<18}{count:>8}  PyTorch: {reason}" for reason, count in sorted(reasons.items())]
         lines += [f"{name:<18}{count:>8}  engine" for name, count in sorted(self.engine.items())]
+        lines += [f"{name:<18}{count:>8}  bytes kept" for name, count in sorted(self.caches.items())]
         return "\n".join(lines)
 
 
@@ -51,7 +54,23 @@ def stats() -> Stats:
     fallback: dict[str, dict[str, int]] = {}
     for (name, reason), count in list(fallback_calls.items()):
         fallback.setdefault(name, {})[reason] = count
-    return Stats(dict(native_calls), fallback, dict(C.counters()))
+    return Stats(dict(native_calls), fallback, dict(C.counters()), dict(C.cache_bytes()))
+
+
+def clear_caches() -> None:
+    """Forget what is kept in memory between calls: plans, and the programs they consist of.
+
+    Both are made anew where they are needed; calls that are running in other threads keep theirs.  The caches are bounded
+    anyway, and what was least recently used goes first: by ``WENGERT_PLAN_CACHE_MEGABYTES``, in all, which is 256 by default
+    and read when the first plan is made.
+
+    >>> import torch, wengert
+    >>> _ = wengert.jacobian(torch.sin, torch.ones(2))
+    >>> wengert.clear_caches()
+    >>> sum(wengert.stats().caches.values())
+    0
+    """
+    C.clear_caches()
 
 
 def reset_stats() -> None:
