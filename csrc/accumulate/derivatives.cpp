@@ -67,15 +67,19 @@ PlanCache& plan_cache() {
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
 std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
-  std::vector<std::int64_t>& key = tape.signature;
-  key.push_back(static_cast<std::int64_t>(request.seed) << 1 | request.none_is_zero);
-  key.push_back(ops::can_launch(tape.device.type()));
+  common::Key& key = tape.signature;
+  common::KeyWriter writer(key);
+  writer.room(4);
+  writer.put(request.seed);
+  writer.put(request.none_is_zero);
+  writer.put(ops::can_launch(tape.device.type()));
+  writer.put(request.cotangents.size());
   for (const Cotangent& cotangent : request.cotangents) {
-    key.push_back(cotangent.given);
+    writer.room(cotangent.given ? 2 + writer.length(cotangent.shape) : 1);
+    writer.put(cotangent.given);
     if (!cotangent.given) continue;
-    key.push_back(static_cast<std::int64_t>(cotangent.dtype));
-    key.push_back(static_cast<std::int64_t>(cotangent.shape.size()));
-    key.insert(key.end(), cotangent.shape.begin(), cotangent.shape.end());
+    writer.put(cotangent.dtype);
+    writer.put(cotangent.shape);
   }
   std::shared_ptr<const blocks::Plan> plan = plan_cache().find(key);
   if (plan) {
@@ -85,8 +89,6 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
   ++plan_misses;
   try {
     plan = std::make_shared<const blocks::Plan>(make_plan(tape, request));
-  } catch (const CoupledSamples&) {
-    throw;
   } catch (const std::logic_error& error) {  // a nest of too many loops, a derivative without a formula
     throw tape::Unsupported(error.what());
   }
@@ -189,6 +191,10 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_
     }
   }
   return out;
+}
+
+blocks::Plan jacobian_plan(at::TensorList outputs, at::TensorList inputs) {
+  return make_plan(capture(outputs, inputs, false, false), {.seed = Seed::jacobian, .cotangents = {}});
 }
 
 std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed) {

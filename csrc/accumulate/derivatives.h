@@ -16,8 +16,8 @@ using TensorRows = std::vector<std::vector<at::Tensor>>;  // undefined = not con
 // PyTorch's gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero = true);
 
-// outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples if the blocks show that samples depend
-// on each other; without it, independence is trusted.
+// outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples unless the blocks show that samples
+// do not depend on each other; without it, independence is trusted.
 TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check);
 
 // Sum over outputs of the vector-Jacobian products with `cotangents`; an undefined cotangent of a one-element output stands
@@ -28,7 +28,9 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
 // [i][j] = d^2 output / d inputs[i] d inputs[j] of a one-element output.
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph);
 
-// What would run: the plan of the Jacobian, printed.
+blocks::Plan jacobian_plan(at::TensorList outputs, at::TensorList inputs);
+
+// What would run, printed.
 std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed);
 
 Report explain(at::TensorList outputs, at::TensorList inputs);

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "blocks/pull.h"
+#include "blocks/verify.h"
 #include "kernels/cuda/small_matmul.h"
 #include "ops/backend.h"
 
@@ -54,8 +55,7 @@ class Sweep {
 
   bool reached(tape::Value input) const { return input.node >= 0 && captured_.at({input.node, input.output}).reached; }
   const std::vector<Block>& result(tape::Value input) const { return captured_.at({input.node, input.output}).list.blocks(); }
-  const std::string& coupling_node() const { return coupling_node_; }
-  bool coupled_by_opaque() const { return coupled_by_opaque_; }
+  CoupledSamples coupled() const { return {coupling_node_.empty() ? "the graph" : coupling_node_, coupling_read_}; }
 
  private:
   struct State {
@@ -124,7 +124,7 @@ class Sweep {
       }
     }
     if (std::find(opaque.begin(), opaque.end(), true) != opaque.end()) call_opaque(n, states, active, opaque);
-    if (was_tied) watch_coupling(node, active, std::find(opaque.begin(), opaque.end(), true) != opaque.end());
+    if (was_tied) watch_coupling(node, active, is_read(pullbacks) && builder_.losses() == losses_before);
     if (report_) finish_report(std::move(row), pullbacks, losses_before);
     for (State& state : states) state = State{};  // free the expressions' operand tables early
   }
@@ -217,28 +217,41 @@ class Sweep {
     return out;
   }
 
-  // Calls the node on one block.  Loops tied to an axis the node only carries along stay inside the tensors; all other row loops
-  // become batch axes.
+  // What of a block can be carried through a node that works on some axes element by element: the node leaves such a coordinate as
+  // it is, so a loop that these coordinates determine needs no call of its own.
+  struct Carried {
+    std::vector<bool> axes;   // per output axis of the node
+    std::vector<bool> loops;  // determined by the coordinates along those axes
+  };
+
+  static Carried carried(const Block& block, const tape::Local& local) {
+    const std::size_t loops = block.loops();
+    Carried out{.axes = std::vector<bool>(block.col.size()), .loops = {}};
+    for (std::size_t a = 0; a < block.col.size(); ++a) out.axes[a] = local.tied[a] >= 0 && !block.col[a].has_index();
+    for (bool changed = true; changed;) {
+      changed = false;
+      out.loops = blocks::determined_loops(block.extents, block.col, out.axes);
+      for (std::size_t a = 0; a < block.col.size(); ++a) {
+        for (std::size_t k = 0; k < loops && out.axes[a]; ++k) {
+          if (!block.col[a].moves(k) || out.loops[k]) continue;
+          out.axes[a] = false;
+          changed = true;
+        }
+      }
+    }
+    return out;
+  }
+
+  // Calls the node on one block.  What is carried stays inside the tensors; all other row loops become batch axes.
   Block call_local(std::int32_t n, std::size_t output, std::size_t edge, const tape::Local& local, const Block& block) {
     const tape::Node& node = tape_.nodes[n];
     const tape::Value target = node.inputs[edge];
     const tape::Meta& in = tape_.nodes[target.node].outputs[target.output];
     const std::size_t loops = block.loops();
-    std::map<std::size_t, std::size_t> kept;  // loop -> output axis
-    for (std::size_t k = 0; k < loops; ++k) {
-      if (!block.moves_row(k)) continue;
-      std::size_t axis = block.col.size(), count = 0;
-      for (std::size_t a = 0; a < block.col.size(); ++a) {
-        if (block.col[a].moves(k)) axis = a, ++count;
-      }
-      if (count != 1 || local.tied[axis] < 0 || block.col[axis].has_index()) continue;
-      bool alone = true;
-      for (std::size_t l = 0; l < loops; ++l) alone = alone && (l == k || !block.col[axis].moves(l));
-      if (alone) kept[k] = axis;
-    }
+    const Carried kept = carried(block, local);
     std::vector<std::size_t> batch;
     for (std::size_t k = 0; k < loops; ++k) {
-      if (kept.contains(k) || !block.moves_row(k)) continue;
+      if (kept.loops[k] || !block.moves_row(k)) continue;
       batch.push_back(k);
       if (block.moves_col(k)) builder_.lose(Loss::local);  // a tied loop had to be untied
     }
@@ -263,8 +276,11 @@ class Sweep {
     step.results[edge] = result;
     builder_.emit(std::move(step));
 
-    // New loops: the batch loops, then one per input axis; a kept loop runs over its part of its axis.
+    // New loops: the batch loops, the carried ones, then one per input axis that nothing is carried along.
     std::vector<std::size_t> source(batch);  // loop of `block` behind a new loop, or `loops`
+    for (std::size_t k = 0; k < loops; ++k) {
+      if (kept.loops[k]) source.push_back(k);
+    }
     Block out{.extents = {},
               .value = {},
               .row = {},
@@ -272,12 +288,15 @@ class Sweep {
               .row_shape = row_shape_,
               .col_shape = in.shape,
               .dtype = to_fused(in.dtype)};
-    for (std::size_t k : batch) out.extents.push_back(block.extents[k]);
-    std::vector<std::size_t> kept_by(in.shape.size(), loops);
-    for (auto [k, axis] : kept) kept_by[local.tied[axis]] = k;
+    for (std::size_t k : source) out.extents.push_back(block.extents[k]);
+    std::vector<std::size_t> carried_by(in.shape.size(), block.col.size());  // output axis behind an input axis
+    for (std::size_t a = 0; a < block.col.size(); ++a) {
+      if (kept.axes[a]) carried_by[local.tied[a]] = a;
+    }
     for (std::size_t a = 0; a < in.shape.size(); ++a) {
-      source.push_back(kept_by[a]);
-      out.extents.push_back(kept_by[a] < loops ? block.extents[kept_by[a]] : in.shape[a]);
+      if (carried_by[a] < block.col.size()) continue;
+      source.push_back(loops);
+      out.extents.push_back(in.shape[a]);
     }
     const std::size_t total = out.extents.size();
     auto moved = [&](const blocks::Affine& old) {
@@ -296,11 +315,11 @@ class Sweep {
     }
     blocks::Read read{.slot = result, .axes = {}};
     for (std::size_t q = 0; q < batch.size(); ++q) read.axes.push_back(blocks::loop_coord(total, q).affine);
+    std::size_t fresh = total - static_cast<std::size_t>(std::ranges::count(carried_by, block.col.size()));
     for (std::size_t a = 0; a < in.shape.size(); ++a) {
-      const std::size_t q = batch.size() + a;
-      Coord coord = kept_by[a] < loops
-                        ? Coord{.affine = moved(block.col[kept.at(kept_by[a])].affine), .index_scale = 0, .index = {}}
-                        : blocks::loop_coord(total, q);
+      Coord coord = carried_by[a] < block.col.size()
+                        ? Coord{.affine = moved(block.col[carried_by[a]].affine), .index_scale = 0, .index = {}}
+                        : blocks::loop_coord(total, fresh++);
       read.axes.push_back(coord.affine);
       out.col.push_back(std::move(coord));
     }
@@ -377,13 +396,18 @@ class Sweep {
     }
     return true;
   }
-  void watch_coupling(const tape::Node& node, const std::vector<std::size_t>& active, bool opaque) {
+  static bool is_read(const std::vector<std::vector<tape::Pullback>>& pullbacks) {
+    return std::ranges::all_of(pullbacks, [](const std::vector<tape::Pullback>& edge) {
+      return std::ranges::all_of(edge, [](const tape::Pullback& p) { return p.kind == tape::Kind::zero || p.kind == tape::Kind::terms; });
+    });
+  }
+  void watch_coupling(const tape::Node& node, const std::vector<std::size_t>& active, bool read) {
     for (std::size_t j : active) {
       const tape::Value target = node.inputs[j];
       for (const Block& block : lists_[target.node][target.output].list.blocks()) {
         if (tied(block)) continue;
         coupling_node_ = tape::name(node);
-        coupled_by_opaque_ = opaque;
+        coupling_read_ = read;
         return;
       }
     }
@@ -422,10 +446,30 @@ class Sweep {
   std::vector<std::vector<State>> lists_;
   std::map<std::pair<std::int32_t, std::int32_t>, State> captured_;
   std::string coupling_node_;
-  bool coupled_by_opaque_ = false;
+  bool coupling_read_ = false;
 };
 
 const tape::Meta& meta_of(const tape::Tape& tape, tape::Value value) { return tape.nodes[value.node].outputs[value.output]; }
+
+// A called node takes and gives what its slots hold: batch axes, then the shape that the graph says.
+void check_calls(const blocks::Plan& plan, const tape::Tape& tape) {
+  for (const blocks::Step& step : plan.steps) {
+    const auto* call = std::get_if<blocks::CallNode>(&step);
+    if (call == nullptr) continue;
+    const tape::Node& node = tape.nodes[call->node];
+    const auto fits = [&](std::int32_t slot, const tape::Meta& meta) {
+      if (slot < 0) return;
+      const Shape& shape = plan.slots[slot].shape;
+      if (!std::equal(shape.begin() + call->batch, shape.end(), meta.shape.begin(), meta.shape.end())) {
+        throw tape::Unsupported(std::string("a plan that calls ") + tape::name(node) + " with another shape");
+      }
+    };
+    for (std::size_t o = 0; o < call->cotangents.size(); ++o) fits(call->cotangents[o], node.outputs[o]);
+    for (std::size_t j = 0; j < call->results.size(); ++j) {
+      if (call->results[j] >= 0) fits(call->results[j], meta_of(tape, node.inputs[j]));
+    }
+  }
+}
 
 // Seeds over the rows of one output without its first axis: the sum over the samples.
 Block summed_identity(const Shape& shape, fused::Dtype dtype) {
@@ -611,13 +655,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
             for (std::size_t a = 1; a < cols; ++a) order.push_back(rows + a);
             if (sweep.reached(input)) {
               for (const Block& block : sweep.result(input)) {
-                if (block.row[0] == block.col[0]) continue;
-                // An opaque node hides the structure: that is not a proof of coupling.
-                if (sweep.coupled_by_opaque())
-                  throw tape::Unsupported("samples pass through " + sweep.coupling_node() + ", whose structure is not known");
-                const std::string where = sweep.coupling_node().empty() ? std::string("the graph") : sweep.coupling_node();
-                throw CoupledSamples("batch_jacobian: the samples of the batch are not independent: they are coupled by " +
-                                     where);
+                if (block.row[0] != block.col[0]) throw sweep.coupled();
               }
             }
           }
@@ -630,6 +668,10 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   for (std::int64_t loss : builder.losses()) total_densified += loss;
   blocks::Plan plan = std::move(builder).finish(std::move(results), std::move(shapes));
   plan.none_is_zero = request.none_is_zero;
+  if (std::string why = blocks::violation(plan); !why.empty()) {
+    throw tape::Unsupported("a plan that leaves its slots: " + why);
+  }
+  check_calls(plan, tape);
   return plan;
 }
 

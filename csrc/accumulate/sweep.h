@@ -13,7 +13,7 @@ namespace wengert::accumulate {
 enum class Seed : std::uint8_t {
   jacobian,          // one result per (output, input) pair, of shape output.shape + input.shape
   batch_summed,      // outputs (B, *out), inputs (B, *in): (B, *out, *in), trusting that samples are independent
-  batch_tied,        // the same, with the independence read off the blocks
+  batch_tied,        // the same, with the independence read off the blocks; throws CoupledSamples where they do not show it
   gradient,          // one result per input: sum of the outputs' pulls of their cotangents
   batched_gradient,  // the same for cotangents with one more leading axis
 };
@@ -43,9 +43,13 @@ struct Report {
   std::vector<NodeReport> nodes;
 };
 
-// Samples that depend on each other where independence was asked for; what() names the node.
-struct CoupledSamples : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
+// The blocks do not show samples to be independent where that was asked for.  No proof of the opposite: dependences may cancel,
+// and structure may have been lost on the way.
+struct CoupledSamples : tape::Unsupported {
+  CoupledSamples(const std::string& node, bool read)
+      : Unsupported("samples that meet in " + node), node(node), read(read) {}
+  std::string node;  // where they first meet
+  bool read;         // by an operator that was read exactly
 };
 
 // Structure counters of all plans made so far (see blocks::Loss).

@@ -9,6 +9,7 @@
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
 #include "bind/evaluator.h"
+#include "bind/plan_faults.h"
 #include "tape/ambient.h"
 #include "tape/print.h"
 #include "tape/tape.h"
@@ -84,7 +85,18 @@ py::object of_function(const py::object& func, const py::object& input, const De
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The engine of wengert.";
-  py::register_exception<wengert::tape::Unsupported>(m, "Unsupported", PyExc_RuntimeError);
+  const auto& unsupported = py::register_exception<wengert::tape::Unsupported>(m, "Unsupported", PyExc_RuntimeError);
+  static const py::object coupled = py::exception<accumulate::CoupledSamples>(m, "CoupledSamples", unsupported);
+  py::register_exception_translator([](std::exception_ptr thrown) {  // asked before the one above
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const accumulate::CoupledSamples& error) {
+      const py::object value = coupled(error.what());
+      value.attr("node") = error.node;
+      value.attr("read") = error.read;
+      PyErr_SetObject(coupled.ptr(), value.ptr());
+    }
+  });
 
   m.def(
       "jacobian",
@@ -160,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
   wengert::bind::define_cuda(m.def_submodule("cuda"));
   wengert::bind::define_cuda_static(m.attr("cuda"));
   wengert::bind::define_evaluator(m);
+  wengert::bind::define_plan_faults(m);
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);
   m.def("cache_bytes", &accumulate::cache_bytes);

@@ -20,53 +20,11 @@ bool has_index(const Part& part) {
 }
 
 // True if different loop indices provably give different coordinates, looking at the axes chosen by `use`.
-template <class Use>
-bool injective(const Part& part, Use use) {
-  // A loop is determined by an axis which, apart from it, only determined loops move.
-  const std::size_t n = part.extents.size();
-  std::vector<bool> known(n, false);
-  std::size_t left = n;
-  for (bool progress = true; progress && left > 0;) {
-    progress = false;
-    for (std::size_t a = 0; a < part.coords.size(); ++a) {
-      if (!use(a) || part.coords[a].has_index()) continue;
-      std::size_t unknown = n, count = 0;
-      for (std::size_t k = 0; k < n; ++k) {
-        if (!known[k] && part.coords[a].affine.moves(k)) unknown = k, ++count;
-      }
-      if (count != 1) continue;
-      known[unknown] = true;
-      --left;
-      progress = true;
-    }
-  }
-  if (left == 0) return true;
-  // Digits of one axis: sorted by step, each loop steps over everything the smaller ones reach.
-  for (std::size_t a = 0; a < part.coords.size(); ++a) {
-    if (!use(a) || part.coords[a].has_index()) continue;
-    std::vector<std::pair<std::int64_t, std::size_t>> digits;
-    for (std::size_t k = 0; k < n; ++k) {
-      if (!known[k] && part.coords[a].affine.moves(k)) digits.emplace_back(std::abs(part.coords[a].affine.step[k]), k);
-    }
-    std::sort(digits.begin(), digits.end());
-    std::int64_t reach = 0;
-    bool separate = true;
-    for (auto [step, k] : digits) {
-      separate = separate && step > reach;
-      reach += step * (part.extents[k] - 1);
-    }
-    if (!separate) continue;
-    for (auto [step, k] : digits) {
-      known[k] = true;
-      --left;
-    }
-  }
-  return left == 0;
+bool injective(const Part& part, const std::vector<bool>& use) {
+  return std::ranges::all_of(determined_loops(part.extents, part.coords, use), [](bool known) { return known; });
 }
 
-bool injective(const Part& part) {
-  return injective(part, [](std::size_t) { return true; });
-}
+bool injective(const Part& part) { return injective(part, std::vector<bool>(part.coords.size(), true)); }
 
 // True if the two parts provably touch no common cell.
 bool disjoint(const Part& p, const Part& q) {
@@ -86,7 +44,9 @@ bool disjoint(const Part& p, const Part& q) {
   if (!differs) return false;
   Part hull = p;
   for (std::size_t k = 0; k < hull.extents.size(); ++k) hull.extents[k] = std::max(p.extents[k], q.extents[k]);
-  return injective(hull, [&](std::size_t a) { return p.coords[a].affine.start == q.coords[a].affine.start; });
+  std::vector<bool> equal(p.coords.size());
+  for (std::size_t a = 0; a < equal.size(); ++a) equal[a] = p.coords[a].affine.start == q.coords[a].affine.start;
+  return injective(hull, equal);
 }
 
 void drop_unit_loops(Part& part) {

@@ -1,7 +1,9 @@
 #include "blocks/block.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
+#include <utility>
 
 namespace wengert::blocks {
 
@@ -37,6 +39,51 @@ Coord loop_coord(std::size_t loops, std::size_t loop, std::int64_t step) {
   Coord coord = constant_coord(loops);
   coord.affine.step[loop] = step;
   return coord;
+}
+
+std::vector<bool> determined_loops(const Shape& extents, const std::vector<Coord>& coords, const std::vector<bool>& use) {
+  // A loop is determined by an axis which, apart from it, only determined loops move.
+  const std::size_t n = extents.size();
+  std::vector<bool> known(n, false);
+  std::size_t left = n;
+  const auto eliminate = [&] {
+    for (bool progress = true; progress && left > 0;) {
+      progress = false;
+      for (std::size_t a = 0; a < coords.size(); ++a) {
+        if (!use[a] || coords[a].has_index()) continue;
+        std::size_t unknown = n, count = 0;
+        for (std::size_t k = 0; k < n; ++k) {
+          if (!known[k] && coords[a].affine.moves(k)) unknown = k, ++count;
+        }
+        if (count != 1) continue;
+        known[unknown] = progress = true;
+        --left;
+      }
+    }
+  };
+  eliminate();
+  // Digits of one axis: sorted by step, each loop steps over everything the smaller ones reach.
+  for (std::size_t a = 0; a < coords.size() && left > 0; ++a) {
+    if (!use[a] || coords[a].has_index()) continue;
+    std::vector<std::pair<std::int64_t, std::size_t>> digits;
+    for (std::size_t k = 0; k < n; ++k) {
+      if (!known[k] && coords[a].affine.moves(k)) digits.emplace_back(std::abs(coords[a].affine.step[k]), k);
+    }
+    std::sort(digits.begin(), digits.end());
+    std::int64_t reach = 0;
+    bool separate = true;
+    for (auto [step, k] : digits) {
+      separate = separate && step > reach;
+      reach += step * (extents[k] - 1);
+    }
+    if (!separate || digits.empty()) continue;
+    for (auto [step, k] : digits) {
+      known[k] = true;
+      --left;
+    }
+    eliminate();
+  }
+  return known;
 }
 
 bool Value::moves(std::size_t k) const {

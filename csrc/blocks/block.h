@@ -52,6 +52,9 @@ struct Coord {
 Coord constant_coord(std::size_t loops, std::int64_t start = 0);
 Coord loop_coord(std::size_t loops, std::size_t loop, std::int64_t step = 1);
 
+// Per loop: whether the coordinates along the axes chosen by `use` provably determine it.
+std::vector<bool> determined_loops(const Shape& extents, const std::vector<Coord>& coords, const std::vector<bool>& use);
+
 // A lazy value over the loops: leaf k of `expr` is operands[k].
 struct Value {
   fused::ExprId expr = fused::kOne;

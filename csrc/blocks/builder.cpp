@@ -58,9 +58,24 @@ Read direct_read(std::int32_t slot, std::size_t loops, const std::vector<std::si
   return read;
 }
 
-void append_key(std::vector<std::int64_t>& key, const Affine& affine) {
-  key.push_back(affine.start);
-  key.insert(key.end(), affine.step.begin(), affine.step.end());
+common::Key key_of(const Value& value, const Shape& extents) {
+  common::Key key;
+  common::KeyWriter writer(key);
+  writer.room(2 + writer.length(extents));
+  writer.put(value.expr);
+  writer.put(extents);
+  writer.put(value.operands.size());
+  for (const Read& read : value.operands) {
+    writer.room(2);
+    writer.put(read.slot);
+    writer.put(read.axes.size());
+    for (const Affine& axis : read.axes) {
+      writer.room(1 + writer.length(axis.step));
+      writer.put(axis.start);
+      writer.put(axis.step);
+    }
+  }
+  return key;
 }
 
 }  // namespace
@@ -454,13 +469,7 @@ Coord Builder::index_coord(const Value& integers, const Shape& extents) {
   // Hash-consing: the same index computed on two paths is one slot, so that blocks meeting again have equal nests.
   Value value = integers;
   compact(value);
-  std::vector<std::int64_t> key{value.expr};
-  key.insert(key.end(), extents.begin(), extents.end());
-  for (const Read& read : value.operands) {
-    key.push_back(read.slot);
-    for (const Affine& axis : read.axes) append_key(key, axis);
-  }
-  auto [at, fresh] = taken_.try_emplace(std::move(key), -1);
+  auto [at, fresh] = evaluated_.try_emplace(key_of(value, extents), -1);
   if (fresh) {
     Value forced = force(value, extents, fused::Dtype::i64);
     std::int32_t leaf = 0;
@@ -535,8 +544,7 @@ Read Builder::read(std::int32_t source, const std::vector<Coord>& coords, const 
   if (index.index != direct_read(index_slot, n, moving) || slot(index_slot).shape != out_shape) {
     index_slot = evaluate({.expr = pool_.operand(0), .operands = {index.index}}, extents, fused::Dtype::i64, {}).operands[0].slot;
   }
-  std::vector<std::int64_t> key{-1, source, index_slot};
-  auto [at, fresh] = taken_.try_emplace(std::move(key), -1);
+  auto [at, fresh] = taken_.try_emplace({source, index_slot}, -1);
   if (fresh) {
     at->second = new_slot(out_shape, slot(source).dtype, slot(source).requires_grad);
     emit(Take{.source = source, .index = index_slot, .out = at->second});

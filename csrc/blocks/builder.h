@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "blocks/plan.h"
+#include "common/key.h"
 #include "tape/operators.h"
 
 namespace wengert::blocks {
@@ -95,7 +96,8 @@ class Builder {
   std::array<std::int64_t, static_cast<std::size_t>(Loss::kCount)> losses_{};
   std::map<std::int64_t, std::int32_t> iotas_;                             // extent -> slot
   std::map<std::pair<std::int32_t, std::int64_t>, std::int32_t> wrapped_;  // (slot, size) -> slot
-  std::map<std::vector<std::int64_t>, std::int32_t> taken_;                // integer evaluations and takes already emitted
+  std::map<common::Key, std::int32_t> evaluated_;                          // integer value over a nest -> slot
+  std::map<std::pair<std::int32_t, std::int32_t>, std::int32_t> taken_;    // (source, index) -> slot
 };
 
 }  // namespace wengert::blocks

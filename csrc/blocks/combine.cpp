@@ -130,7 +130,19 @@ std::optional<Shift> shift_between(const Block& a, const Block& b) {
   return shift;
 }
 
-// Pads both to the union box of their nests.
+// Whether every loop value gives coordinates within the row and the column tensor.
+bool within_shapes(const Block& block) {
+  const auto fits = [&](const std::vector<Coord>& coords, const Shape& shape) {
+    for (std::size_t a = 0; a < coords.size(); ++a) {
+      if (coords[a].affine.lowest(block.extents) < 0 || coords[a].affine.highest(block.extents) >= shape[a]) return false;
+    }
+    return true;
+  };
+  return fits(block.row, block.row_shape) && fits(block.col, block.col_shape);
+}
+
+// Pads both to the union box of their nests, unless that leaves the array: where several loops move one axis (row 2i + j of 6) the
+// corners of the box may lie beyond what either nest visits.
 std::optional<Block> join(Builder& builder, const Block& a, const Block& b) {
   if (a.dtype != b.dtype || has_index(a) || has_index(b)) return std::nullopt;
   const std::optional<Shift> shift = shift_between(a, b);
@@ -148,6 +160,9 @@ std::optional<Block> join(Builder& builder, const Block& a, const Block& b) {
     if (dense[k]) size *= static_cast<double>(box[k]);
   }
   if (size > kMaxPadding * static_cast<double>(a.stored() + b.stored())) return std::nullopt;
+  Block out = a;
+  for (std::size_t k = 0; k < n; ++k) restrict_loop(out, k, low[k], 1, box[k]);
+  if (!within_shapes(out)) return std::nullopt;
   Shape shape;
   for (std::size_t k = 0; k < n; ++k) {
     if (dense[k]) shape.push_back(box[k]);
@@ -167,8 +182,6 @@ std::optional<Block> join(Builder& builder, const Block& a, const Block& b) {
     read.axes.push_back(loop_coord(n, k).affine);
   }
   read.slot = builder.assemble(shape, a.dtype, {std::move(first), std::move(second)});
-  Block out = a;
-  for (std::size_t k = 0; k < n; ++k) restrict_loop(out, k, low[k], 1, box[k]);
   out.value = Value{.expr = builder.pool().operand(0), .operands = {std::move(read)}};
   normalize(out);
   return out;
@@ -182,20 +195,59 @@ Part as_part(const Block& block) {
   return part;
 }
 
-Block densify(Builder& builder, const std::vector<Block>& blocks, const Shape& row_shape, const Shape& col_shape,
-              fused::Dtype dtype) {
-  Shape shape = row_shape;
-  shape.insert(shape.end(), col_shape.begin(), col_shape.end());
-  std::vector<Part> parts;
-  for (const Block& block : blocks) parts.push_back(as_part(block));
-  const std::int32_t slot = builder.assemble(shape, dtype, std::move(parts));
-  Block out{.extents = shape, .value = {}, .row = {}, .col = {}, .row_shape = row_shape, .col_shape = col_shape, .dtype = dtype};
-  Read read{.slot = slot, .axes = {}};
-  for (std::size_t k = 0; k < shape.size(); ++k) {
-    (k < row_shape.size() ? out.row : out.col).push_back(loop_coord(shape.size(), k));
-    read.axes.push_back(loop_coord(shape.size(), k).affine);
+std::int64_t Ties::dense_size(const Block& block) const {
+  std::int64_t size = numel(block.row_shape);
+  for (std::size_t c = 0; c < of_col.size(); ++c) {
+    if (of_col[c] < 0) size *= block.col_shape[c];
   }
-  out.value = Value{.expr = builder.pool().operand(0), .operands = {std::move(read)}};
+  return size;
+}
+
+Ties common_ties(const std::vector<Block>& blocks) {
+  const std::size_t rows = blocks[0].row.size(), cols = blocks[0].col.size();
+  Ties ties{.of_col = std::vector<std::int32_t>(cols, -1)};
+  std::vector<bool> used(rows, false);
+  for (std::size_t c = 0; c < cols; ++c) {
+    for (std::size_t r = 0; r < rows && ties.of_col[c] < 0; ++r) {
+      if (used[r] || blocks[0].row_shape[r] != blocks[0].col_shape[c]) continue;
+      if (!std::ranges::all_of(blocks, [&](const Block& block) { return block.row[r] == block.col[c]; })) continue;
+      used[r] = true;
+      ties.of_col[c] = static_cast<std::int32_t>(r);
+    }
+  }
+  return ties;
+}
+
+Block densify(Builder& builder, const std::vector<Block>& blocks, const Ties& ties) {
+  const Block& first = blocks[0];
+  const std::size_t rows = first.row.size(), cols = first.col.size();
+  // One loop and one axis of the array per row axis, then per column axis that is not tied to one.
+  Shape shape = first.row_shape;
+  std::vector<std::size_t> loop(cols);
+  for (std::size_t c = 0; c < cols; ++c) {
+    loop[c] = ties.of_col[c] < 0 ? shape.size() : static_cast<std::size_t>(ties.of_col[c]);
+    if (ties.of_col[c] < 0) shape.push_back(first.col_shape[c]);
+  }
+  std::vector<Part> parts;
+  for (const Block& block : blocks) {
+    Part part{.extents = block.extents, .value = block.value, .coords = block.row};
+    for (std::size_t c = 0; c < cols; ++c) {
+      if (ties.of_col[c] < 0) part.coords.push_back(block.col[c]);
+    }
+    parts.push_back(std::move(part));
+  }
+  const std::size_t n = shape.size();
+  Read read{.slot = builder.assemble(shape, first.dtype, std::move(parts)), .axes = {}};
+  for (std::size_t k = 0; k < n; ++k) read.axes.push_back(loop_coord(n, k).affine);
+  Block out{.extents = shape,
+            .value = {.expr = builder.pool().operand(0), .operands = {std::move(read)}},
+            .row = {},
+            .col = {},
+            .row_shape = first.row_shape,
+            .col_shape = first.col_shape,
+            .dtype = first.dtype};
+  for (std::size_t r = 0; r < rows; ++r) out.row.push_back(loop_coord(n, r));
+  for (std::size_t c = 0; c < cols; ++c) out.col.push_back(loop_coord(n, loop[c]));
   normalize(out);
   return out;
 }
@@ -217,7 +269,7 @@ void BlockList::reduce(Builder& builder, bool costly) {
   const auto larger_than_dense = [](const std::vector<Block>& list) {
     std::int64_t stored = 0;
     for (const Block& block : list) stored += block.stored();
-    return list.size() > 1 && stored > numel(list[0].row_shape) * numel(list[0].col_shape);
+    return list.size() > 1 && stored > common_ties(list).dense_size(list[0]);
   };
   const bool absorb = costly && larger_than_dense(blocks_);
   if (blocks_.size() <= kMaxBlocks && !absorb) return;
@@ -289,7 +341,7 @@ void BlockList::reduce(Builder& builder, bool costly) {
   // 3. a list larger than the dense array
   if (larger_than_dense(current)) {
     builder.lose(Loss::larger_than_dense);
-    Block dense = densify(builder, current, current[0].row_shape, current[0].col_shape, current[0].dtype);
+    Block dense = densify(builder, current, common_ties(current));
     current.clear();
     current.push_back(std::move(dense));
   }

@@ -16,7 +16,7 @@ class BlockList {
  public:
   void add(Builder& builder, Block block);  // blocks with equal nests are added up lazily
   // Brings down the number of blocks before they are pulled on: stacks progressions, joins shifted nests, and turns a list that
-  // stores more than the dense array into one dense block.  A short list is left alone, unless each of its blocks costs a call or
+  // stores more than the dense array (of each sample, where samples are tied) into one dense block.  A short list is left alone, unless each of its blocks costs a call or
   // a product (then one dense block is less work than it and others beside it, and terms that cancel do so before they grow).
   void reduce(Builder& builder, bool costly);
   bool empty() const { return blocks_.empty(); }
@@ -29,9 +29,16 @@ class BlockList {
   std::vector<std::size_t> hashes_;
 };
 
-// The dense array of shape row_shape + col_shape, as one block.
-Block densify(Builder& builder, const std::vector<Block>& blocks, const Shape& row_shape, const Shape& col_shape,
-              fused::Dtype dtype);
+// Pairs of a row axis and a column axis that have one coordinate in every block, as the samples of a batch do.
+struct Ties {
+  std::vector<std::int32_t> of_col;  // per column axis: its row axis, or -1
+
+  std::int64_t dense_size(const Block& block) const;  // elements of the array in which nothing but the ties is kept
+};
+Ties common_ties(const std::vector<Block>& blocks);
+
+// The blocks as one that keeps only the ties: an array over the row axes and the column axes that are tied to none.
+Block densify(Builder& builder, const std::vector<Block>& blocks, const Ties& ties);
 // The block's entries as a part of an array with axes (row axes, column axes).
 Part as_part(const Block& block);
 

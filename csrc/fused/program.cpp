@@ -1,6 +1,7 @@
 #include "fused/program.h"
 
 #include <algorithm>
+#include <atomic>
 #include <array>
 #include <charconv>
 #include <functional>
@@ -294,6 +295,8 @@ Program::Program(ExprPool pool, ProgramSpec spec) : pool_(std::move(pool)), spec
   check(spec_);
   bytecode_ = compile(pool_, spec_);
   text_ = to_text(pool_, spec_);
+  static std::atomic<std::uint64_t> made{0};
+  id_ = ++made;
 }
 
 std::string Program::text_with_leading_axes(int count) const {

@@ -64,6 +64,7 @@ class Program {  // immutable
   const std::vector<OutputSpec>& outputs() const { return spec_.outputs; }
   const Bytecode& bytecode() const { return bytecode_; }
   const std::string& text() const { return text_; }     // canonical
+  std::uint64_t id() const { return id_; }              // of this object alone, as long as the process runs
   std::string text_with_leading_axes(int count) const;  // the same program over a nest with `count` more outer loops
 
  private:
@@ -71,6 +72,7 @@ class Program {  // immutable
   ProgramSpec spec_;
   Bytecode bytecode_;
   std::string text_;
+  std::uint64_t id_;
 };
 
 std::string to_text(const ExprPool& pool, const ProgramSpec& spec);

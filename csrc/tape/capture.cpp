@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <optional>
 #include <string>
 #include <unordered_set>
 
+#include "common/key.h"
 #include "common/node_ptr.h"
 #include "common/pointer_index.h"
 #include "common/recycled.h"
@@ -245,62 +245,51 @@ autograd::Edge input_edge(const at::Tensor& input) {
 // Appends to a signature.
 class Sign {
  public:
-  explicit Sign(std::vector<std::int64_t>& words) : words_(words) {}
+  explicit Sign(common::Key& words) : key_(words) {}
 
+  void count(std::size_t nodes, std::size_t slots) {
+    key_.room(2);
+    key_.put(nodes);
+    key_.put(slots);
+  }
   void node(const Node& node) {
-    const bool opaque = node.reader == &opaque_reader();
+    // Nodes without a row share one, so that their names tell them apart.
+    const std::string name = node.reader == &opaque_reader() ? node.fn->name() : std::string();
     std::size_t shapes = 0;
-    for (const Meta& meta : node.outputs) shapes += 2 + meta.shape.size();
-    grow(7 + node.ints.size() + node.reals.size() + node.slots.size() + node.inputs.size() + shapes);
-    put(reinterpret_cast<std::intptr_t>(node.reader));
-    put(opaque ? std::hash<std::string>()(node.fn->name()) : 0);
-    list(node.ints);
-    list(node.reals);
-    list(node.slots);
-    list(node.inputs);
-    put(std::ssize(node.outputs));
+    for (const Meta& meta : node.outputs) shapes += 1 + key_.length(meta.shape);
+    key_.room(2 + key_.length(name) + key_.length(node.ints) + key_.length(node.reals) + key_.length(node.slots) +
+              key_.length(node.inputs) + shapes);
+    key_.put(node.reader);
+    key_.put(name);
+    key_.put(node.ints);
+    key_.put(node.reals);
+    key_.put(node.slots);
+    values_of(node.inputs);
+    key_.put(node.outputs.size());
     for (const Meta& meta : node.outputs) {
-      put(static_cast<int>(meta.dtype) << 1 | meta.complex);
-      list(meta.shape);
+      key_.put(static_cast<int>(meta.dtype) << 1 | meta.complex);
+      key_.put(meta.shape);
     }
   }
   void values(const std::vector<Value>& values) {
-    grow(1 + values.size());
-    list(values);
+    key_.room(key_.length(values));
+    values_of(values);
   }
   void slot(const at::Tensor& slot) {
-    grow(2 + 2 * slot.dim());
-    put(static_cast<std::int64_t>(slot.scalar_type()) << 1 | slot.requires_grad());
-    put(slot.dim());
-    for (const std::int64_t extent : slot.sizes()) put(extent);
-    for (const std::int64_t stride : slot.strides()) put(stride);
+    key_.room(1 + key_.length(slot.sizes()) + key_.length(slot.strides()));
+    key_.put(static_cast<std::int64_t>(slot.scalar_type()) << 1 | slot.requires_grad());
+    key_.put(slot.sizes());
+    key_.put(slot.strides());
   }
 
  private:
-  // Room for so many words, which the puts that follow fill without a check each.
-  void grow(std::size_t count) {
-    const std::size_t size = words_.size();
-    words_.resize(size + count);
-    next_ = words_.data() + size;
-  }
-  template <class T>
-  void put(const T& item) {
-    if constexpr (std::is_same_v<T, double>) {
-      *next_++ = std::bit_cast<std::int64_t>(item);
-    } else if constexpr (std::is_same_v<T, Value>) {
-      *next_++ = static_cast<std::int64_t>(item.node) << 32 | static_cast<std::uint32_t>(item.output);
-    } else {
-      *next_++ = static_cast<std::int64_t>(item);
-    }
-  }
   template <class List>
-  void list(const List& list) {
-    put(list.size());
-    for (const auto& item : list) put(item);
+  void values_of(const List& values) {
+    key_.put(values.size());
+    for (const Value& value : values) key_.put(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
   }
 
-  std::vector<std::int64_t>& words_;
-  std::int64_t* next_ = nullptr;
+  common::KeyWriter key_;
 };
 
 }  // namespace
@@ -444,6 +433,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
     sign.node(node);
   }
   tape.device = device(tape.slots);
+  sign.count(tape.nodes.size(), tape.slots.size());
   for (const autograd::Edge& edge : output_edges) tape.outputs.push_back(walk.value(edge));
   for (std::size_t i = 0; i < input_edges.size(); ++i) {
     tape.inputs.push_back(walk.input_reached(i) ? walk.value(input_edges[i]) : Value());

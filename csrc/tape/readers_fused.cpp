@@ -1,6 +1,5 @@
 // The node of wengert::fused: a loop nest whose factor is the symbolic derivative of its expression.
 #include <stdexcept>
-#include <string>
 
 #include "ops/fused_autograd.h"
 #include "tape/build.h"
@@ -14,8 +13,7 @@ using fused::ExprId;
 void read_fused(Take& k, const ops::FusedBackward& n) {
   const fused::Program& program = *n.program_;
   k.program(n.program_);
-  k.integer(static_cast<std::int64_t>(std::hash<std::string>()(program.text())));
-  k.integer(static_cast<std::int64_t>(program.text().size()));
+  k.integer(static_cast<std::int64_t>(program.id()));
   std::vector<at::Tensor> operands;
   for (const SavedVariable& saved : n.operands_) operands.push_back(k.unpack(saved));
   for (int a = 0; a < program.rank(); ++a) {
@@ -33,7 +31,7 @@ Pullback describe_fused(const Site& s) {
   std::vector<std::int64_t> loops;
   Axes nest;  // coordinates of the nest by axes of the output and new loops
   for (int a = 0; a < rank; ++a) {
-    const std::int64_t extent = s.integer(2 + a);
+    const std::int64_t extent = s.integer(1 + a);
     if ((output.reduced >> a & 1) != 0 && extent != 1) {
       nest.push_back(along(rank + static_cast<int>(loops.size())));
       loops.push_back(extent);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common/key.h"
 #include "common/node_ptr.h"
 #include "fused/program.h"
 #include "tape/operators.h"
@@ -58,7 +59,7 @@ struct TapeContents {
       slots;                   // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
   std::vector<Value> outputs;  // of the requested outputs; node = -1 where an output does not require grad
   std::vector<Value> inputs;   // of the requested inputs; node = -1 where no output reaches it
-  std::vector<std::int64_t> signature;  // equal signatures = same plan: everything above except tensor data and node identity
+  common::Key signature;  // equal signatures = same plan: everything above except tensor data and node identity
 };
 
 // In memory that the next tape of the thread takes over, the lists of its nodes included.

@@ -110,7 +110,7 @@ def native_batch_jacobian(
 ) -> Blocks:
     """``[i][j]`` of shape ``(B, *out, *in)`` for outputs ``(B, *out)`` and inputs ``(B, *in)``.
 
-    Raises ValueError where `check` finds samples coupled; without it the samples are known to be independent.
+    With `check`, raises CoupledSamples unless the samples are seen to be independent; without it they are taken to be.
     """
     return C.batch_jacobian(outputs, inputs, create_graph, check)
 

@@ -56,6 +56,9 @@ class _Disabled:
     class Unsupported(RuntimeError):
         pass
 
+    class CoupledSamples(Unsupported):
+        pass
+
     @staticmethod
     def jacobian_of(func: Any, inputs: Any) -> None:
         """None of the work is done."""
@@ -83,3 +86,5 @@ class _Disabled:
 
 C: Any = _Disabled if DISABLED else _load()
 Refused: type[Exception] = C.Unsupported  # the engine cannot do it; the message is the reason
+# A Refused of batch_jacobian: the samples meet in `node`, by an operator read exactly (`read`) or through one that hides structure.
+CoupledSamples: type[Exception] = C.CoupledSamples

@@ -51,6 +51,7 @@ void LoopNest::Chunk::setup(bool fresh) {
   }
   scratch.sources.assign(loads, Scratch::kNothing);
   scratch.varying.assign(registers, 0);
+  scratch.aimed.assign(nest.outputs_.size(), false);
   scratch.walks.resize(loads + nest.outputs_.size());
   for (std::size_t i = 0; i < loads; ++i) {
     const View& view = nest.operands_[i];
@@ -183,10 +184,12 @@ void LoopNest::Chunk::aim(std::size_t i, char* target, std::int64_t stride, int 
   if (!computed || stride != 1 || output.accumulate || n % lanes != 0 || scratch.registers[r] != tile_at(r)) return;
   if (output.dtype != (nest.wide_ ? Dtype::f64 : Dtype::f32)) return;
   scratch.registers[r] = target;
+  scratch.aimed[i] = true;
 }
 
 void LoopNest::Chunk::reset_registers() const {
   const fused::Bytecode& code = nest.program_->bytecode();
+  std::fill(scratch.aimed.begin(), scratch.aimed.end(), false);
   for (fused::Register r : code.outputs) {
     if (r >= code.loads.size()) scratch.registers[r] = tile_at(r);
   }
@@ -240,7 +243,7 @@ void LoopNest::Chunk::run_rows() {
         if (output.sums == 0) {
           if (n > kScatterBlock && output.strides[inner] != 1) {
             scattered = true;
-          } else if (values != target_of(i)) {
+          } else if (!scratch.aimed[i]) {
             backend.stores[wide][static_cast<int>(output.dtype)](target_of(i), values, {0, output.strides[inner], 1, n},
                                                                  output.accumulate);
           }
@@ -332,11 +335,11 @@ void LoopNest::Chunk::run_packed() {
       Walk& walk = scratch.walks[loads + i];
       const char* values = output_tile(i, n);
       auto piece = [&](std::int64_t position) { return values + position * element; };
-      if (values == target_of(i)) {
-        walk.skip(n);
-        continue;
-      }
       if (output.sums == 0) {
+        if (scratch.aimed[i]) {  // it stands where it belongs
+          walk.skip(n);
+          continue;
+        }
         const Store store = backend.stores[wide][static_cast<int>(output.dtype)];
         char* base = base_of(output);
         walk.rows(n, [&](std::int64_t offset, std::int64_t step, std::int64_t stride, std::int64_t position, std::int64_t rows,

@@ -28,6 +28,7 @@ struct LoopNest::Scratch {
   std::vector<Walk> walks;
   std::vector<const char*> registers;
   std::vector<char> varying;
+  std::vector<char> aimed;  // per output: its register is where it is to be stored, see aim()
   std::vector<unsigned> masks;
   std::vector<std::int64_t> offsets;
   struct Stretch {
