@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <mutex>
+#include <optional>
 
 #include "accumulate/execute.h"
 #include "blocks/footprint.h"
@@ -31,20 +33,25 @@ struct SignatureHash {
   }
 };
 
-// Plans by the structure they were made for.
+// What planning came to: a plan, or the Unsupported why there is none.
+struct Planned {
+  std::shared_ptr<const blocks::Plan> plan;
+  std::exception_ptr refusal;
+};
+
+// By the structure they were made for.
 class PlanCache {
  public:
-  using Key = std::vector<std::int64_t>;
-
-  std::shared_ptr<const blocks::Plan> find(const Key& key) {
+  std::optional<Planned> find(const common::Key& key) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto* found = plans_.find(key);
-    return found ? *found : nullptr;
+    const Planned* found = plans_.find(key);
+    return found ? std::optional(*found) : std::nullopt;
   }
-  void insert(const Key& key, std::shared_ptr<const blocks::Plan> plan) {
-    const std::size_t bytes = sizeof(Key) + key.size() * sizeof(std::int64_t) + blocks::footprint(*plan);
+  void insert(const common::Key& key, const Planned& planned) {
+    const std::size_t bytes =
+        sizeof(key) + key.size() * sizeof(std::int64_t) + (planned.plan ? blocks::footprint(*planned.plan) : 0);
     std::lock_guard<std::mutex> lock(mutex_);
-    plans_.insert(key, std::move(plan), bytes);
+    plans_.insert(key, planned, bytes);
   }
   std::size_t bytes() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -57,12 +64,22 @@ class PlanCache {
 
  private:
   std::mutex mutex_;
-  common::Lru<Key, std::shared_ptr<const blocks::Plan>, SignatureHash> plans_{common::plan_budget()};
+  common::Lru<common::Key, Planned, SignatureHash> plans_{common::plan_budget()};
 };
 
 PlanCache& plan_cache() {
   static PlanCache* cache = new PlanCache;  // never destroyed: threads may outlive static destructors
   return *cache;
+}
+
+Planned plan_anew(const tape::Tape& tape, const Request& request) {
+  try {
+    return {.plan = std::make_shared<const blocks::Plan>(make_plan(tape, request)), .refusal = nullptr};
+  } catch (const tape::Unsupported&) {
+    return {.plan = nullptr, .refusal = std::current_exception()};
+  } catch (const std::logic_error& error) {  // a nest of too many loops, a derivative without a formula
+    return {.plan = nullptr, .refusal = std::make_exception_ptr(tape::Unsupported(error.what()))};
+  }
 }
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
@@ -81,19 +98,14 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
     writer.put(cotangent.dtype);
     writer.put(cotangent.shape);
   }
-  std::shared_ptr<const blocks::Plan> plan = plan_cache().find(key);
-  if (plan) {
-    ++plan_hits;
-    return plan;
+  std::optional<Planned> planned = plan_cache().find(key);
+  ++(planned ? plan_hits : plan_misses);
+  if (!planned) {
+    planned = plan_anew(tape, request);
+    plan_cache().insert(key, *planned);
   }
-  ++plan_misses;
-  try {
-    plan = std::make_shared<const blocks::Plan>(make_plan(tape, request));
-  } catch (const std::logic_error& error) {  // a nest of too many loops, a derivative without a formula
-    throw tape::Unsupported(error.what());
-  }
-  plan_cache().insert(key, plan);
-  return plan;
+  if (planned->refusal) std::rethrow_exception(planned->refusal);
+  return planned->plan;
 }
 
 std::vector<at::Tensor> run(tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {

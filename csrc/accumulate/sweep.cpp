@@ -217,8 +217,8 @@ class Sweep {
     return out;
   }
 
-  // What of a block can be carried through a node that works on some axes element by element: the node leaves such a coordinate as
-  // it is, so a loop that these coordinates determine needs no call of its own.
+  // What of a block can be carried through a node that works on some axes element by element: the node leaves such a coordinate
+  // as it is, so a loop that these coordinates determine needs no call of its own.
   struct Carried {
     std::vector<bool> axes;   // per output axis of the node
     std::vector<bool> loops;  // determined by the coordinates along those axes
@@ -398,7 +398,8 @@ class Sweep {
   }
   static bool is_read(const std::vector<std::vector<tape::Pullback>>& pullbacks) {
     return std::ranges::all_of(pullbacks, [](const std::vector<tape::Pullback>& edge) {
-      return std::ranges::all_of(edge, [](const tape::Pullback& p) { return p.kind == tape::Kind::zero || p.kind == tape::Kind::terms; });
+      return std::ranges::all_of(
+          edge, [](const tape::Pullback& p) { return p.kind == tape::Kind::zero || p.kind == tape::Kind::terms; });
     });
   }
   void watch_coupling(const tape::Node& node, const std::vector<std::size_t>& active, bool read) {

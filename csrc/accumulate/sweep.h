@@ -46,8 +46,7 @@ struct Report {
 // The blocks do not show samples to be independent where that was asked for.  No proof of the opposite: dependences may cancel,
 // and structure may have been lost on the way.
 struct CoupledSamples : tape::Unsupported {
-  CoupledSamples(const std::string& node, bool read)
-      : Unsupported("samples that meet in " + node), node(node), read(read) {}
+  CoupledSamples(const std::string& node, bool read) : Unsupported("samples that meet in " + node), node(node), read(read) {}
   std::string node;  // where they first meet
   bool read;         // by an operator that was read exactly
 };

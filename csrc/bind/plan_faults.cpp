@@ -1,5 +1,7 @@
 #include "bind/plan_faults.h"
 
+#include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -34,15 +36,24 @@ std::vector<std::pair<std::int32_t, std::vector<Affine>*>> coordinates(blocks::S
   return out;
 }
 
-// Moves one coordinate at a time by one place beyond its axis, at either end: (tried, refused).  Then leaves one step out.
-std::pair<int, int> plan_faults(Plan plan) {
+bool is_read(const Plan& plan, std::int32_t slot) {
+  const auto holds = [slot](const std::vector<std::int32_t>& slots) { return std::ranges::find(slots, slot) != slots.end(); };
+  return holds(plan.results) ||
+         std::ranges::any_of(plan.steps, [&](const blocks::Step& s) { return holds(blocks::touched(s).read); });
+}
+
+// Moves one coordinate at a time one place beyond its axis, at either end, and leaves out one step at a time of which more is
+// needed than additions: how many faults, and those that are not seen.
+std::pair<int, std::vector<std::string>> plan_faults(Plan plan) {
   if (const std::string why = blocks::violation(plan); !why.empty()) throw std::invalid_argument("an unsound plan: " + why);
-  int tried = 0, refused = 0;
-  const auto refuses = [&] {
+  int tried = 0;
+  std::vector<std::string> passed;
+  const auto attempt = [&](std::size_t step, const std::string& what) {
     ++tried;
-    refused += !blocks::violation(plan).empty();
+    if (blocks::violation(plan).empty()) passed.push_back("step " + std::to_string(step) + ": " + what);
   };
-  for (blocks::Step& step : plan.steps) {
+  for (std::size_t i = 0; i < plan.steps.size(); ++i) {
+    blocks::Step& step = plan.steps[i];
     const blocks::Shape* extents = nullptr;
     std::visit(
         [&](auto& s) {
@@ -53,10 +64,11 @@ std::pair<int, int> plan_faults(Plan plan) {
       for (std::size_t a = 0; a < axes->size(); ++a) {
         Affine& axis = (*axes)[a];
         const Affine sound = axis;
+        const std::string where = "axis " + std::to_string(a) + " of slot " + std::to_string(slot);
         axis.start += plan.slots[slot].shape[a] - sound.highest(*extents);
-        refuses();
+        attempt(i, where + ", beyond its end");
         axis.start = sound.start - 1 - sound.lowest(*extents);
-        refuses();
+        attempt(i, where + ", before its start");
         axis = sound;
       }
     }
@@ -64,14 +76,20 @@ std::pair<int, int> plan_faults(Plan plan) {
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const blocks::Step step = plan.steps[i];
     plan.steps.erase(plan.steps.begin() + static_cast<std::ptrdiff_t>(i));
-    bool stores = false;  // additions to zeros may be left out unseen
+    std::vector<std::int32_t> stored = blocks::touched(step).written;
     if (const auto* nest = std::get_if<blocks::Evaluate>(&step)) {
-      for (const blocks::Target& target : nest->targets) stores = stores || !plan.slots[target.slot].zero_filled;
+      for (const blocks::Target& target : nest->targets) {
+        if (target.accumulate) std::erase(stored, target.slot);
+      }
     }
-    if (stores) refuses();
+    if (std::ranges::any_of(stored, [&](std::int32_t slot) {
+          return !plan.slots[slot].zero_filled && blocks::numel(plan.slots[slot].shape) > 0 && is_read(plan, slot);
+        })) {
+      attempt(i, "left out");
+    }
     plan.steps.insert(plan.steps.begin() + static_cast<std::ptrdiff_t>(i), step);
   }
-  return {tried, refused};
+  return {tried, passed};
 }
 
 }  // namespace

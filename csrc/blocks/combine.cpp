@@ -141,8 +141,8 @@ bool within_shapes(const Block& block) {
   return fits(block.row, block.row_shape) && fits(block.col, block.col_shape);
 }
 
-// Pads both to the union box of their nests, unless that leaves the array: where several loops move one axis (row 2i + j of 6) the
-// corners of the box may lie beyond what either nest visits.
+// Pads both to the union box of their nests, unless that leaves the array: where several loops move one axis (row 2i + j of 6)
+// the corners of the box may lie beyond what either nest visits.
 std::optional<Block> join(Builder& builder, const Block& a, const Block& b) {
   if (a.dtype != b.dtype || has_index(a) || has_index(b)) return std::nullopt;
   const std::optional<Shift> shift = shift_between(a, b);

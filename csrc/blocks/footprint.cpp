@@ -47,8 +47,8 @@ struct Below {
 }  // namespace
 
 std::size_t footprint(const Plan& plan) {
-  std::size_t bytes = sizeof(Plan) + list(plan.slots) + list(plan.steps) + list(plan.last_use) + list(plan.results) +
-                      list(plan.result_shapes);
+  std::size_t bytes =
+      sizeof(Plan) + list(plan.slots) + list(plan.steps) + list(plan.last_use) + list(plan.results) + list(plan.result_shapes);
   for (const Slot& slot : plan.slots) bytes += list(slot.shape);
   for (const Step& step : plan.steps) bytes += std::visit(Below(), step);
   for (const auto& slots : plan.last_use) bytes += list(slots);

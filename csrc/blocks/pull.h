@@ -16,8 +16,9 @@ class BlockList {
  public:
   void add(Builder& builder, Block block);  // blocks with equal nests are added up lazily
   // Brings down the number of blocks before they are pulled on: stacks progressions, joins shifted nests, and turns a list that
-  // stores more than the dense array (of each sample, where samples are tied) into one dense block.  A short list is left alone, unless each of its blocks costs a call or
-  // a product (then one dense block is less work than it and others beside it, and terms that cancel do so before they grow).
+  // stores more than the dense array (of each sample, where samples are tied) into one dense block.  A short list is left alone,
+  // unless each of its blocks costs a call or a product (then one dense block is less work than it and others beside it, and
+  // terms that cancel do so before they grow).
   void reduce(Builder& builder, bool costly);
   bool empty() const { return blocks_.empty(); }
   std::size_t size() const { return blocks_.size(); }

@@ -45,7 +45,8 @@ class Verifier {
     const Slot& source = slot(s);
     if (source.zero_filled || numel(source.shape) == 0) return;
     expect(written_[s], "a slot is read before it is written");
-    expect(static_cast<std::size_t>(s) < plan_.given || stored_[s] == numel(source.shape), "a slot is read before all of it is stored");
+    expect(static_cast<std::size_t>(s) < plan_.given || stored_[s] == numel(source.shape),
+           "a slot is read before all of it is stored");
   }
 
   // `places`: how many places are stored to; a slot that is not zero-filled has to be stored to once in each of them.

@@ -1,8 +1,8 @@
 #include "fused/program.h"
 
 #include <algorithm>
-#include <atomic>
 #include <array>
+#include <atomic>
 #include <charconv>
 #include <functional>
 #include <mutex>

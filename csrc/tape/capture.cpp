@@ -286,7 +286,8 @@ class Sign {
   template <class List>
   void values_of(const List& values) {
     key_.put(values.size());
-    for (const Value& value : values) key_.put(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
+    for (const Value& value : values)
+      key_.put(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
   }
 
   common::KeyWriter key_;

@@ -59,7 +59,7 @@ struct TapeContents {
       slots;                   // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
   std::vector<Value> outputs;  // of the requested outputs; node = -1 where an output does not require grad
   std::vector<Value> inputs;   // of the requested inputs; node = -1 where no output reaches it
-  common::Key signature;  // equal signatures = same plan: everything above except tensor data and node identity
+  common::Key signature;       // equal signatures = same plan: everything above except tensor data and node identity
 };
 
 // In memory that the next tape of the thread takes over, the lists of its nodes included.

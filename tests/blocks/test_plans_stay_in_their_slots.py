@@ -81,6 +81,6 @@ def test_a_coordinate_beyond_its_axis_is_refused(name):
     """Every coordinate of every step, one at a time, one place beyond either end; and steps that are left out."""
     fn, shape = FAULTY[name]
     x = vec(*shape).requires_grad_()
-    tried, refused = _C.plan_faults([fn(x)], [x])
+    tried, unseen = _C.plan_faults([fn(x)], [x])
     assert tried > 2
-    assert refused == tried
+    assert not unseen

@@ -67,7 +67,7 @@ INDEPENDENT = {
 
 def rows(fn, x):
     full = torch.autograd.functional.jacobian(fn, x)
-    return torch.stack([full[b].select(full.dim() - x.dim(), b) for b in range(len(x))])
+    return torch.stack([full[b].select(full.dim() - x.dim() - 1, b) for b in range(len(x))])
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
@@ -107,5 +107,5 @@ def test_coupled_samples(name):
 
 
 def test_the_message_names_the_node():
-    with pytest.raises(ValueError, match="MeanBackward1"):
+    with pytest.raises(ValueError, match="meet in SubBackward0"):
         wengert.batch_jacobian(lambda x: x - x.mean(0), rand(4, 3))
