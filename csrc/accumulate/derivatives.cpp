@@ -8,6 +8,7 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <utility>
 
 #include "accumulate/execute.h"
 #include "blocks/footprint.h"
@@ -37,6 +38,7 @@ struct SignatureHash {
 struct Planned {
   std::shared_ptr<const blocks::Plan> plan;
   std::exception_ptr refusal;
+  std::size_t structure = 0;  // hash of the key
 };
 
 // By the structure they were made for.
@@ -66,6 +68,8 @@ class PlanCache {
   std::mutex mutex_;
   common::Lru<common::Key, Planned, SignatureHash> plans_{common::plan_budget()};
 };
+
+thread_local std::size_t structures = 0;  // of the plans since the last `take_structures`
 
 PlanCache& plan_cache() {
   static PlanCache* cache = new PlanCache;  // never destroyed: threads may outlive static destructors
@@ -102,8 +106,10 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
   ++(planned ? plan_hits : plan_misses);
   if (!planned) {
     planned = plan_anew(tape, request);
+    planned->structure = SignatureHash{}(key);
     plan_cache().insert(key, *planned);
   }
+  structures = structures * 31 + planned->structure;
   if (planned->refusal) std::rethrow_exception(planned->refusal);
   return planned->plan;
 }
@@ -221,6 +227,8 @@ Report explain(at::TensorList outputs, at::TensorList inputs) {
   make_plan(tape, {.seed = Seed::jacobian, .cotangents = {}}, &report);
   return report;
 }
+
+std::size_t take_structures() { return std::exchange(structures, 0); }
 
 std::map<std::string, std::int64_t> counters() {
   const StepCounts steps = step_counts();

@@ -35,6 +35,9 @@ std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed);
 
 Report explain(at::TensorList outputs, at::TensorList inputs);
 
+// Stands for the structure of the graphs this thread's calls have differentiated since the last call; 0 where there were none.
+std::size_t take_structures();
+
 std::map<std::string, std::int64_t> counters();
 void reset_counters();
 

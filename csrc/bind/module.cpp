@@ -13,6 +13,7 @@
 #include "tape/ambient.h"
 #include "tape/print.h"
 #include "tape/tape.h"
+#include "tape/vmap_watch.h"
 
 namespace py = pybind11;
 
@@ -140,6 +141,9 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"));
   m.def("refusal", &wengert::tape::ambient_refusal);
+  m.def("begin_vmap_watch", &wengert::tape::begin_vmap_watch);
+  m.def("end_vmap_watch", &wengert::tape::end_vmap_watch);
+  m.def("take_structures", &accumulate::take_structures);
   m.def("explain", [](const Tensors& outputs, const Tensors& inputs) {
     py::list rows;
     for (const accumulate::NodeReport& node : accumulate::explain(outputs, inputs).nodes) {

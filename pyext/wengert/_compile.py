@@ -1,4 +1,4 @@
-"""Keeps torch.compile out of the public functions: one graph break before the call, nothing compiled below it."""
+"""What torch.compile sees of the public functions: a graph break before the call, or PyTorch's own function in its place."""
 
 from __future__ import annotations
 
@@ -18,5 +18,19 @@ def eager(fn: F) -> F:
     frame hook skip `fn` and the frames below it, so that user functions are differentiated as eager code.
     """
     fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return _skipped(fn)
+
+
+def traced_as(other: Callable[..., Any]) -> Callable[[F], F]:
+    """Mark a function in whose place the tracer sees `other`, PyTorch's own; called as eager code it is like one of `eager`."""
+
+    def mark(fn: F) -> F:
+        fn._torchdynamo_inline = other  # type: ignore[attr-defined]
+        return _skipped(fn)
+
+    return mark
+
+
+def _skipped(fn: F) -> F:
     set_code_exec_strategy(fn.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return fn

@@ -19,7 +19,7 @@ def f(x):
     return x.sin() * x.prod()
 
 
-def compiled(g, x):
+def compiled(g, x, **options):
     """Result, and the number of graph breaks."""
     import torch._dynamo as dynamo
     from torch._dynamo.utils import counters
@@ -27,7 +27,7 @@ def compiled(g, x):
     dynamo.reset()
     counters.clear()
     try:
-        return torch.compile(g, backend="eager")(x), sum(counters["graph_break"].values())
+        return torch.compile(g, backend="eager", **options)(x), sum(counters["graph_break"].values())
     finally:
         dynamo.reset()
 
@@ -35,10 +35,6 @@ def compiled(g, x):
 COMPILED = {
     "jacobian": lambda x: wengert.jacobian(f, x * 2).sum(0) + 1,
     "hessian": lambda x: wengert.hessian(lambda x: f(x).sum(), x * 2).sum(0) + 1,
-    "jacrev": lambda x: func.jacrev(f)(x * 2).sum(0) + 1,
-    "func.hessian": lambda x: func.hessian(lambda x: f(x).sum())(x * 2).sum(0) + 1,
-    "func.grad": lambda x: func.grad(lambda x: f(x).sum())(x * 2) + 1,
-    "vmap": lambda x: func.vmap(func.jacrev(f))((x * 2)[None].expand(2, 3)).sum(0) + 1,
     "batch_jacobian": lambda x: wengert.batch_jacobian(torch.sin, x * 2) + 1,
     "vjp": lambda x: wengert.vjp(f, x * 2, x)[1] + 1,
 }
@@ -52,21 +48,59 @@ def test_compiled_code_breaks_once_and_is_right(g):
     assert breaks == 1
 
 
-@pytest.mark.parametrize(
-    "g",
-    [
-        lambda x: F.jacobian(f, x * 2).sum(0) + 1,
-        lambda x: torch.func.jacrev(f)(x * 2).sum(0) + 1,
-        lambda x: torch.func.vmap(torch.func.jacrev(f))((x * 2)[None]).sum(0) + 1,
-    ],
-)
-def test_compiled_code_inside_patched(g):
+def test_compiled_code_breaks_once_inside_patched():
     x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    g = lambda x: F.jacobian(f, x * 2).sum(0) + 1
     expected = g(x)
     with wengert.patched():
         result, breaks = compiled(g, x)
     assert_same(result, expected)
     assert breaks == 1
+
+
+def total(x):
+    return f(x).sum()
+
+
+def transforms(m):
+    mapped = m.vmap(m.jacrev(f))
+    return {
+        "jacrev": lambda x: m.jacrev(f)(x * 2).sum(0) + 1,
+        "jacfwd": lambda x: m.jacfwd(f)(x * 2).sum(0) + 1,
+        "hessian": lambda x: m.hessian(total)(x * 2).sum(0) + 1,
+        "grad": lambda x: m.grad(total)(x * 2) + 1,
+        "grad_and_value": lambda x: m.grad_and_value(total)(x * 2)[0] + 1,
+        "vmap(jacrev)": lambda x: m.vmap(m.jacrev(f))((x * 2)[None].expand(2, 3)).sum(0) + 1,
+        "vmap(grad)": lambda x: m.vmap(m.grad(total))((x * 2)[None].expand(2, 3)).sum(0) + 1,
+        "vmap of a function": lambda x: m.vmap(f)((x * 2)[None].expand(2, 3)).sum(0) + 1,
+        "made outside": lambda x: mapped((x * 2)[None].expand(2, 3)).sum(0) + 1,
+    }
+
+
+@pytest.mark.parametrize("name", transforms(func))
+def test_transforms_in_compiled_code_are_torch_s_in_one_graph(name):
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
+    g = transforms(torch.func)[name]
+    expected = g(x)
+    with wengert.patched():  # `g` finds torch.func.vmap, say, when it runs
+        assert_same(compiled(g, x, fullgraph=True), (expected, 0))
+        assert_same(compiled(transforms(torch.func)[name], x, fullgraph=True), (expected, 0))
+    assert_same(compiled(transforms(func)[name], x, fullgraph=True), (expected, 0))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_inside_patched(strict):
+    """Of what torch can export at all."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.func.vmap(f)(x)
+
+    x = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).reshape(2, 3)
+    expected = Model()(x)
+    with wengert.patched():
+        exported = torch.export.export(Model(), (x,), strict=strict).module()
+    assert_same(exported(x), expected)
 
 
 def test_differentiating_compiled_functions():

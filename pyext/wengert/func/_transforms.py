@@ -26,9 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from .. import _engine
-from .._compile import eager
+from .._compile import traced_as
 from .._engine import Refused
 from ._trees import differentiated, flatten, unflatten
+from ._watch import verdict_of
 
 Argnums = int | tuple[int, ...]
 
@@ -173,7 +174,7 @@ class Transform(Wrapped):
             yield transform
             transform = transform.func
 
-    @eager
+    @traced_as(peer)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.at_point(args, kwargs, self.name)
 
@@ -215,12 +216,17 @@ class Transform(Wrapped):
         `grad_mode` is the caller's; here it is on.
         """
         leaves = Leaves(flat, spec, self.argnums, grad_mode)
+        inner_dims = [dims[k] for k in leaves.positions]
         if isinstance(self.func, Transform):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
             out, leaves.refused = self.run(inner, (leaves.flat,), {})
-        else:
-            out = self.run(self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
-        result = self.derive_batch(out, leaves, [dims[k] for k in leaves.positions], grad_mode)
+            return self.derive_batch(out, leaves, inner_dims, grad_mode), leaves.refused
+        verdict = verdict_of(self.func)
+        shapes = tuple([x.shape if isinstance(x, Tensor) else None for x in flat])
+        run = functools.partial(self.run, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
+        out, watched = verdict.run(run, shapes)
+        result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+        verdict.confirm(shapes, watched)
         return result, leaves.refused
 
     def _map(
@@ -232,7 +238,11 @@ class Transform(Wrapped):
         level = _vmap_increment_nesting(size, randomness)
         try:
             args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
-            out = self.check(self.func(*unflatten(args, spec), **kwargs))
+            try:
+                out = self.func(*unflatten(args, spec), **kwargs)
+            except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
+                raise Refused("a function that does not run under vmap alone") from error
+            self.check(out)
             if type(out) is Tensor:
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
@@ -482,6 +492,7 @@ def _batch_columns(
     return columns
 
 
+@traced_as(_torch_grad)
 def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Gradient:
     """Gradient of a scalar function; torch.func.grad.
 
@@ -502,6 +513,7 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     return Gradient(func, argnums, has_aux, with_value=False)
 
 
+@traced_as(_torch_grad_and_value)
 def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Gradient:
     """Gradient and value of a scalar function; torch.func.grad_and_value.
 
@@ -520,6 +532,7 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
     return Gradient(func, argnums, has_aux, with_value=True)
 
 
+@traced_as(_torch_jacrev)
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -554,6 +567,7 @@ def jacrev(
     return Jacobian("jacrev", func, argnums, has_aux, **options)
 
 
+@traced_as(_torch_jacfwd)
 def jacfwd(
     func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, randomness: str = "error"
 ) -> Jacobian:
@@ -579,6 +593,7 @@ def jacfwd(
     return Jacobian("jacfwd", func, argnums, has_aux, randomness=randomness)
 
 
+@traced_as(_torch_hessian)
 def hessian(func: Callable[..., Any], argnums: Argnums = 0) -> Hessian:
     """Hessian of a function; torch.func.hessian.
 

@@ -10,13 +10,14 @@ import torch
 import torch.func as _torch
 from torch import Tensor
 from torch._functorch.vmap import _get_chunked_inputs
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .. import _engine
-from .._compile import eager
+from .._compile import traced_as
 from .._engine import Refused
 from ._transforms import Transform, Wrapped
 from ._trees import batched, flatten, unflatten
+from ._watch import Rewritten, verdict_of
 
 _torch_vmap = _torch.vmap  # kept from before any patching
 
@@ -42,7 +43,10 @@ class BatchedTransform(Wrapped):
         self.randomness, self.chunk_size = randomness, chunk_size
         self.name = f"func.vmap({transform.name.removeprefix('func.')})"
 
-    @eager
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        return self.peer(*args, **kwargs)
+
+    @traced_as(_traced)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason = _engine.refusal()
         if reason is None and (type(self.out_dims) is not int or (kwargs and not self.func.takes_kwargs)):
@@ -54,6 +58,7 @@ class BatchedTransform(Wrapped):
                 done, result = self._run_single(dims, flat, spec, kwargs)
                 if done:
                     return result
+        verdict = None
         if reason is None:
             grad_mode = torch.is_grad_enabled()
             torch._C._set_grad_enabled(True)
@@ -61,12 +66,38 @@ class BatchedTransform(Wrapped):
                 result, refused = self._run(size, dims, flat, spec, kwargs, grad_mode)
                 _engine.count(self.name, refused)
                 return result
+            except Rewritten as error:
+                reason = str(error)
+                if self.randomness == "error":
+                    *_, innermost = self.func.chain()
+                    verdict = verdict_of(innermost.func)
             except Refused as error:
                 reason = str(error)
             finally:
                 torch._C._set_grad_enabled(grad_mode)
+        if verdict is not None and verdict.one_by_one:
+            return self._run_one_by_one(size, dims, flat, spec, kwargs)
         _engine.count_fallback(self.name, reason)
-        return self.peer(*args, **kwargs)
+        try:
+            return self.peer(*args, **kwargs)
+        except RuntimeError:
+            if verdict is None:
+                raise
+            verdict.one_by_one = True
+            return self._run_one_by_one(size, dims, flat, spec, kwargs)
+
+    def _run_one_by_one(
+        self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The derivatives of the samples one after the other: of a function that runs under vmap, but not in PyTorch's order."""
+        results = [
+            self.func.at_point(
+                unflatten([x if d is None else x.select(d, b) for x, d in zip(flat, dims)], spec), kwargs, self.name
+            )
+            for b in range(size)
+        ]
+        trees = [tree_flatten(result) for result in results]
+        return tree_unflatten([torch.stack(parts, self.out_dims) for parts in zip(*(t[0] for t in trees))], trees[0][1])
 
     def _unusual(self, size: int, flat: list[Any], spec: Any) -> str | None:
         if size == 0:
@@ -127,6 +158,7 @@ class BatchedTransform(Wrapped):
         return result, refused
 
 
+@traced_as(_torch_vmap)
 def vmap(
     func: Callable[..., Any],
     in_dims: Any = 0,

@@ -1,0 +1,124 @@
+"""What is known of the functions that run under vmap: whether the graph they leave below it stands for PyTorch's derivative.
+
+PyTorch's ``vmap(jacrev(f))`` records `f` one sample at a time, as it were, and maps afterwards; the engine reads what one run of
+the mapped `f` leaves.  The two agree but for operators that vmap rewrites (see NOTE [Operators that vmap rewrites] in the
+engine), autograd Functions with a vmap rule of their own, and functions that ask whether a tensor requires grad.  So a function
+is watched on its first run with inputs of certain shapes.  Later runs are compared by the structure of their graph, which
+costs nothing; a graph that nobody has watched counts for nothing either.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .. import _engine
+from .._engine import Refused
+from .._native import C
+
+_MOST_SHAPES = 64  # that one function's verdict remembers
+_ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
+
+
+class Watch(TorchFunctionMode):
+    """Watches one run of a function under vmap; `reason` then says why its graph is not PyTorch's, if it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason: str | None = None
+
+    def __enter__(self) -> Watch:
+        C.begin_vmap_watch()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.reason = C.end_vmap_watch() or self.reason
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is custom_function_call:
+            if has_overridden_vmap_rule(args[0]) and not all(_comes_from(t, args[0]) for t in tree_leaves(out)):
+                self.reason = f"{args[0].__name__} has a vmap rule of its own"
+        elif getattr(func, "__self__", None) in _ASKS_FOR_HISTORY and is_batchedtensor(args[0]):
+            self.reason = "the function asks whether a tensor requires grad"
+        return out
+
+
+_engine.HARMLESS_MODES.add(Watch)
+
+
+def _comes_from(value: Any, function: type) -> bool:
+    """Whether what vmap's rule for the autograd `function` returned is the function's own result for the whole batch."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    whole = get_unwrapped(value) if is_batchedtensor(value) else value
+    return getattr(whole.grad_fn, "_forward_cls", None) is function
+
+
+class Rewritten(Refused):
+    """The function runs under vmap, but the graph it leaves does not stand for PyTorch's derivative, or is B graphs."""
+
+
+class Verdict:
+    """What is known of one function."""
+
+    __slots__ = ("one_by_one", "reason", "seen")
+
+    def __init__(self) -> None:
+        self.reason: str | None = None  # why PyTorch has to evaluate it
+        self.one_by_one = False  # for PyTorch cannot either
+        self.seen: dict[Any, set[int]] = {}  # structures of watched graphs, by the shapes of the inputs
+
+    def refuse(self) -> None:
+        """Raise if the function is known to need PyTorch."""
+        if self.reason is not None:
+            raise Rewritten(self.reason)
+
+    def run(self, run: Callable[[], Any], shapes: Any) -> tuple[Any, bool]:
+        """What the function returns, and whether it was watched; raises Refused where PyTorch has to evaluate it."""
+        self.refuse()
+        C.take_structures()
+        if shapes in self.seen:
+            return run(), False
+        with Watch() as watch:
+            out = run()
+        self.reason = watch.reason
+        self.refuse()
+        return out, True
+
+    def confirm(self, shapes: Any, watched: bool) -> None:
+        """After the derivative: remembers a graph that was watched; raises Refused for one that has never been."""
+        structure = C.take_structures()
+        if watched:
+            if structure:
+                if len(self.seen) >= _MOST_SHAPES:
+                    self.seen.clear()
+                self.seen.setdefault(shapes, set()).add(structure)
+        elif structure not in self.seen[shapes]:
+            del self.seen[shapes]  # the next run is watched
+            raise Refused("a function whose graph has changed")
+
+
+_verdicts: dict[int, tuple[weakref.ref[Any], Verdict]] = {}
+
+
+def verdict_of(func: Any) -> Verdict:
+    """The verdict on a function, kept as long as the function lives."""
+    entry = _verdicts.get(id(func))
+    if entry is not None and entry[0]() is func:
+        return entry[1]
+    verdict, key = Verdict(), id(func)
+    try:
+        reference = weakref.ref(func, lambda _: _verdicts.pop(key, None))
+    except TypeError:  # watched every time
+        return verdict
+    _verdicts[key] = (reference, verdict)
+    return verdict

@@ -1,0 +1,258 @@
+"""Functions whose operators vmap rewrites, repeats or cannot run: derivatives are those of PyTorch's own order of things."""
+
+import numpy as np
+import pytest
+import torch
+import wengert
+from support.compare import Tolerance, assert_same, assert_same_call
+from support.native import Calls
+from wengert import func
+
+F = torch.nn.functional
+TIES = torch.tensor([[1.0, 2.0, 2.0, 0.0], [3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+FORMS = ["jacrev", "jacfwd", "grad", "hessian"]
+
+
+def both(call):
+    return assert_same_call(lambda: call(func), lambda: call(torch.func), "")
+
+
+def scalar(f):
+    return lambda *xs: (f(*xs) ** 2).sum()
+
+
+AT_TIES = {
+    "max": lambda x: x.max(),
+    "min": lambda x: x.min(),
+    "median": lambda x: x.median(),
+    "nanmedian": lambda x: x.nanmedian(),
+    "max of a function": lambda x: torch.relu(x - 2.5).max() * x,
+    "max along an axis": lambda x: x.max(0).values,
+    "max of two axes": lambda x: x.reshape(2, 2).max(),
+    "amax": lambda x: x.amax(),
+    "aminmax": lambda x: torch.stack(x.aminmax()),
+    "sort": lambda x: x.sort().values,
+    "topk": lambda x: x.topk(2).values,
+    "maximum": lambda x: torch.maximum(x, x.flip(0)),
+    "norm": lambda x: (x + 1).norm(),
+    "infinity norm": lambda x: x.norm(float("inf")),
+    "dist": lambda x: torch.dist(x, x.flip(0)),
+    "prod": lambda x: x.prod(),
+    "cumprod": lambda x: x.cumprod(0),
+    "cummax": lambda x: x.cummax(0).values,
+    "logsumexp": lambda x: x.logsumexp(0),
+    "max_pool1d": lambda x: F.max_pool1d(x[None], 2),
+    "clamp": lambda x: x.clamp(0, 2),
+    "select_scatter": lambda x: torch.zeros(4, 2, dtype=x.dtype).select_scatter(x, 1, 1),
+    "slice_scatter": lambda x: torch.zeros(6, dtype=x.dtype).slice_scatter(x.sin(), 0, 1, 5),
+    "diagonal_scatter": lambda x: torch.zeros(4, 4, dtype=x.dtype).diagonal_scatter(x),
+    "index_copy": lambda x: torch.ones(5, dtype=x.dtype).index_copy(0, torch.tensor([3, 1, 0, 4]), x),
+    "masked_fill": lambda x: x.masked_fill(x > 1, 0.5) * x,
+    "std": lambda x: (x + torch.arange(4)).std(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", AT_TIES)
+def test_ties(name, form):
+    f = AT_TIES[name] if form in ("jacrev", "jacfwd") else scalar(AT_TIES[name])
+    both(lambda m: m.vmap(getattr(m, form)(f))(TIES))
+    both(lambda m: m.vmap(getattr(m, form)(f), in_dims=1, out_dims=-1)(TIES.T))
+
+
+START = torch.tensor(1)
+NOT_UNDER_VMAP_ALONE = {
+    "a tensor as start": lambda x: torch.narrow(x, 0, START, 2) ** 2,
+    "column_stack": lambda x: torch.column_stack([x, x.sin()]),
+    "a value read": lambda x: x * x[0].item(),
+    "a branch on a value": lambda x: x * 2 if x.sum() > 0 else x.sin(),
+    "in-place on what is shared": lambda x: torch.zeros(4, dtype=x.dtype).add_(x),
+    "random numbers": lambda x: x * torch.rand(4, dtype=x.dtype),
+    "the user's own error": lambda x: x[9],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NOT_UNDER_VMAP_ALONE)
+def test_what_does_not_run_under_vmap_alone(name, form):
+    f = NOT_UNDER_VMAP_ALONE[name]
+    f = f if form in ("jacrev", "jacfwd") else scalar(f)
+    both(lambda m: m.vmap(getattr(m, form)(f))(TIES))
+
+
+def test_a_chunked_loss_keeps_its_history():
+    """An operator in Python that asks its arguments whether they require grad; torch refuses it in this order."""
+    w, t = torch.rand(3, 4, dtype=torch.float64), torch.tensor([0, 2])
+    options = torch.nn.LinearCrossEntropyOptions()
+    f = lambda x: F.linear_cross_entropy(x, w, t, options=options)
+    x = torch.rand(2, 2, 4, dtype=torch.float64)
+    ours = func.vmap(func.jacrev(f))(x)
+    assert_same(ours, torch.stack([torch.autograd.functional.jacobian(f, s) for s in x]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_functions_that_ask_whether_a_tensor_requires_grad(form):
+    f = lambda x: x.sin() if (x * 2).requires_grad else x.detach() * 3
+    f = f if form in ("jacrev", "jacfwd") else scalar(f)
+    both(lambda m: m.vmap(getattr(m, form)(f))(TIES))
+
+
+class Rounding(torch.autograd.Function):
+    """Straight through, with a vmap rule that computes the value alone."""
+
+    @staticmethod
+    def forward(x):
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return x.round(), in_dims[0]
+
+
+class Sorting(torch.autograd.Function):
+    """Through numpy, with a vmap rule that applies the Function to the whole batch."""
+
+    @staticmethod
+    def forward(x, axis):
+        order = torch.from_numpy(np.argsort(x.detach().numpy(), axis=axis))
+        return torch.from_numpy(np.sort(x.detach().numpy(), axis=axis)), order
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1].argsort(inputs[1]))
+        ctx.axis = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g, _):
+        return g.gather(ctx.axis, ctx.saved_tensors[0]), None
+
+    @staticmethod
+    def vmap(info, in_dims, x, axis):
+        return Sorting.apply(x.movedim(in_dims[0], 0), axis % (x.dim() - 1) + 1), (0, 0)
+
+
+class Generated(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("form", ["jacrev", "grad"])
+@pytest.mark.parametrize("f", [lambda x: Rounding.apply(x * 1.3), lambda x: Sorting.apply(x * 2, 0)[0], Generated.apply])
+def test_autograd_functions_with_vmap_rules(f, form):
+    f = f if form == "jacrev" else scalar(f)
+    both(lambda m: m.vmap(getattr(m, form)(f))(TIES))
+
+
+def test_custom_operators_with_vmap_rules():
+    @torch.library.custom_op("wengert_tests::doubled", mutates_args=())
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    doubled.register_autograd(lambda ctx, g: g * 3)  # on purpose not what it computes
+    for rule in (None, lambda info, in_dims, x: (x * 2, in_dims[0]), lambda info, in_dims, x: (doubled(x), in_dims[0])):
+        if rule is not None:
+            doubled.register_vmap(rule)
+        f = lambda x: doubled(x.sin())
+        ours = func.vmap(func.jacrev(f))(TIES)
+        assert_same(ours, torch.stack([torch.autograd.functional.jacobian(f, s) for s in TIES]))
+
+
+LOOPED = {
+    "multi_margin_loss": lambda x: F.multi_margin_loss(x, torch.tensor(1)),
+    "soft_margin_loss": lambda x: F.soft_margin_loss(x, torch.ones(4, dtype=x.dtype)),
+    "masked_fill by a tensor": lambda x: x.masked_fill(x > 1, x[0]),
+    "take": lambda x: x.take(torch.tensor([0, 0, 2])),
+    "quantile": lambda x: x.quantile(0.3),
+    "renorm": lambda x: x.reshape(2, 2).renorm(2, 0, 1.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("form", ["jacrev", "grad"])
+@pytest.mark.parametrize("name", LOOPED)
+def test_operators_without_a_batching_rule(name, form):
+    f = LOOPED[name] if form == "jacrev" else scalar(LOOPED[name])
+    x = torch.linspace(-1, 2, 24, dtype=torch.float64).reshape(6, 4)
+    before = Calls.now()
+    both(lambda m: m.vmap(getattr(m, form)(f))(x))
+    assert (Calls.now() - before).fallback.total() == 1  # B subgraphs are not differentiated
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_torch_cannot_map_in_its_own_order_is_answered_sample_by_sample():
+    cell = torch.nn.GRUCell(4, 3).double()
+    f = lambda x: cell(x[None])[0]
+    x = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(3, 4)
+    each = lambda form: torch.stack([getattr(torch.func, form)(f)(s) for s in x])
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(torch.func.jacrev(f))(x)
+    mapped = func.vmap(func.jacrev(f))
+    assert_same(mapped(x).detach(), each("jacrev").detach())
+    assert_same(mapped(x).detach(), each("jacrev").detach())
+    assert_same(func.vmap(func.jacrev(f), in_dims=1, out_dims=1)(x.T).detach(), each("jacrev").detach().movedim(0, 1))
+    jacobian, aux = func.vmap(func.jacrev(lambda x: (f(x), {"twice": x * 2}), has_aux=True))(x)
+    assert_same((jacobian.detach(), aux), (each("jacrev").detach(), {"twice": x * 2}))
+    total = lambda x: f(x).sum()
+    assert_same(func.vmap(func.grad(total))(x).detach(), each("jacrev").detach().sum(1))
+
+
+def test_a_function_that_changes_is_not_taken_for_what_it_was():
+    """The graph has another structure, so that what was seen of the function no longer counts."""
+    now = {}
+    f = lambda x: x.sin().max() if now["whole"] else x.sin()
+    mapped = [m.vmap(m.jacrev(f)) for m in (func, torch.func)]
+    for now["whole"] in (False, False, True, True, False):
+        assert_same(*(g(TIES) for g in mapped))
+        assert_same(*(g(TIES[:2]) for g in mapped))
+
+
+def test_what_has_been_watched_runs_natively_for_any_batch_size():
+    f = lambda x: x.sin() * x.prod()
+    before = Calls.now()
+    for size in (5, 5, 7, 2, 5):
+        x = torch.linspace(0.5, 1.5, size * 3, dtype=torch.float64).reshape(size, 3)
+        assert_same(func.vmap(func.jacrev(f))(x), torch.func.vmap(torch.func.jacrev(f))(x))
+    calls = Calls.now() - before
+    assert calls.native == 5 and not calls.fallback
+
+
+def test_functions_run_once_where_the_engine_answers():
+    runs = []
+
+    def f(x):
+        runs.append(1)
+        return x.sin()
+
+    mapped = func.vmap(func.jacrev(f))
+    mapped(TIES), mapped(TIES)
+    assert len(runs) == 2
+
+
+def test_the_watch_ends_with_an_interrupt():
+    def f(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        func.vmap(func.jacrev(f))(TIES)
+    assert_same(func.vmap(func.jacrev(torch.sin))(TIES), torch.diag_embed(TIES.cos()), tol=Tolerance())
+    assert wengert._native.C.end_vmap_watch() == ""
