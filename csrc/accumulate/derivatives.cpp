@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <optional>
@@ -86,6 +88,27 @@ Planned plan_anew(const tape::Tape& tape, const Request& request) {
   }
 }
 
+// WENGERT_COMPARE_PLANS=1, for tests: a plan that is found again is made again, to see that its key says all of it.
+bool compares_hits() {
+  static const bool compares = [] {
+    const char* value = std::getenv("WENGERT_COMPARE_PLANS");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return compares;
+}
+
+void compare(const Planned& found, const Planned& made) {
+  const auto text = [](const Planned& planned) {
+    if (!planned.plan) return std::string("refused\n");
+    std::string out = blocks::to_string(*planned.plan);
+    for (const blocks::Step& step : planned.plan->steps) {
+      if (const auto* nest = std::get_if<blocks::Evaluate>(&step)) out += nest->text;
+    }
+    return out;
+  };
+  TORCH_CHECK(text(found) == text(made), "wengert: two structures share the key of one plan:\n", text(found), "and\n", text(made));
+}
+
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
 std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
   common::Key& key = tape.signature;
@@ -104,6 +127,7 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
   }
   std::optional<Planned> planned = plan_cache().find(key);
   ++(planned ? plan_hits : plan_misses);
+  if (planned && compares_hits()) compare(*planned, plan_anew(tape, request));
   if (!planned) {
     planned = plan_anew(tape, request);
     planned->structure = SignatureHash{}(key);

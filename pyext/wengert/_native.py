@@ -86,5 +86,5 @@ class _Disabled:
 
 C: Any = _Disabled if DISABLED else _load()
 Refused: type[Exception] = C.Unsupported  # the engine cannot do it; the message is the reason
-# A Refused of batch_jacobian: the samples meet in `node`, by an operator read exactly (`read`) or through one that hides structure.
+# A Refused of batch_jacobian: samples meet in `node`; `read` says whether that operator is known exactly.
 CoupledSamples: type[Exception] = C.CoupledSamples

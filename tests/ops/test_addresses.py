@@ -1,4 +1,4 @@
-"""Results do not depend on where tensors happen to lie: fresh threads have fresh scratch memory, padded heaps move everything else."""
+"""Results do not depend on where tensors lie: fresh threads have fresh scratch memory, padded heaps move all else."""
 
 import threading
 
