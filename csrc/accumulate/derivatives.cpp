@@ -8,11 +8,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <mutex>
-#include <optional>
+#include <typeinfo>
 #include <utility>
 
 #include "accumulate/execute.h"
+#include "accumulate/history.h"
 #include "blocks/footprint.h"
 #include "common/budget.h"
 #include "common/lru.h"
@@ -36,26 +38,35 @@ struct SignatureHash {
   }
 };
 
+// Until tapes say so.
+bool runs_user_code(const tape::Tape& tape) {
+  return std::ranges::any_of(tape.nodes, [](const tape::Node& node) {
+    const char* type = typeid(*node.fn).name();
+    return std::strstr(type, "PyNode") != nullptr || std::strstr(type, "CppNode") != nullptr;
+  });
+}
+
 // What planning came to: a plan, or the Unsupported why there is none.
 struct Planned {
-  std::shared_ptr<const blocks::Plan> plan;
+  blocks::Plan plan;
   std::exception_ptr refusal;
   std::size_t structure = 0;  // hash of the key
+  HistoryMemo history;        // of the results
+  HistoryMemo second;         // of the Hessian, where the results are the gradient
 };
 
 // By the structure they were made for.
 class PlanCache {
  public:
-  std::optional<Planned> find(const common::Key& key) {
+  std::shared_ptr<const Planned> find(const common::Key& key) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const Planned* found = plans_.find(key);
-    return found ? std::optional(*found) : std::nullopt;
+    const auto* found = plans_.find(key);
+    return found ? *found : nullptr;
   }
-  void insert(const common::Key& key, const Planned& planned) {
-    const std::size_t bytes =
-        sizeof(key) + key.size() * sizeof(std::int64_t) + (planned.plan ? blocks::footprint(*planned.plan) : 0);
+  void insert(const common::Key& key, std::shared_ptr<const Planned> planned) {
+    const std::size_t bytes = sizeof(key) + key.size() * sizeof(std::int64_t) + blocks::footprint(planned->plan);
     std::lock_guard<std::mutex> lock(mutex_);
-    plans_.insert(key, planned, bytes);
+    plans_.insert(key, std::move(planned), bytes);
   }
   std::size_t bytes() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -68,7 +79,7 @@ class PlanCache {
 
  private:
   std::mutex mutex_;
-  common::Lru<common::Key, Planned, SignatureHash> plans_{common::plan_budget()};
+  common::Lru<common::Key, std::shared_ptr<const Planned>, SignatureHash> plans_{common::plan_budget()};
 };
 
 thread_local std::size_t structures = 0;  // of the plans since the last `take_structures`
@@ -78,14 +89,17 @@ PlanCache& plan_cache() {
   return *cache;
 }
 
-Planned plan_anew(const tape::Tape& tape, const Request& request) {
+std::shared_ptr<const Planned> plan_anew(const tape::Tape& tape, const Request& request, std::size_t structure) {
+  auto planned = std::make_shared<Planned>();
+  planned->structure = structure;
   try {
-    return {.plan = std::make_shared<const blocks::Plan>(make_plan(tape, request)), .refusal = nullptr};
+    planned->plan = make_plan(tape, request);
   } catch (const tape::Unsupported&) {
-    return {.plan = nullptr, .refusal = std::current_exception()};
+    planned->refusal = std::current_exception();
   } catch (const std::logic_error& error) {  // a nest of too many loops, a derivative without a formula
-    return {.plan = nullptr, .refusal = std::make_exception_ptr(tape::Unsupported(error.what()))};
+    planned->refusal = std::make_exception_ptr(tape::Unsupported(error.what()));
   }
+  return planned;
 }
 
 // WENGERT_COMPARE_PLANS=1, for tests: a plan that is found again is made again, to see that its key says all of it.
@@ -99,21 +113,24 @@ bool compares_hits() {
 
 void compare(const Planned& found, const Planned& made) {
   const auto text = [](const Planned& planned) {
-    if (!planned.plan) return std::string("refused\n");
-    std::string out = blocks::to_string(*planned.plan);
-    for (const blocks::Step& step : planned.plan->steps) {
+    if (planned.refusal) return std::string("refused\n");
+    std::string out = blocks::to_string(planned.plan);
+    for (const blocks::Step& step : planned.plan.steps) {
       if (const auto* nest = std::get_if<blocks::Evaluate>(&step)) out += nest->text;
     }
     return out;
   };
-  TORCH_CHECK(text(found) == text(made), "wengert: two structures share the key of one plan:\n", text(found), "and\n", text(made));
+  TORCH_CHECK(text(found) == text(made), "wengert: two structures share the key of one plan:\n", text(found), "and\n",
+              text(made));
 }
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
-std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& request) {
+std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request, Mode mode, at::TensorList cotangents) {
   common::Key& key = tape.signature;
   common::KeyWriter writer(key);
-  writer.room(4);
+  if (mode != Mode::plain) sign_edges(tape, writer);
+  writer.room(5);
+  writer.put(mode);
   writer.put(request.seed);
   writer.put(request.none_is_zero);
   writer.put(ops::can_launch(tape.device.type()));
@@ -125,24 +142,37 @@ std::shared_ptr<const blocks::Plan> plan_for(tape::Tape& tape, const Request& re
     writer.put(cotangent.dtype);
     writer.put(cotangent.shape);
   }
-  std::optional<Planned> planned = plan_cache().find(key);
+  for (const at::Tensor& cotangent : cotangents) {
+    writer.room(1);
+    writer.put(cotangent.requires_grad());
+  }
+  std::shared_ptr<const Planned> planned = plan_cache().find(key);
   ++(planned ? plan_hits : plan_misses);
-  if (planned && compares_hits()) compare(*planned, plan_anew(tape, request));
+  if (planned && compares_hits()) compare(*planned, *plan_anew(tape, request, planned->structure));
   if (!planned) {
-    planned = plan_anew(tape, request);
-    planned->structure = SignatureHash{}(key);
-    plan_cache().insert(key, *planned);
+    planned = plan_anew(tape, request, SignatureHash{}(key));
+    plan_cache().insert(key, planned);
   }
   structures = structures * 31 + planned->structure;
   if (planned->refusal) std::rethrow_exception(planned->refusal);
-  return planned->plan;
+  return planned;
 }
 
-std::vector<at::Tensor> run(tape::Tape& tape, const Request& request, at::TensorList cotangents, bool create_graph) {
-  const std::shared_ptr<const blocks::Plan> plan = plan_for(tape, request);
+struct Answer {
+  std::vector<at::Tensor> results;
+  std::shared_ptr<const Planned> planned;
+  bool custom = false;  // user code took part, which is not asked twice
+};
+
+Answer run(tape::Tape& tape, const Request& request, at::TensorList cotangents, Mode mode) {
+  Answer answer{
+      .results = {}, .planned = plan_for(tape, request, mode, cotangents), .custom = mode != Mode::plain && runs_user_code(tape)};
+  const blocks::Plan& plan = answer.planned->plan;
   try {
     const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
-    return create_graph ? execute_differentiably(*plan, tape, cotangents, strides) : execute(*plan, tape, cotangents, strides);
+    answer.results =
+        mode == Mode::plain ? execute(plan, tape, cotangents, strides) : execute_differentiably(plan, tape, cotangents, strides);
+    return answer;
   } catch (const kernels::cuda::CompileError& error) {
     TORCH_WARN_ONCE("wengert cannot compile CUDA kernels and leaves the work to PyTorch. ", error.what());
     throw tape::Unsupported("CUDA kernels cannot be compiled");
@@ -165,11 +195,18 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
   return out;
 }
 
-TensorRows jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero) {
+Answer jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
   const bool one_row = std::ranges::all_of(outputs, [](const at::Tensor& output) { return output.numel() <= 1; });
-  tape::Tape tape = capture(outputs, inputs, create_graph, one_row);
-  const Request request{.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero};
-  return rows(run(tape, request, {}, create_graph), inputs.size());
+  tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, one_row);
+  return run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, {}, mode);
+}
+
+// With the history that PyTorch's results have.
+void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Question& question,
+              Counterparts (*ask)(const Question&, bool), bool option) {
+  if (mode == Mode::plain || answer.custom) return;
+  const auto find = [&] { return std::make_unique<History>(question, ask(question, option), answer.results); };
+  memo.get(find).apply(question, answer.results);
 }
 
 // Every tensor has its samples along the first axis, and as many of them.
@@ -181,18 +218,27 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 
 }  // namespace
 
-TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero) {
-  return jacobians(Seed::jacobian, outputs, inputs, create_graph, none_is_zero);
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
+  Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
+  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = outputs};
+  complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
+  return rows(std::move(answer.results), inputs.size());
 }
 
-TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check) {
+TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool check) {
   if (!same_batch(outputs, inputs)) throw tape::Unsupported("tensors without a common batch axis in front");
-  return jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, create_graph, true);
+  Answer answer = jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, mode, true);
+  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = {}};
+  complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
+  return rows(std::move(answer.results), inputs.size());
 }
 
-std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
-                                 bool create_graph, bool batched, bool none_is_zero) {
-  tape::Tape tape = capture(outputs, inputs, create_graph, !batched);
+namespace {
+
+// With `history`, as PyTorch's; without it, as it comes.
+Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph, Mode mode,
+                 bool batched, bool none_is_zero, bool history) {
+  tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, !batched);
   Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}, .none_is_zero = none_is_zero};
   std::vector<at::Tensor> given;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
@@ -210,29 +256,43 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
     }
     request.cotangents.push_back(std::move(cotangent));
   }
-  std::vector<at::Tensor> results = run(tape, request, given, create_graph);
+  Answer answer = run(tape, request, given, mode);
+  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = cotangents, .rows = {}};
+  if (history) complete(answer, mode, answer.planned->history, question, gradient_rows, batched);
   if (!retain_graph) tape::release(tape);
-  return results;
+  return answer;
 }
 
-TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph) {
-  const std::vector<at::Tensor> gradients = gradient({output}, inputs, {}, true, true, false, true);
+}  // namespace
+
+std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
+                                 Mode mode, bool batched, bool none_is_zero) {
+  return gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true).results;
+}
+
+TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
+  const Mode first = mode == Mode::plain ? Mode::differentiable : mode;
+  Answer answer = gradients({output}, inputs, {}, true, first, false, true, false);
   std::vector<at::Tensor> connected;
-  for (const at::Tensor& g : gradients) {
+  for (const at::Tensor& g : answer.results) {
     if (g.defined() && g.requires_grad()) connected.push_back(g);
   }
-  TensorRows second;
-  if (!connected.empty()) second = jacobian(connected, inputs, create_graph);
-  TensorRows out;
-  std::size_t next = 0;
-  for (const at::Tensor& g : gradients) {
+  std::vector<at::Tensor> second;
+  if (!connected.empty()) second = jacobians(Seed::jacobian, connected, inputs, mode, true).results;
+  auto row = second.begin();
+  std::vector<at::Tensor> blocks;
+  for (const at::Tensor& g : answer.results) {
     if (g.defined() && g.requires_grad()) {
-      out.push_back(std::move(second[next++]));
+      blocks.insert(blocks.end(), row, row + std::ssize(inputs));
+      row += std::ssize(inputs);
     } else {
-      out.emplace_back(inputs.size());
+      blocks.resize(blocks.size() + inputs.size());
     }
   }
-  return out;
+  answer.results = std::move(blocks);
+  const Question question{.outputs = output, .inputs = inputs, .cotangents = {}, .rows = inputs};
+  complete(answer, mode, answer.planned->second, question, hessian_rows, mode == Mode::at_once);
+  return rows(std::move(answer.results), inputs.size());
 }
 
 blocks::Plan jacobian_plan(at::TensorList outputs, at::TensorList inputs) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
@@ -10,23 +11,27 @@
 
 namespace wengert::accumulate {
 
+// Results without history, results that can be differentiated, and such for which PyTorch computes all rows as one tensor, which
+// then requires grad as a whole.
+enum class Mode : std::uint8_t { plain, differentiable, at_once };
+
 using TensorRows = std::vector<std::vector<at::Tensor>>;  // undefined = not connected
 
 // [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.  Where a node of
 // PyTorch's gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.
-TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool none_is_zero = true);
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero = true);
 
 // outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples unless the blocks show that samples
 // do not depend on each other; without it, independence is trusted.
-TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool check);
+TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool check);
 
 // Sum over outputs of the vector-Jacobian products with `cotangents`; an undefined cotangent of a one-element output stands
 // for 1. With `batched`, every cotangent has one more leading axis, and so has every result.
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
-                                 bool create_graph, bool batched, bool none_is_zero = false);
+                                 Mode mode, bool batched, bool none_is_zero = false);
 
 // [i][j] = d^2 output / d inputs[i] d inputs[j] of a one-element output.
-TensorRows hessian(const at::Tensor& output, at::TensorList inputs, bool create_graph);
+TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode);
 
 blocks::Plan jacobian_plan(at::TensorList outputs, at::TensorList inputs);
 

@@ -49,6 +49,10 @@ Tensors plain(const py::sequence& given) {
   return out;
 }
 
+accumulate::Mode mode(bool create_graph, bool at_once = false) {
+  return !create_graph ? accumulate::Mode::plain : at_once ? accumulate::Mode::at_once : accumulate::Mode::differentiable;
+}
+
 // Runs f without the GIL; nodes written in Python take it back for themselves.  Warnings become Python's.
 template <class F>
 auto released(F&& f) {
@@ -101,27 +105,27 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "jacobian",
-      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool none_is_zero) {
+      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool none_is_zero, bool at_once) {
         const Tensors ys = plain(outputs), xs = plain(inputs);
-        return to_python(released([&] { return accumulate::jacobian(ys, xs, create_graph, none_is_zero); }));
+        return to_python(released([&] { return accumulate::jacobian(ys, xs, mode(create_graph, at_once), none_is_zero); }));
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("none_is_zero") = true);
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("none_is_zero") = true, py::arg("at_once") = false);
   m.def(
       "batch_jacobian",
       [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool check) {
         const Tensors ys = plain(outputs), xs = plain(inputs);
-        return to_python(released([&] { return accumulate::batch_jacobian(ys, xs, create_graph, check); }));
+        return to_python(released([&] { return accumulate::batch_jacobian(ys, xs, mode(create_graph), check); }));
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("check"));
   m.def("jacobian_of", [](const py::object& func, const py::object& input) {
     return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
       if (ys[0].numel() == 0) throw wengert::tape::Unsupported("an output without elements");
-      return released([&] { return accumulate::jacobian(ys, xs, false, true); });
+      return released([&] { return accumulate::jacobian(ys, xs, accumulate::Mode::plain); });
     });
   });
   m.def("batch_jacobian_of", [](const py::object& func, const py::object& input) {
     return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
-      return released([&] { return accumulate::batch_jacobian(ys, xs, false, true); });
+      return released([&] { return accumulate::batch_jacobian(ys, xs, accumulate::Mode::plain, true); });
     });
   });
   m.def(
@@ -129,17 +133,18 @@ PYBIND11_MODULE(_C, m) {
       [](const py::sequence& outputs, const py::sequence& inputs, const py::sequence& cotangents, bool retain_graph,
          bool create_graph, bool batched) {
         const Tensors ys = plain(outputs), xs = plain(inputs), given = plain(cotangents);
-        return to_python(released([&] { return accumulate::gradient(ys, xs, given, retain_graph, create_graph, batched); }));
+        return to_python(
+            released([&] { return accumulate::gradient(ys, xs, given, retain_graph, mode(create_graph), batched); }));
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("cotangents"), py::arg("retain_graph"), py::arg("create_graph"),
       py::arg("is_grads_batched"));
   m.def(
       "hessian",
-      [](const py::object& output, const py::sequence& inputs, bool create_graph) {
+      [](const py::object& output, const py::sequence& inputs, bool create_graph, bool at_once) {
         const Tensors y = plain(py::make_tuple(output)), xs = plain(inputs);
-        return to_python(released([&] { return accumulate::hessian(y[0], xs, create_graph); }));
+        return to_python(released([&] { return accumulate::hessian(y[0], xs, mode(create_graph, at_once)); }));
       },
-      py::arg("output"), py::arg("inputs"), py::arg("create_graph"));
+      py::arg("output"), py::arg("inputs"), py::arg("create_graph"), py::arg("at_once") = false);
   m.def("refusal", &wengert::tape::ambient_refusal);
   m.def("begin_vmap_watch", &wengert::tape::begin_vmap_watch);
   m.def("end_vmap_watch", &wengert::tape::end_vmap_watch);

@@ -181,6 +181,24 @@ ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
   return gradients;
 }
 
+std::vector<bool> FusedBackward::effective_edges(std::size_t output) {
+  std::vector<bool> wanted;
+  for (const ag::Edge& edge : next_edges()) wanted.push_back(edge.is_valid());
+  std::vector<at::Tensor> operands;
+  {
+    std::lock_guard lock(mutex_);
+    for (const ag::SavedVariable& saved : operands_) operands.push_back(saved.unpack());
+  }
+  try {
+    std::vector<bool> given(program_->outputs().size(), false);
+    given[output] = true;
+    const auto derived = vjp_program(program_, operands, wanted, given);
+    for (std::size_t i = 0; i < wanted.size(); ++i) wanted[i] = derived->outputs[i] >= 0;
+  } catch (const c10::NotImplementedError&) {  // a partial without a formula may be anything
+  }
+  return wanted;
+}
+
 void FusedBackward::release_variables() {
   std::lock_guard lock(mutex_);
   for (ag::SavedVariable& saved : operands_) saved.reset_data();

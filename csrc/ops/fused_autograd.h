@@ -17,6 +17,8 @@ struct FusedBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& cotangents) override;
   std::string name() const override { return "wengert::FusedBackward"; }
   void release_variables() override;
+  // The edges that receive anything from an output: an operand of which the nest only takes the sign, say, receives nothing.
+  std::vector<bool> effective_edges(std::size_t output);
 
   std::vector<torch::autograd::SavedVariable> operands_;
   std::shared_ptr<const fused::Program> program_;

@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "ops/fused_autograd.h"
+#include "ops/tether.h"
 #include "tape/build.h"
 
 namespace wengert::tape {
@@ -57,8 +58,14 @@ Pullback describe_fused(const Site& s) {
   }
 }
 
+// Results pass through to where they came from, one by one; the other edges receive zeros.
+Pullback describe_tether(const Site& s) { return s.input == s.output ? identity() : zero(); }
+
 }  // namespace
 
-void add_fused(Table& t) { t.add<ops::FusedBackward>("wengert::FusedBackward", read_fused, describe_fused); }
+void add_fused(Table& t) {
+  t.add<ops::FusedBackward>("wengert::FusedBackward", read_fused, describe_fused);
+  t.add<ops::TetherBackward>("wengert::TetherBackward", describe_tether);
+}
 
 }  // namespace wengert::tape

@@ -91,18 +91,22 @@ def count(name: str, reason: str | None) -> None:
 
 
 def native_jacobian(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, none_is_zero: bool = True
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool,
+    none_is_zero: bool = True,
+    vectorize: bool = False,
 ) -> Blocks:
     """``[i][j]`` of shape ``outputs[i].shape + inputs[j].shape``; the graph is never freed.
 
     Like the other native functions: not counted, and raises Refused.
     """
-    return C.jacobian(outputs, inputs, create_graph, none_is_zero)
+    return C.jacobian(outputs, inputs, create_graph, none_is_zero, vectorize)
 
 
-def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
+def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool, vectorize: bool = False) -> Blocks:
     """``[i][j]`` of shape ``inputs[i].shape + inputs[j].shape`` for a one-element output; the graph is never freed."""
-    return C.hessian(output, inputs, create_graph)
+    return C.hessian(output, inputs, create_graph, vectorize)
 
 
 def native_batch_jacobian(
@@ -154,7 +158,7 @@ def jacobian(
 
     Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
     """
-    result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph, none_is_zero)
+    result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph, none_is_zero, vectorize)
     return result if result is not None else _torch_jacobian(outputs, inputs, create_graph, vectorize)
 
 
@@ -168,7 +172,7 @@ def hessian(
     vectorize: bool = False,
 ) -> Blocks:
     """`native_hessian`, or the same from PyTorch's engine."""
-    result = attempt(name, reason, native_hessian, output, inputs, create_graph)
+    result = attempt(name, reason, native_hessian, output, inputs, create_graph, vectorize)
     if result is not None:
         return result
     gradient: Sequence[Tensor | None] = [None] * len(inputs)

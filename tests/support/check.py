@@ -314,6 +314,7 @@ def _check_create_graph(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
             continue
         result = ours(f, xs, create_graph=True)
         assert_same(result, reference.value, f"{name} create_graph", tol)
+        assert_same_history(result, reference.value, active, f"{name} create_graph")
         expected = Outcome.of(lambda: _second_derivative(reference.value, active)).value
         if expected is None:  # torch has no derivative of this derivative
             continue
@@ -322,6 +323,20 @@ def _check_create_graph(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
             total = weighted_sum(result)
             again = wengert.grad(total, active, retain_graph=True, materialize_grads=True)
             assert_same(again, tuple(expected), "wengert.grad of our own Jacobian", tol)
+
+
+def assert_same_history(ours: Any, theirs: Any, inputs: Sequence[torch.Tensor], where: str) -> None:
+    """Ours require grad exactly where torch's do, and lead to the same inputs."""
+    for k, (a, b) in enumerate(zip(leaves(ours), leaves(theirs))):
+        assert a.requires_grad == b.requires_grad, f"{where}[{k}]: requires_grad is {a.requires_grad}, torch's {b.requires_grad}"
+        if not b.requires_grad:
+            continue
+        expected = Outcome.of(lambda: torch.autograd.grad(b.sum(), inputs, retain_graph=True, allow_unused=True))
+        if expected.error is not None:  # torch has no derivative of this derivative
+            continue
+        found = torch.autograd.grad(a.sum(), inputs, retain_graph=True, allow_unused=True)
+        absent = [[g is None for g in gradients] for gradients in (found, expected.value)]
+        assert absent[0] == absent[1], f"{where}[{k}]: which gradients are None: {absent[0]}, torch's {absent[1]}"
 
 
 def _second_derivative(tree: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

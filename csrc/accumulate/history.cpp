@@ -1,0 +1,289 @@
+#include "accumulate/history.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <typeinfo>
+
+#include "ops/fused_autograd.h"
+#include "ops/tether.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+namespace autograd = torch::autograd;
+using autograd::Edge;
+
+Edge edge_of(const at::Tensor& tensor) { return tensor.requires_grad() ? autograd::impl::gradient_edge(tensor) : Edge(); }
+
+// The edges on which a cotangent of this output may go on; all, but for our own nodes, which compute several results at once.
+std::vector<bool> onwards(const Edge& edge) {
+  autograd::Node& fn = *edge.function;
+  if (auto* fused = dynamic_cast<ops::FusedBackward*>(&fn)) return fused->effective_edges(edge.input_nr);
+  std::vector<bool> all(fn.num_outputs(), true);
+  if (dynamic_cast<ops::TetherBackward*>(&fn) != nullptr) {
+    for (std::uint32_t k = 0; k < fn.num_inputs(); ++k) all[k] = k == edge.input_nr;
+  }
+  return all;
+}
+
+// What PyTorch warns of it warns of in the user's own calls.
+class Silenced : c10::WarningHandler {
+ public:
+  Silenced() : guard_(this) {}
+
+ private:
+  void process(const c10::Warning&) override {}
+  c10::WarningUtils::WarningHandlerGuard guard_;
+};
+
+bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+// The inputs, and, once a walk has found them, the other leaves that the outputs and cotangents lead to.
+class EndEdges {
+ public:
+  explicit EndEdges(const Question& question) : question_(question) {
+    for (const at::Tensor& input : question.inputs) add(edge_of(input));
+  }
+
+  const Edge& at(std::int32_t end) {
+    if (end >= std::ssize(edges_)) find_others();
+    static const Edge none;
+    return end < std::ssize(edges_) ? edges_[end] : none;
+  }
+
+  // Those the tensor leads to.
+  std::set<std::int32_t> reached_from(const at::Tensor& tensor) {
+    find_others();
+    std::set<std::int32_t> found;
+    walk({edge_of(tensor)}, [&](const Edge& edge) {
+      const auto end = numbers_.find({edge.function.get(), edge.input_nr});
+      if (end == numbers_.end()) return true;
+      found.insert(end->second);
+      return false;
+    });
+    return found;
+  }
+
+  // Those of the ends that receive a gradient from the tensors: a node need not give one for everything it leads to.
+  std::vector<std::int32_t> receiving(const std::vector<at::Tensor>& tensors, const std::vector<std::int32_t>& ends) {
+    const Silenced silenced;
+    autograd::variable_list ones;
+    for (const at::Tensor& tensor : tensors) ones.push_back(at::ones_like(tensor));
+    autograd::edge_list to;
+    for (const std::int32_t end : ends) to.push_back(at(end));
+    std::vector<std::int32_t> out;
+    if (to.empty()) return out;
+    autograd::edge_list from;
+    for (const at::Tensor& tensor : tensors) from.push_back(edge_of(tensor));
+    try {
+      const auto found = autograd::Engine::get_default_engine().execute(from, ones, /*keep_graph=*/true, /*create_graph=*/false,
+                                                                        /*accumulate_grad=*/false, to);
+      for (std::size_t k = 0; k < ends.size(); ++k) {
+        if (found[k].defined()) out.push_back(ends[k]);
+      }
+    } catch (const c10::Error&) {  // there is no derivative of this derivative
+    }
+    return out;
+  }
+
+ private:
+  void add(const Edge& edge) {
+    if (edge.is_valid()) numbers_.try_emplace({edge.function.get(), edge.input_nr}, static_cast<std::int32_t>(edges_.size()));
+    edges_.push_back(edge);
+  }
+
+  // Calls f with every edge that can be arrived at; goes on beyond those where it says so.
+  template <class F>
+  static void walk(std::vector<Edge> stack, F f) {
+    std::set<std::pair<const autograd::Node*, std::uint32_t>> seen;
+    std::reverse(stack.begin(), stack.end());
+    while (!stack.empty()) {
+      const Edge edge = std::move(stack.back());
+      stack.pop_back();
+      if (!edge.is_valid() || !f(edge)) continue;
+      if (!seen.emplace(edge.function.get(), edge.input_nr).second) continue;
+      const std::vector<bool> follow = onwards(edge);
+      for (std::size_t k = follow.size(); k-- > 0;) {
+        if (follow[k]) stack.push_back(edge.function->next_edge(k));
+      }
+    }
+  }
+
+  void find_others() {
+    if (complete_) return;
+    complete_ = true;
+    std::vector<Edge> roots;
+    for (const at::TensorList& list : {question_.outputs, question_.cotangents}) {
+      for (const at::Tensor& tensor : list) {
+        if (tensor.defined()) roots.push_back(edge_of(tensor));
+      }
+    }
+    walk(std::move(roots), [&](const Edge& edge) {
+      if (numbers_.contains({edge.function.get(), edge.input_nr})) return false;
+      const bool leaf = typeid(*edge.function) == typeid(autograd::AccumulateGrad);
+      if (leaf) add(edge);
+      return !leaf;
+    });
+  }
+
+  const Question& question_;
+  std::vector<Edge> edges_;
+  std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> numbers_;
+  bool complete_ = false;
+};
+
+// PyTorch's answers, or none where it cannot give them: ours are then taken as they are.
+template <class F>
+Counterparts asked(const Question& question, F f) {
+  if (!std::ranges::all_of(question.inputs, [](const at::Tensor& input) { return input.requires_grad(); })) return {};
+  const Silenced silenced;
+  const autograd::AutoGradMode with_grad(true);
+  try {
+    return f();
+  } catch (const c10::Error&) {
+    return {};
+  }
+}
+
+// The gradient of the tensor's first element.
+std::vector<at::Tensor> first_row(const at::Tensor& tensor, at::TensorList inputs) {
+  if (!requires_grad(tensor) || tensor.numel() == 0) return std::vector<at::Tensor>(inputs.size());
+  return autograd::grad({tensor.reshape(-1)[0]}, inputs.vec(), {}, true, true, true);
+}
+
+Counterparts by_pairs(const std::vector<std::vector<at::Tensor>>& rows, std::size_t width, bool at_once) {
+  Counterparts out;
+  for (const std::vector<at::Tensor>& row : rows) {
+    for (std::size_t j = 0; j < width; ++j) {
+      out.emplace_back();
+      if (at_once) {  // one tensor for each input, which is split
+        for (const std::vector<at::Tensor>& other : rows) out.back().push_back(other[j]);
+      } else {
+        out.back().push_back(row[j]);
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+History::History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours) {
+  EndEdges edges(question);
+  std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;
+  for (std::size_t r = 0; r < theirs.size(); ++r) {
+    std::set<std::int32_t> wanted;
+    for (const at::Tensor& tensor : theirs[r]) {
+      if (requires_grad(tensor)) wanted.merge(edges.reached_from(tensor));
+    }
+    const bool has = std::ranges::any_of(theirs[r], requires_grad);
+    const std::int32_t result = static_cast<std::int32_t>(r);
+    if (!ours[r].defined()) {
+      if (!has || question.rows.empty()) continue;
+      absent_.push_back(result);
+    }
+    const std::set<std::int32_t> reached = ours[r].defined() ? edges.reached_from(ours[r]) : std::set<std::int32_t>();
+    if (!has) {
+      const bool none = std::ranges::none_of(theirs[r], [](const at::Tensor& tensor) { return tensor.defined(); });
+      if (ours[r].requires_grad() && (none || reached.empty())) detached_.push_back(result);
+      continue;
+    }
+    std::vector<std::int32_t> missing;
+    std::ranges::set_difference(wanted, reached, std::back_inserter(missing));
+    if (!missing.empty() || !ours[r].defined() || !ours[r].requires_grad()) groups[missing].push_back(result);
+  }
+  std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> confirmed;
+  for (const auto& [missing, results] : groups) {
+    std::vector<at::Tensor> rows;
+    for (const std::int32_t r : results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
+    std::vector<std::int32_t>& same = confirmed[edges.receiving(rows, missing)];
+    same.insert(same.end(), results.begin(), results.end());
+  }
+  for (auto& [ends, results] : confirmed) groups_.push_back({.results = results, .ends = ends});
+}
+
+void History::apply(const Question& question, std::vector<at::Tensor>& results) const {
+  for (const std::int32_t r : absent_) {
+    const std::int64_t width = std::ssize(question.inputs);
+    const at::Tensor& input = question.inputs[r % width];
+    std::vector<std::int64_t> shape = question.rows[r / width].sizes().vec();
+    shape.insert(shape.end(), input.sizes().begin(), input.sizes().end());
+    results[r] = at::zeros(shape, input.options());
+  }
+  for (const std::int32_t r : detached_) results[r] = results[r].detach();
+  if (groups_.empty()) return;
+  EndEdges edges(question);
+  for (const Group& group : groups_) {
+    std::vector<at::Tensor> loose;
+    for (const std::int32_t r : group.results) loose.push_back(results[r]);
+    std::vector<Edge> to;
+    for (const std::int32_t end : group.ends) to.push_back(edges.at(end));
+    std::vector<at::Tensor> tied = ops::tether(loose, to);
+    for (std::size_t k = 0; k < tied.size(); ++k) results[group.results[k]] = std::move(tied[k]);
+  }
+}
+
+const History& HistoryMemo::get(const std::function<std::unique_ptr<History>()>& find) const {
+  {
+    const std::lock_guard lock(mutex_);
+    if (history_) return *history_;
+  }
+  std::unique_ptr<const History> found = find();  // PyTorch is not asked under a lock
+  const std::lock_guard lock(mutex_);
+  if (!history_) history_ = std::move(found);
+  return *history_;
+}
+
+Counterparts jacobian_rows(const Question& question, bool at_once) {
+  return asked(question, [&] {
+    std::vector<std::vector<at::Tensor>> rows;
+    for (const at::Tensor& output : question.outputs) rows.push_back(first_row(output, question.inputs));
+    return by_pairs(rows, question.inputs.size(), at_once);
+  });
+}
+
+Counterparts gradient_rows(const Question& question, bool batched) {
+  return asked(question, [&] {
+    std::vector<at::Tensor> outputs, cotangents;
+    for (std::size_t i = 0; i < question.outputs.size(); ++i) {
+      if (!question.outputs[i].requires_grad()) continue;
+      const bool given = i < question.cotangents.size() && question.cotangents[i].defined();
+      if (batched && (!given || question.cotangents[i].size(0) == 0)) return Counterparts();
+      outputs.push_back(question.outputs[i]);
+      cotangents.push_back(!given ? at::Tensor() : batched ? question.cotangents[i].select(0, 0) : question.cotangents[i]);
+    }
+    Counterparts out;
+    for (at::Tensor& gradient : autograd::grad(outputs, question.inputs.vec(), cotangents, true, true, true)) {
+      out.push_back({std::move(gradient)});
+    }
+    return out;
+  });
+}
+
+Counterparts hessian_rows(const Question& question, bool at_once) {
+  return asked(question, [&] {
+    std::vector<std::vector<at::Tensor>> rows;
+    for (const at::Tensor& gradient : first_row(question.outputs[0], question.inputs))
+      rows.push_back(first_row(gradient, question.inputs));
+    return by_pairs(rows, question.inputs.size(), at_once);
+  });
+}
+
+void sign_edges(const tape::Tape& tape, common::KeyWriter& key) {
+  for (const tape::Node& node : tape.nodes) {
+    key.room(node.fn->num_outputs());
+    for (const Edge& edge : node.fn->next_edges()) key.put(edge.is_valid());
+  }
+}
+
+}  // namespace wengert::accumulate
