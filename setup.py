@@ -93,7 +93,24 @@ def cuda() -> Cuda | None:
             fail("WENGERT_CUDA=1, but nvcc was not found; install the CUDA toolkit and set CUDA_HOME, or put nvcc on the PATH.")
         print("wengert: this PyTorch has CUDA but nvcc was not found; building for the CPU only.", file=sys.stderr)
         return None
+    mismatch = version_mismatch(nvcc, torch.version.cuda)
+    if mismatch:
+        if wanted == "1":
+            fail(f"WENGERT_CUDA=1, but {mismatch}; set CUDA_HOME to a toolkit of PyTorch's version.")
+        print(f"wengert: {mismatch}; building for the CPU only.", file=sys.stderr)
+        return None
     return toolkit(nvcc)
+
+
+def version_mismatch(nvcc: str, torch_cuda: str) -> str | None:
+    """What is wrong with the toolkit's version: code of one major version cannot rely on the runtime of another."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return f"{nvcc} does not say its version"
+    if release.group(1) == torch_cuda.split(".")[0]:
+        return None
+    return f"{nvcc} is of CUDA {release.group(1)}.{release.group(2)} and PyTorch was built with CUDA {torch_cuda}"
 
 
 def find_nvcc() -> str | None:

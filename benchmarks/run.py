@@ -114,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             results.append(run_row(row, arguments, device))
             print(f"{row.name}: {results[-1].ratio:.2f}x", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print("interrupted: the rows so far", file=sys.stderr)
+            break
         except Exception as error:
             broken.append(f"{row.name}: {type(error).__name__}: {error}")
             print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)

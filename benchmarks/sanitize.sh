@@ -5,16 +5,17 @@
 #   benchmarks/sanitize.sh memcheck racecheck    these
 #
 # PYTHON                    the interpreter that has wengert (default: python)
-# WENGERT_SANITIZE_TESTS    the tests, as pytest's -k takes them (default: a selection; a tool slows kernels 10 to 100 times)
-# WENGERT_SANITIZE_KERNELS  part of the names of the kernels to check (default: wengert; empty: PyTorch's kernels as well)
+# SECONDS_EACH              the time for one tool (default: no limit)
+# WENGERT_SANITIZE_TESTS    what pytest runs (default: one launch of every kernel; a tool slows kernels 10 to 100 times)
+# WENGERT_SANITIZE_KERNELS  parts of the names of the kernels to check (default: those of this library; empty: PyTorch's as well)
 #
 # Exit status: 0; 1 if a tool found an error or a test failed; 2 where something needed is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
-tests=${WENGERT_SANITIZE_TESTS:-test_problems or test_conventions or test_semantics or test_structure}
-kernels=${WENGERT_SANITIZE_KERNELS-wengert}
+read -r -a tests <<<"${WENGERT_SANITIZE_TESTS:-tests/gpu/test_each_kernel.py}"
+read -r -a kernels <<<"${WENGERT_SANITIZE_KERNELS-wengert materialize segment_sum small_matmul}"
 
 missing() {
   echo "sanitize.sh: $1" >&2
@@ -32,7 +33,7 @@ command -v "$python" >/dev/null || missing "'$python' was not found; PYTHON name
   missing "'$python' has no PyTorch that can use a GPU here"
 
 options=(--target-processes all --error-exitcode 99 --print-limit 20)
-[[ -z $kernels ]] || options+=(--kernel-name "kernel_substring=$kernels")
+for kernel in "${kernels[@]}"; do options+=(--kernel-name "kernel_substring=$kernel"); done
 
 # The caching allocator hands out parts of large blocks: an access beyond a tensor, or of memory never written, would look right.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -41,7 +42,8 @@ export WENGERT_TEST_DEVICE=cuda
 failed=()
 for tool in "${tools[@]}"; do
   echo "== $tool"
-  compute-sanitizer --tool "$tool" "${options[@]}" "$python" -m pytest tests -p no:cacheprovider -k "$tests" || failed+=("$tool")
+  timeout "${SECONDS_EACH:-0}" compute-sanitizer --tool "$tool" "${options[@]}" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" ||
+    failed+=("$tool")
 done
 if ((${#failed[@]})); then
   echo "sanitize.sh: failed under ${failed[*]}" >&2

@@ -22,6 +22,8 @@
 #include "kernels/cuda/compiler.h"
 #include "ops/backend.h"
 #include "ops/fused_autograd.h"
+#include "ops/graph_stream.h"
+#include "tape/streams.h"
 
 namespace wengert::accumulate {
 
@@ -133,7 +135,7 @@ std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request
   writer.put(mode);
   writer.put(request.seed);
   writer.put(request.none_is_zero);
-  writer.put(ops::can_launch(tape.device.type()));
+  writer.put(ops::can_launch(tape.device));
   writer.put(request.cotangents.size());
   for (const Cotangent& cotangent : request.cotangents) {
     writer.room(cotangent.given ? 2 + writer.length(cotangent.shape) : 1);
@@ -173,9 +175,9 @@ Answer run(tape::Tape& tape, const Request& request, at::TensorList cotangents, 
     answer.results =
         mode == Mode::plain ? execute(plan, tape, cotangents, strides) : execute_differentiably(plan, tape, cotangents, strides);
     return answer;
-  } catch (const kernels::cuda::CompileError& error) {
-    TORCH_WARN_ONCE("wengert cannot compile CUDA kernels and leaves the work to PyTorch. ", error.what());
-    throw tape::Unsupported("CUDA kernels cannot be compiled");
+  } catch (const kernels::cuda::KernelUnavailable& error) {
+    TORCH_WARN_ONCE("wengert lacks a CUDA kernel and leaves the work to PyTorch. ", error.what());
+    throw tape::Unsupported("a CUDA kernel that cannot be compiled, loaded or launched");
   }
 }
 
@@ -209,6 +211,13 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Question
   memo.get(find).apply(question, answer.results);
 }
 
+// See NOTE [Streams].
+ops::GraphStream stream_of(at::TensorList outputs, at::TensorList inputs) {
+  ops::GraphStream stream;
+  if (const auto foreign = tape::foreign_stream(outputs, inputs)) stream.enter(*foreign);
+  return stream;
+}
+
 // Every tensor has its samples along the first axis, and as many of them.
 bool same_batch(at::TensorList outputs, at::TensorList inputs) {
   if (outputs.empty() || outputs[0].dim() == 0) return false;
@@ -219,17 +228,21 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 }  // namespace
 
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
+  const ops::GraphStream stream = stream_of(outputs, inputs);
   Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
   const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = outputs};
   complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
+  stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
 
 TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool check) {
   if (!same_batch(outputs, inputs)) throw tape::Unsupported("tensors without a common batch axis in front");
+  const ops::GraphStream stream = stream_of(outputs, inputs);
   Answer answer = jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, mode, true);
   const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = {}};
   complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
+  stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
 
@@ -267,10 +280,15 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
 
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
                                  Mode mode, bool batched, bool none_is_zero) {
-  return gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true).results;
+  const ops::GraphStream stream = stream_of(outputs, inputs);
+  stream.given(cotangents);
+  std::vector<at::Tensor> results = gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true).results;
+  stream.returned(results);
+  return results;
 }
 
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
+  const ops::GraphStream stream = stream_of({output}, inputs);
   const Mode first = mode == Mode::plain ? Mode::differentiable : mode;
   Answer answer = gradients({output}, inputs, {}, true, first, false, true, false);
   std::vector<at::Tensor> connected;
@@ -292,6 +310,7 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
   answer.results = std::move(blocks);
   const Question question{.outputs = output, .inputs = inputs, .cotangents = {}, .rows = inputs};
   complete(answer, mode, answer.planned->second, question, hessian_rows, mode == Mode::at_once);
+  stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
 
@@ -306,6 +325,7 @@ std::string plan_text(at::TensorList outputs, at::TensorList inputs, Seed seed) 
 }
 
 Report explain(at::TensorList outputs, at::TensorList inputs) {
+  const ops::GraphStream stream = stream_of(outputs, inputs);
   const tape::Tape tape = capture(outputs, inputs, false, false);
   Report report;
   make_plan(tape, {.seed = Seed::jacobian, .cotangents = {}}, &report);
@@ -323,13 +343,14 @@ std::map<std::string, std::int64_t> counters() {
 }
 
 std::map<std::string, std::int64_t> cache_bytes() {
-  return {{"plans", plan_cache().bytes()}, {"programs", fused::interned_bytes()}, {"derived programs", ops::derived_bytes()}};
+  return {{"plans", plan_cache().bytes()}, {"programs", fused::interned_bytes()}, {"derived programs", ops::derived_bytes()}, {"kernels", ops::kernel_bytes()}};
 }
 
 void clear_caches() {
   plan_cache().clear();
   fused::forget_interned();
   ops::forget_derived();
+  ops::clear_kernels();
 }
 
 void reset_counters() {

@@ -215,7 +215,7 @@ class MemoryRun : public Run<MemoryRun> {
     return true;
   }
 
-  const bool launches_ = ops::can_launch(tape_.device.type());
+  const bool launches_ = ops::can_launch(tape_.device);
   const at::Tensor none_;
 };
 

@@ -8,6 +8,7 @@
 #include "accumulate/execute.h"
 #include "accumulate/run.h"
 #include "accumulate/sweep.h"
+#include "ops/backend.h"
 #include "ops/fused.h"
 
 namespace wengert::accumulate {
@@ -45,6 +46,15 @@ at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, co
   return index.expand(full);
 }
 
+// Whether what ATen adds at indices has to be sorted first for the same bits every time: elsewhere than on the CPU index_add and
+// scatter_add, and so the derivative of index_select, add in any order.
+bool sorts(at::Device device) { return !device.is_cpu() || ops::can_launch(device); }
+
+at::Tensor taken(const at::Tensor& source, const at::Tensor& index) {
+  if (!sorts(source.device())) return accumulate::take(source, index);
+  return source.reshape(-1).index({index.reshape(-1)}).view(index.sizes());
+}
+
 // The tensor's elements at affine coordinates, as a tensor with one axis per loop of `loops`; 1 where the read does not move.
 at::Tensor read_window(const at::Tensor& tensor, const Read& read, const Shape& extents, const std::vector<std::size_t>& loops) {
   at::Tensor view = tensor;
@@ -79,7 +89,7 @@ at::Tensor read_window(const at::Tensor& tensor, const Read& read, const Shape& 
     for (std::size_t k : loops) {
       if (read.moves(k)) movers.push_back(k);
     }
-    view = accumulate::take(tensor, flat_index(read.axes, tensor.sizes(), extents, movers, tensor.device()));
+    view = taken(tensor, flat_index(read.axes, tensor.sizes(), extents, movers, tensor.device()));
     owner = movers;
   }
   // Axes into loop order, size 1 for loops that do not move.
@@ -189,7 +199,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
 
   void run(const blocks::Take& step) {
     count_take();
-    slots_[step.out] = accumulate::take(made(step.source), made(step.index));
+    slots_[step.out] = taken(made(step.source), made(step.index));
   }
 
   void run(const blocks::PutAdd& step) {
@@ -197,7 +207,8 @@ class DifferentiableRun : public Run<DifferentiableRun> {
     for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
     const at::Tensor value = read_window(made(step.value.slot), step.value, step.extents, loops).expand(step.extents);
     const at::Tensor& old = made(step.out);
-    if (step.axis) {  // along one axis: scatter_add keeps the structure of the others
+    const bool sorted = sorts(tape_.device) && !step.distinct;
+    if (step.axis && (!sorted || step.puts_rows())) {  // along one axis, which keeps the structure of the others
       std::vector<std::int64_t> order;
       Shape sizes;
       for (const std::vector<std::size_t>& along : step.axis->loops) {
@@ -207,13 +218,31 @@ class DifferentiableRun : public Run<DifferentiableRun> {
           sizes.back() *= step.extents[k];
         }
       }
+      const auto axis = static_cast<std::int64_t>(step.axis->axis);
+      at::Tensor source = value.permute(order).reshape(sizes);
+      if (sorted) {
+        const std::vector<std::size_t>& positions = step.axis->loops[step.axis->axis];
+        Shape extents;
+        for (std::size_t k : positions) extents.push_back(step.extents[k]);
+        c10::List<std::optional<at::Tensor>> at;
+        for (std::int64_t a = 0; a < axis; ++a) at.push_back(std::nullopt);
+        at.push_back(
+            read_window(made(step.axis->index.slot), step.axis->index, step.extents, positions).expand(extents).reshape(-1));
+        std::vector<std::int64_t> padding;  // the source may lie in a corner of the other axes
+        for (std::int64_t a = old.dim(); a-- > 0;)
+          padding.insert(padding.end(), {0, a == axis ? 0 : old.size(a) - source.size(a)});
+        if (std::ranges::any_of(padding, [](std::int64_t p) { return p != 0; })) source = at::constant_pad_nd(source, padding);
+        slots_[step.out] = old.index_put(at, source, /*accumulate=*/true);
+        return;
+      }
       const at::Tensor at = read_window(made(step.axis->index.slot), step.axis->index, step.extents, loops).expand(step.extents);
-      slots_[step.out] = old.scatter_add(static_cast<std::int64_t>(step.axis->axis), at.permute(order).reshape(sizes),
-                                         value.permute(order).reshape(sizes));
+      slots_[step.out] = old.scatter_add(axis, at.permute(order).reshape(sizes), source);
       return;
     }
-    const at::Tensor index = read_window(made(step.index.slot), step.index, step.extents, loops).expand(step.extents);
-    slots_[step.out] = old.reshape(-1).index_add(0, index.reshape(-1), value.reshape(-1)).view(old.sizes());
+    const at::Tensor index = read_window(made(step.index.slot), step.index, step.extents, loops).expand(step.extents).reshape(-1);
+    const at::Tensor flat = old.reshape(-1), source = value.reshape(-1);
+    slots_[step.out] =
+        (sorted ? flat.index_put({index}, source, /*accumulate=*/true) : flat.index_add(0, index, source)).view(old.sizes());
   }
 
   void run(const blocks::Arange& step) {

@@ -1,6 +1,7 @@
 // What both ways of running a plan have in common: slots, the order of the steps, and calling nodes.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <utility>
 #include <variant>
@@ -49,9 +50,15 @@ class Run {
   }
 
  protected:
-  // A scalar that PyTorch keeps on the CPU goes where the others are.
+  // A scalar that PyTorch keeps on the CPU goes where the others are: by a fill, which a CUDA graph can hold, as it cannot a copy
+  // from pageable memory.
   at::Tensor& on_device(at::Tensor& tensor) const {
-    if (tensor.device() != tape_.device) tensor = tensor.to(tape_.device, tensor.scalar_type(), /*non_blocking=*/true);
+    if (tensor.device() == tape_.device) return tensor;
+    if (tensor.requires_grad() && at::GradMode::is_enabled()) {
+      tensor = tensor.to(tape_.device, tensor.scalar_type(), /*non_blocking=*/true);
+    } else {
+      tensor = at::empty(tensor.sizes(), tensor.options().device(tape_.device)).fill_(tensor.detach());
+    }
     return tensor;
   }
 

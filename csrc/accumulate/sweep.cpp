@@ -550,7 +550,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     if (cotangent.given) given.push_back({.shape = cotangent.shape, .dtype = to_fused(cotangent.dtype)});
   }
   blocks::Abilities abilities;
-  if (ops::can_launch(tape.device.type())) {
+  if (ops::can_launch(tape.device)) {
     abilities = {.scaled_side = kernels::cuda::kSmallMatmulLimit,
                  .operands = std::numeric_limits<std::size_t>::max(),
                  .instructions = std::numeric_limits<int>::max()};

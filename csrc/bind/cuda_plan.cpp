@@ -9,6 +9,8 @@
 #include "kernels/cuda/compiler.h"
 #include "kernels/cuda/kernel_cache.h"
 #include "kernels/cuda/launch_plan.h"
+#include "kernels/cuda/module_cache.h"
+#include "ops/backend.h"
 
 namespace py = pybind11;
 namespace cuda = wengert::kernels::cuda;
@@ -108,6 +110,7 @@ py::dict cache_stats() {
   out["compiled"] = statistics.compiled;
   out["from_memory"] = statistics.from_memory;
   out["from_disk"] = statistics.from_disk;
+  out["bytes"] = statistics.bytes;
   out["folder"] = cuda::cache_folder();
   return out;
 }
@@ -116,6 +119,47 @@ py::dict headers() {
   py::dict out;
   for (const fused::EmbeddedHeader& header : fused::device_headers()) out[header.name] = header.text;
   return out;
+}
+
+// A cache over a driver written in Python: load(image, entry), unload(module), record(device, stream), passed(event), in which
+// modules and events are numbers and the load of a bad image is 0.
+void define_module_cache(py::module_ module) {
+  const auto number = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); };
+  const auto pointer = [](std::uintptr_t number) { return reinterpret_cast<void*>(number); };
+  py::class_<cuda::Module, std::shared_ptr<cuda::Module>>(module, "Module")
+      .def_property_readonly("kernel", [number](const cuda::Module& at) { return number(at.kernel); });
+  py::class_<cuda::ModuleCache>(module, "ModuleCache")
+      .def(py::init([number, pointer](const py::object& driver, std::size_t most_bytes) {
+             const auto load = [=](const std::vector<char>& image, const std::string& entry, cuda::Module& at) {
+               at.library = at.kernel =
+                   pointer(driver.attr("load")(py::bytes(image.data(), image.size()), entry).cast<std::uintptr_t>());
+               return at.kernel == nullptr ? 1 : 0;
+             };
+             return std::make_unique<cuda::ModuleCache>(
+                 cuda::ModuleDriver{.load = load,
+                                    .unload = [=](cuda::Module& at) { driver.attr("unload")(number(at.library)); },
+                                    .record =
+                                        [=](const cuda::LaunchSite& site) {
+                                          return pointer(
+                                              driver.attr("record")(site.device, number(site.stream)).cast<std::uintptr_t>());
+                                        },
+                                    .passed = [=](void* event) { return driver.attr("passed")(number(event)).cast<bool>(); }},
+                 most_bytes);
+           }),
+           py::arg("driver"), py::arg("most_bytes"))
+      .def(
+          "load",
+          [pointer](cuda::ModuleCache& cache, std::uint64_t key, const std::string& image, int device, std::uintptr_t stream,
+                    bool forever) -> std::shared_ptr<cuda::Module> {
+            const cuda::LaunchSite site{.device = device, .stream = pointer(stream), .forever = forever};
+            std::shared_ptr<const cuda::Module> found = cache.find(key, site);
+            if (!found && cache.load(key, {image.begin(), image.end()}, "entry", site, found) != 0)
+              throw cuda::KernelUnavailable("a bad image");
+            return std::const_pointer_cast<cuda::Module>(found);
+          },
+          py::arg("key"), py::arg("image"), py::arg("device"), py::arg("stream"), py::arg("forever") = false)
+      .def("clear", &cuda::ModuleCache::clear)
+      .def_property_readonly("bytes", &cuda::ModuleCache::bytes);
 }
 
 }  // namespace
@@ -129,14 +173,21 @@ fused::Dtype dtype_of(const std::string& name) {
 
 void define_cuda(py::module_ module) {
   module.doc() = "Plans and compilation of CUDA kernels; neither needs a GPU.";
-  py::register_exception<cuda::CompileError>(module, "CompileError", PyExc_RuntimeError);
+  auto& unavailable = py::register_exception<cuda::KernelUnavailable>(module, "KernelUnavailable", PyExc_RuntimeError);
+  py::register_exception<cuda::CompileError>(module, "CompileError", unavailable);
   module.def("plan", &plan, py::arg("program"), py::arg("extents"), py::arg("operands"), py::arg("outputs"),
              py::arg("limits") = py::dict());
   module.def("compile", &compile, py::arg("source"), py::arg("arch"), py::arg("kind") = "ptx");
   module.def("set_nvrtc", &cuda::set_library, py::arg("path"));
   module.def("headers", &headers);
   module.def("cache_stats", &cache_stats);
-  module.def("forget_compiled", &cuda::forget_compiled);
+  module.def("forget_compiled", [] {
+    cuda::forget_outcomes();
+    cuda::reset_compiler_statistics();
+  });
+  module.def("kernel_bytes", &ops::kernel_bytes);
+  module.def("clear_kernels", &ops::clear_kernels);
+  define_module_cache(module);
 }
 
 }  // namespace wengert::bind

@@ -21,6 +21,17 @@ Replacement& replacement() {
   return *instance;
 }
 
+// A kernel that is not to be had is the engine's affair; whatever else a function raises is its caller's.
+template <class F>
+void calling(F f) {
+  try {
+    f();
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(py::module_::import("wengert._C").attr("cuda").attr("KernelUnavailable"))) throw;
+    throw kernels::cuda::KernelUnavailable(error.what());
+  }
+}
+
 // Calls evaluate(text, extents, operands as (address, dtype, strides), outputs as (address, dtype, strides, accumulate)).
 void evaluate_in_python(at::Device, const fused::Program& program, std::span<const std::int64_t> extents,
                         std::span<const ops::OperandView> operands, std::span<const ops::OutputView> outputs) {
@@ -34,12 +45,9 @@ void evaluate_in_python(at::Device, const fused::Program& program, std::span<con
     targets.append(py::make_tuple(reinterpret_cast<std::uintptr_t>(view.data), fused::name(view.dtype), strides(view.strides),
                                   view.accumulate));
   }
-  try {
+  calling([&] {
     replacement().evaluate(program.text(), std::vector<std::int64_t>(extents.begin(), extents.end()), sources, targets);
-  } catch (const py::error_already_set& error) {
-    if (!error.matches(py::module_::import("wengert._C").attr("cuda").attr("CompileError"))) throw;
-    throw kernels::cuda::CompileError(error.what());
-  }
+  });
 }
 
 // Calls launch(the launch as plan_* give it, the memory it may touch as (address, bytes)).
@@ -50,7 +58,7 @@ void launch_in_python(at::Device, const kernels::cuda::StaticLaunch& launch, at:
     memory.append(py::make_tuple(reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr()),
                                  at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size())));
   }
-  replacement().launch(to_python(launch), memory);
+  calling([&] { replacement().launch(to_python(launch), memory); });
 }
 
 }  // namespace

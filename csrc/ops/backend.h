@@ -26,17 +26,26 @@ using StaticLauncher = void (*)(at::Device device, const kernels::cuda::StaticLa
 
 struct Backend {
   Evaluator evaluate = nullptr;
-  StaticLauncher launch = nullptr;  // none: ATen does what the kernels would
+  StaticLauncher launch = nullptr;              // none: ATen does what the kernels would
+  bool (*can_launch)(at::Device) = nullptr;     // whether this device has code of the static kernels; none: all have
+  bool (*is_capturing)(c10::Stream) = nullptr;  // none: no stream ever does
+  std::size_t (*loaded_bytes)() = nullptr;      // of code that was loaded on devices
+  void (*unload)() = nullptr;                   // what can be without waiting
 };
 
 // Returns the one before; tests put another in the place of the CPU's.
 Backend exchange_backend(at::DeviceType type, Backend backend);
 bool can_evaluate(at::DeviceType type);
-bool can_launch(at::DeviceType type);
+bool can_launch(at::Device device);
+bool is_capturing(c10::Stream stream);
 
 void evaluate(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
               std::span<const OperandView> operands, std::span<const OutputView> outputs);
 void launch(at::Device device, const kernels::cuda::StaticLaunch& launch, at::TensorList touched);
+
+// What generated kernels take, as source, compiled and loaded; and to be rid of them.
+std::size_t kernel_bytes();
+void clear_kernels();
 
 // Number of nests evaluated and kernels launched so far by this process.
 std::uint64_t launch_count();

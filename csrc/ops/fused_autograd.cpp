@@ -5,8 +5,11 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <functional>
 #include <mutex>
+#include <numeric>
+#include <span>
 #include <stdexcept>
 
 #include "common/budget.h"
@@ -52,9 +55,11 @@ class DerivedCache {
     } catch (const std::domain_error& error) {
       TORCH_CHECK_NOT_IMPLEMENTED(false, "wengert::fused: ", error.what());
     }
-    const std::size_t bytes = sizeof(Question) + question.words.capacity() * sizeof(std::uint32_t) + sizeof(DerivedProgram) +
-                              fused::footprint(*question.program) + derived->text.capacity() +
-                              derived->outputs.capacity() * sizeof(int);
+    std::size_t bytes = sizeof(Question) + question.words.capacity() * sizeof(std::uint32_t) + sizeof(DerivedProgram) +
+                        fused::footprint(*question.program);
+    for (const DerivedProgram::Part& part : derived->parts) {
+      bytes += sizeof part + part.text.capacity() + (part.operands.capacity() + part.results.capacity()) * sizeof(std::int32_t);
+    }
     std::lock_guard lock(mutex_);
     return entries_.insert(std::move(question), std::move(derived), bytes);
   }
@@ -84,17 +89,6 @@ std::vector<fused::ExprId> leaves(fused::ExprPool& pool, int count) {
   return ids;
 }
 
-// Appends an output unless it is the structural zero; returns its index or -1.
-int add_output(fused::ProgramSpec& spec, fused::ExprId expr, fused::Dtype dtype, std::uint32_t reduced) {
-  if (expr == fused::kZero) return -1;
-  spec.outputs.push_back({expr, dtype, reduced});
-  return static_cast<int>(spec.outputs.size()) - 1;
-}
-
-DerivedProgram finish(const fused::ExprPool& pool, const fused::ProgramSpec& spec, std::vector<int> outputs) {
-  return {.text = spec.outputs.empty() ? std::string() : fused::to_text(pool, spec), .outputs = std::move(outputs)};
-}
-
 // Axes along which the operand was broadcast over the nest (where the extent is 1 too, summing is the identity).
 std::uint32_t broadcast_axes(const at::Tensor& operand) {
   std::uint32_t mask = 0;
@@ -102,56 +96,133 @@ std::uint32_t broadcast_axes(const at::Tensor& operand) {
   return mask;
 }
 
+std::vector<std::uint32_t> broadcast_axes(at::TensorList operands) {
+  std::vector<std::uint32_t> masks;
+  masks.reserve(operands.size());
+  for (const at::Tensor& operand : operands) masks.push_back(broadcast_axes(operand));
+  return masks;
+}
+
 bool is_floating(fused::Dtype dtype) { return dtype <= fused::Dtype::f16; }
+
+// One output of a derivative, and what it belongs to.
+struct DerivedOutput {
+  fused::OutputSpec spec;
+  std::int32_t result;
+};
+
+// A program with these outputs of `pool`, over as few of its leaves as give the nest the same extents.  `broadcast`: per leaf.
+DerivedProgram::Part part_of(const fused::ExprPool& pool, const fused::Program& program, std::span<const DerivedOutput> outputs,
+                             std::span<const std::uint32_t> broadcast) {
+  std::vector<bool> used(broadcast.size(), false);
+  for (const DerivedOutput& output : outputs) {
+    for (std::int32_t leaf : pool.operands(output.spec.expr)) used[leaf] = true;
+  }
+  std::uint32_t left = ~std::uint32_t{0};  // axes that no leaf in use gives an extent other than 1
+  for (std::size_t i = 0; i < used.size(); ++i) left &= used[i] ? broadcast[i] : left;
+  for (std::size_t i = 0; i < used.size(); ++i) {
+    if ((left & ~broadcast[i]) == 0) continue;
+    used[i] = true;
+    left &= broadcast[i];
+  }
+  DerivedProgram::Part part;
+  fused::ExprPool own;
+  fused::ProgramSpec spec{.rank = program.rank(), .operands = 0, .compute = program.compute(), .outputs = {}};
+  std::vector<fused::ExprId> renamed(used.size(), fused::kZero);
+  for (std::size_t i = 0; i < used.size(); ++i) {
+    if (!used[i]) continue;
+    renamed[i] = own.operand(spec.operands++);
+    part.operands.push_back(static_cast<std::int32_t>(i));
+  }
+  for (const DerivedOutput& output : outputs) {
+    spec.outputs.push_back(output.spec);
+    spec.outputs.back().expr = own.substitute(pool, output.spec.expr, renamed);
+    part.results.push_back(output.result);
+  }
+  part.text = fused::to_text(own, spec);
+  return part;
+}
+
+// A kernel of very many sums takes minutes to compile and does not fit its parameters; the interpreter reads operands once.
+std::size_t most_outputs(at::TensorList operands) {
+  constexpr std::size_t kMostInKernel = 16;
+  const at::Device device = operands.empty() ? at::Device(at::kCPU) : operands[0].device();
+  return device.is_cpu() && !can_launch(device) ? std::max<std::size_t>(operands.size(), 1) : kMostInKernel;
+}
+
+// The results of the parts where they belong; `tensors` are all that there are.
+void evaluate(const DerivedProgram& derived, at::TensorList tensors, std::vector<at::Tensor>& results) {
+  for (const DerivedProgram::Part& part : derived.parts) {
+    std::vector<at::Tensor> operands;
+    operands.reserve(part.operands.size());
+    for (std::int32_t i : part.operands) operands.push_back(tensors[i]);
+    std::vector<at::Tensor> values = fused(operands, part.text);
+    for (std::size_t j = 0; j < values.size(); ++j) results[part.results[j]] = std::move(values[j]);
+  }
+}
 
 }  // namespace
 
 std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
-                                                  const std::vector<bool>& wanted, const std::vector<bool>& given) {
-  std::vector<std::uint32_t> key{kBackwards};
+                                                  const std::vector<bool>& wanted, const std::vector<bool>& given,
+                                                  std::size_t most_outputs) {
+  std::vector<std::uint32_t> broadcast = broadcast_axes(operands), key{kBackwards};
+  key.insert(key.end(), broadcast.begin(), broadcast.end());
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     key.push_back(wanted[i] ? 1 + static_cast<std::uint32_t>(to_dtype(operands[i].scalar_type())) : 0);
-    if (wanted[i]) key.push_back(broadcast_axes(operands[i]));
   }
   for (bool g : given) key.push_back(g);
+  key.push_back(static_cast<std::uint32_t>(most_outputs));
   return derived_cache().get({program, std::move(key)}, [&] {
     fused::ExprPool pool;
-    fused::ProgramSpec spec{
-        .rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
     const std::vector<fused::ExprId> same = leaves(pool, program->operands());
+    const std::uint32_t nest = std::accumulate(broadcast.begin(), broadcast.end(), ~std::uint32_t{0}, std::bit_and());
     std::vector<fused::ExprId> exprs, cotangents;
     for (std::size_t j = 0; j < given.size(); ++j) {
       if (!given[j]) continue;
-      exprs.push_back(pool.substitute(program->pool(), program->outputs()[j].expr, same));
-      cotangents.push_back(pool.operand(spec.operands++));
+      const fused::OutputSpec& output = program->outputs()[j];
+      exprs.push_back(pool.substitute(program->pool(), output.expr, same));
+      cotangents.push_back(pool.operand(static_cast<std::int32_t>(broadcast.size())));
+      broadcast.push_back(nest | output.reduced);
     }
-    std::vector<int> outputs(wanted.size(), -1);
+    std::vector<DerivedOutput> outputs;
     for (auto [operand, gradient] : pool.pullback(exprs, cotangents)) {
-      if (operand >= program->operands() || !wanted[operand]) continue;
-      outputs[operand] = add_output(spec, gradient, to_dtype(operands[operand].scalar_type()), broadcast_axes(operands[operand]));
+      if (operand >= program->operands() || !wanted[operand] || gradient == fused::kZero) continue;
+      outputs.push_back({{gradient, to_dtype(operands[operand].scalar_type()), broadcast[operand]}, operand});
     }
-    return finish(pool, spec, std::move(outputs));
+    DerivedProgram derived;
+    const std::size_t parts = (outputs.size() + most_outputs - 1) / most_outputs;
+    for (std::size_t p = 0; p < parts; ++p) {
+      const std::size_t first = p * outputs.size() / parts, last = (p + 1) * outputs.size() / parts;
+      derived.parts.push_back(part_of(pool, *program, std::span(outputs).subspan(first, last - first), broadcast));
+    }
+    return derived;
   });
 }
 
-std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program,
+std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
                                                   const std::vector<bool>& given) {
-  std::vector<std::uint32_t> key{kForwards};
+  std::vector<std::uint32_t> broadcast = broadcast_axes(operands), key{kForwards};
+  key.insert(key.end(), broadcast.begin(), broadcast.end());
   key.insert(key.end(), given.begin(), given.end());
   return derived_cache().get({program, std::move(key)}, [&] {
     fused::ExprPool pool;
-    fused::ProgramSpec spec{
-        .rank = program->rank(), .operands = program->operands(), .compute = program->compute(), .outputs = {}};
     const std::vector<fused::ExprId> same = leaves(pool, program->operands());
     std::vector<fused::ExprId> tangents;
-    for (bool g : given) tangents.push_back(g ? pool.operand(spec.operands++) : fused::kZero);
-    std::vector<int> outputs;
-    for (const fused::OutputSpec& output : program->outputs()) {
-      fused::ExprId expr = pool.substitute(program->pool(), output.expr, same);
-      fused::ExprId tangent = is_floating(output.dtype) ? pool.pushforward(expr, tangents) : fused::kZero;
-      outputs.push_back(add_output(spec, tangent, output.dtype, output.reduced));
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      tangents.push_back(given[i] ? pool.operand(static_cast<std::int32_t>(broadcast.size())) : fused::kZero);
+      if (given[i]) broadcast.push_back(broadcast[i]);
     }
-    return finish(pool, spec, std::move(outputs));
+    std::vector<DerivedOutput> outputs;
+    for (std::size_t j = 0; j < program->outputs().size(); ++j) {
+      fused::OutputSpec output = program->outputs()[j];
+      if (!is_floating(output.dtype)) continue;
+      output.expr = pool.pushforward(pool.substitute(program->pool(), output.expr, same), tangents);
+      if (output.expr != fused::kZero) outputs.push_back({output, static_cast<std::int32_t>(j)});
+    }
+    DerivedProgram derived;
+    if (!outputs.empty()) derived.parts.push_back(part_of(pool, *program, outputs, broadcast));
+    return derived;
   });
 }
 
@@ -159,25 +230,22 @@ std::size_t derived_bytes() { return derived_cache().bytes(); }
 void forget_derived() { derived_cache().clear(); }
 
 ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
-  std::vector<at::Tensor> operands;
-  operands.reserve(operands_.size() + cotangents.size());
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(operands_.size() + cotangents.size());
   {
     std::lock_guard lock(mutex_);
-    for (const ag::SavedVariable& saved : operands_) operands.push_back(saved.unpack());
+    for (const ag::SavedVariable& saved : operands_) tensors.push_back(saved.unpack());
   }
   std::vector<bool> wanted, given;
   for (std::size_t i = 0; i < operands_.size(); ++i) wanted.push_back(task_should_compute_output(i));
   for (const at::Tensor& cotangent : cotangents) given.push_back(cotangent.defined());
-  auto derived = vjp_program(program_, operands, wanted, given);
   ag::variable_list gradients(operands_.size());
-  if (derived->text.empty()) return gradients;
+  if (tensors.empty()) return gradients;
+  const auto derived = vjp_program(program_, tensors, wanted, given, most_outputs(tensors));
   for (at::Tensor& cotangent : cotangents) {
-    if (cotangent.defined()) operands.push_back(std::move(cotangent));
+    if (cotangent.defined()) tensors.push_back(std::move(cotangent));
   }
-  std::vector<at::Tensor> results = fused(operands, derived->text);
-  for (std::size_t i = 0; i < gradients.size(); ++i) {
-    if (derived->outputs[i] >= 0) gradients[i] = results[derived->outputs[i]];
-  }
+  evaluate(*derived, tensors, gradients);
   return gradients;
 }
 
@@ -192,8 +260,11 @@ std::vector<bool> FusedBackward::effective_edges(std::size_t output) {
   try {
     std::vector<bool> given(program_->outputs().size(), false);
     given[output] = true;
-    const auto derived = vjp_program(program_, operands, wanted, given);
-    for (std::size_t i = 0; i < wanted.size(); ++i) wanted[i] = derived->outputs[i] >= 0;
+    const auto derived = vjp_program(program_, operands, wanted, given, most_outputs(operands));
+    wanted.assign(wanted.size(), false);
+    for (const DerivedProgram::Part& part : derived->parts) {
+      for (std::int32_t i : part.results) wanted[i] = true;
+    }
   } catch (const c10::NotImplementedError&) {  // a partial without a formula may be anything
   }
   return wanted;
@@ -227,11 +298,11 @@ void set_tangents(const std::shared_ptr<const fused::Program>& program, at::Tens
   for (std::size_t i = 0; i < operands.size(); ++i) {
     if (given[i]) arguments.push_back(operands[i]._fw_grad(0));
   }
-  auto derived = jvp_program(program, given);
-  if (derived->text.empty()) return;
-  std::vector<at::Tensor> tangents = fused(arguments, derived->text);
+  const auto derived = jvp_program(program, operands, given);
+  std::vector<at::Tensor> tangents(results.size());
+  evaluate(*derived, arguments, tangents);
   for (std::size_t j = 0; j < results.size(); ++j) {
-    if (derived->outputs[j] >= 0) results[j]._set_fw_grad(tangents[derived->outputs[j]], 0, /*is_inplace_op=*/false);
+    if (tangents[j].defined()) results[j]._set_fw_grad(tangents[j], 0, /*is_inplace_op=*/false);
   }
 }
 

@@ -11,7 +11,7 @@
 
 namespace wengert::ops {
 
-// One input edge per operand.  The backward is one call of wengert::fused on the operands and the cotangents, so it can be
+// One input edge per operand.  The backward is a call of wengert::fused on operands and cotangents, or a few, so it can be
 // differentiated to any order.  All operands are saved: they also carry the extents of the nest.
 struct FusedBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& cotangents) override;
@@ -24,16 +24,22 @@ struct FusedBackward : torch::autograd::Node {
   std::shared_ptr<const fused::Program> program_;
 };
 
-// One program that gives, for each operand in `wanted`, the gradient reduced to that operand's sizes.  Its operands are the
-// program's, then the cotangents of the outputs in `given`.  An operand that receives nothing has no output: `outputs` holds -1.
+// What a program's derivative is computed with: programs over the same nest, each of the operands it needs.
 struct DerivedProgram {
-  std::string text;          // empty: nothing is nonzero
-  std::vector<int> outputs;  // per operand (vjp) or per output (jvp) of the program: which output of the text, -1: zero
+  struct Part {
+    std::string text;
+    std::vector<std::int32_t> operands;  // which of the tensors that there are
+    std::vector<std::int32_t> results;   // per output of the text: of which operand (vjp) or output (jvp) of the program
+  };
+  std::vector<Part> parts;  // what is in none is zero
 };
+// For each operand in `wanted` the gradient reduced to that operand's sizes, of at most `most_outputs` a program.  There are the
+// program's operands, then the cotangents of the outputs in `given`.
 std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
-                                                  const std::vector<bool>& wanted, const std::vector<bool>& given);
-// The tangents of the outputs; operands are the program's, then the tangents of the operands in `given`.
-std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program,
+                                                  const std::vector<bool>& wanted, const std::vector<bool>& given,
+                                                  std::size_t most_outputs);
+// The tangents of the outputs; there are the program's operands, then the tangents of the operands in `given`.
+std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
                                                   const std::vector<bool>& given);
 
 // What the two have made is kept; and to keep it no longer.

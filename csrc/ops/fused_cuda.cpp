@@ -5,7 +5,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <array>
+#include <atomic>
 #include <cstdlib>
+#include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "kernels/cuda/compiler.h"
@@ -42,6 +46,32 @@ class Range {
   bool on_;
 };
 
+// An error of loading or launching: where the device is well, PyTorch can do the work instead.
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  if (!cuda::is_harmless(status)) C10_CUDA_CHECK(status);
+  (void)cudaGetLastError();
+  throw cuda::KernelUnavailable(std::string("wengert: ") + what + " failed (" + cudaGetErrorName(status) + ": " +
+                                cudaGetErrorString(status) + ")");
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const cudaError_t status = cudaStreamIsCapturing(stream, &capture);
+  if (status == cudaErrorStreamCaptureImplicit) {  // the default stream, while one that waits for it captures
+    (void)cudaGetLastError();
+    return false;
+  }
+  C10_CUDA_CHECK(status);
+  return capture != cudaStreamCaptureStatusNone;
+}
+
+cuda::LaunchSite site_of(const c10::cuda::CUDAStream& stream) {
+  // The id of a stream that was made elsewhere is its address.
+  const bool foreign = stream.stream() != nullptr && stream.id() == reinterpret_cast<c10::StreamId>(stream.stream());
+  return {.device = stream.device_index(), .stream = stream.stream(), .forever = foreign || is_capturing(stream)};
+}
+
 void evaluate_on_cuda(at::Device device, const fused::Program& program, std::span<const std::int64_t> extents,
                       std::span<const OperandView> operands, std::span<const OutputView> outputs) {
   const c10::cuda::CUDAGuard guard(device);
@@ -51,19 +81,20 @@ void evaluate_on_cuda(at::Device device, const fused::Program& program, std::spa
   try {
     const cuda::Plan plan = cuda::plan(program, extents, operands, outputs, facts.limits);
     if (plan.launches.empty()) return;
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device.index());
+    const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+    const cuda::LaunchSite site = site_of(stream);
     // Freed when this returns, to be taken again by later work of the same stream only.
     c10::DataPtr workspace;
     if (plan.workspace_bytes > 0) workspace = c10::cuda::CUDACachingAllocator::get()->allocate(plan.workspace_bytes);
     for (const cuda::Launch& launch : plan.launches) {
-      cudaKernel_t kernel = nullptr;
-      C10_CUDA_CHECK(cuda::load(launch.kernel, facts.arch, kernel));
+      std::shared_ptr<const cuda::Module> module;
+      check(cuda::load(launch.kernel, facts.arch, site, module), "loading a CUDA kernel");
       const Range inner(launch.kernel->entry.c_str());
-      C10_CUDA_CHECK(cuda::launch(launch, kernel, workspace.get(), stream));
+      check(cuda::launch(launch, *module, workspace.get(), stream), "launching a CUDA kernel");
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
-  } catch (const std::length_error& error) {  // more operands or elements than one kernel takes
-    throw cuda::CompileError(error.what());
+  } catch (const std::length_error& error) {  // more outputs or elements than one kernel takes
+    throw cuda::KernelUnavailable(error.what());
   }
 }
 
@@ -71,11 +102,34 @@ void queue_on_cuda(at::Device device, const cuda::StaticLaunch& launch, at::Tens
   const c10::cuda::CUDAGuard guard(device);
   const Range range(launch.entry);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device.index());
-  C10_CUDA_CHECK(cuda::launch_static(launch, stream));
+  check(cuda::launch_static(launch, stream), "launching a CUDA kernel");
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-[[maybe_unused]] const Backend before = exchange_backend(at::kCUDA, {.evaluate = evaluate_on_cuda, .launch = queue_on_cuda});
+// The library is compiled for some architectures only, the kernels of nests for the device at hand.
+bool can_launch_on_cuda(at::Device device) {
+  enum : std::uint8_t { unknown, no, yes };
+  static std::array<std::atomic<std::uint8_t>, C10_COMPILE_TIME_MAX_GPUS> known{};
+  std::atomic<std::uint8_t>& answer = known[static_cast<std::size_t>(device.index())];
+  if (answer == unknown) {
+    const c10::cuda::CUDAGuard guard(device);
+    const cudaError_t status = cuda::find_static_kernels();
+    if (status != cudaSuccess && !cuda::is_harmless(status)) C10_CUDA_CHECK(status);
+    answer = status == cudaSuccess ? yes : no;
+  }
+  return answer == yes;
+}
+
+bool is_capturing_on_cuda(c10::Stream stream) {
+  return is_capturing(c10::cuda::CUDAStream(c10::cuda::CUDAStream::UNCHECKED, stream));
+}
+
+[[maybe_unused]] const Backend before = exchange_backend(at::kCUDA, {.evaluate = evaluate_on_cuda,
+                                                                     .launch = queue_on_cuda,
+                                                                     .can_launch = can_launch_on_cuda,
+                                                                     .is_capturing = is_capturing_on_cuda,
+                                                                     .loaded_bytes = cuda::loaded_bytes,
+                                                                     .unload = cuda::unload_kernels});
 
 }  // namespace
 

@@ -11,8 +11,11 @@
 #include "common/node_ptr.h"
 #include "common/pointer_index.h"
 #include "common/recycled.h"
+#include "ops/backend.h"
+#include "ops/graph_stream.h"
 #include "tape/ambient.h"
 #include "tape/reader.h"
+#include "tape/streams.h"
 
 namespace wengert::tape {
 
@@ -390,22 +393,61 @@ class OneDevice {
   std::optional<at::Device> device_;
 };
 
+std::vector<autograd::Edge> output_edges(at::TensorList outputs) {
+  std::vector<autograd::Edge> edges;
+  edges.reserve(outputs.size());
+  for (const at::Tensor& output : outputs) {
+    check_tensor(output);
+    edges.push_back(output.requires_grad() ? autograd::impl::gradient_edge(output) : autograd::Edge());
+  }
+  return edges;
+}
+
+std::vector<autograd::Edge> input_edges(at::TensorList inputs) {
+  std::vector<autograd::Edge> edges;
+  edges.reserve(inputs.size());
+  for (const at::Tensor& input : inputs) {
+    check_tensor(input);
+    edges.push_back(input.requires_grad() ? input_edge(input) : autograd::Edge());
+  }
+  return edges;
+}
+
 }  // namespace
+
+std::optional<c10::Stream> foreign_stream(at::TensorList outputs, at::TensorList inputs) {
+  if (outputs.empty() || outputs[0].is_cpu() || ambient_refusal() != nullptr) return std::nullopt;
+  const std::vector<autograd::Edge> from = output_edges(outputs), to = input_edges(inputs);
+  const Walk walk(from, to);
+  const at::Device device = outputs[0].device();
+  const c10::Stream caller = ops::current_stream(device);
+  std::optional<c10::Stream> graph;
+  std::optional<bool> captures;  // whether the caller's does; asked only where there is another stream
+  for (const std::int32_t index : walk.order()) {
+    const Visit& visit = walk.visit(index);
+    if (!visit.below) continue;
+    for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) {
+      const autograd::InputMetadata& metadata = visit.fn->input_metadata(o);
+      if (metadata.was_default_constructed() || metadata.device() != device) continue;
+      const c10::Stream stream = metadata.stream();
+      if (stream != caller) {
+        if (!captures) captures = ops::is_capturing(caller);
+        if (*captures != ops::is_capturing(stream)) {
+          if (*captures) continue;
+          throw Unsupported("a graph that another stream captures");
+        }
+      }
+      if (graph && *graph != stream) throw Unsupported("a graph made on several streams");
+      graph = stream;
+    }
+  }
+  return graph == caller ? std::nullopt : graph;
+}
 
 Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   if (const char* reason = ambient_refusal()) throw Unsupported(reason);
-  std::vector<autograd::Edge> output_edges, input_edges;
-  output_edges.reserve(outputs.size());
-  input_edges.reserve(inputs.size());
-  for (const at::Tensor& output : outputs) {
-    check_tensor(output);
-    output_edges.push_back(output.requires_grad() ? autograd::impl::gradient_edge(output) : autograd::Edge());
-  }
-  for (const at::Tensor& input : inputs) {
-    check_tensor(input);
-    input_edges.push_back(input.requires_grad() ? input_edge(input) : autograd::Edge());
-  }
-  Walk walk(output_edges, input_edges);
+  const std::vector<autograd::Edge> from = output_edges(outputs), to = input_edges(inputs);
+  Walk walk(from, to);
 
   Tape tape;
   tape.nodes.resize(walk.order().size());
@@ -435,9 +477,9 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   }
   tape.device = device(tape.slots);
   sign.count(tape.nodes.size(), tape.slots.size());
-  for (const autograd::Edge& edge : output_edges) tape.outputs.push_back(walk.value(edge));
-  for (std::size_t i = 0; i < input_edges.size(); ++i) {
-    tape.inputs.push_back(walk.input_reached(i) ? walk.value(input_edges[i]) : Value());
+  for (const autograd::Edge& edge : from) tape.outputs.push_back(walk.value(edge));
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    tape.inputs.push_back(walk.input_reached(i) ? walk.value(to[i]) : Value());
   }
   sign.values(tape.outputs);
   sign.values(tape.inputs);

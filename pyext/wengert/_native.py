@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import re
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def _load() -> Any:
     from . import _C
 
     if torch.version.cuda is not None:
-        _C.cuda.set_nvrtc(find_nvrtc() or "")  # opened when the first kernel is compiled
+        major = int(torch.version.cuda.split(".")[0])
+        _C.cuda.set_nvrtc(find_nvrtc(major) or f"libnvrtc.so.{major}")  # opened when the first kernel is compiled
     return _C
 
 
@@ -39,15 +41,21 @@ def check_torch(built_for: str, installed: str) -> None:
         )
 
 
-def find_nvrtc() -> str | None:
-    """The compiler of CUDA kernels that PyTorch's own dependencies bring, or None: the system's may do."""
+def find_nvrtc(major: int | None = None) -> str | None:
+    """The compiler of CUDA kernels that PyTorch's own dependencies bring, or None: the system's may do.
+
+    Args:
+        major: of the CUDA version, which has to be PyTorch's; without it, the newest.
+    """
+    found: dict[int, str] = {}
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or ()) if spec else ():
         for pattern in ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*"):
             for path in sorted(pathlib.Path(root).glob(pattern)):
-                if ".alt." not in path.name:
-                    return str(path)
-    return None
+                version = re.fullmatch(r"libnvrtc\.so\.(\d+)[.\d]*", path.name)
+                if version:
+                    found.setdefault(int(version.group(1)), str(path))
+    return found.get(max(found, default=0) if major is None else major)
 
 
 class _Disabled:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -9,6 +10,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "sanitize.sh"
 BASH = shutil.which("bash")
+TIMEOUT = f'exec {shutil.which("timeout")} "$@"'
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 
@@ -17,7 +19,8 @@ def sanitize(tmp_path):
     """Runs the script; `sanitizer` and `python` are the stand-ins' shell lines, None for a machine that lacks the program."""
 
     def run(*tools, sanitizer='echo "$WENGERT_TEST_DEVICE $PYTORCH_NO_CUDA_MEMORY_CACHING $*"', python="exit 0", **environment):
-        for name, line in (("compute-sanitizer", sanitizer), ("python", python), ("dirname", 'echo "${1%/*}"')):
+        programs = {"compute-sanitizer": sanitizer, "python": python, "dirname": 'echo "${1%/*}"', "timeout": TIMEOUT}
+        for name, line in programs.items():
             if line is not None:
                 program = tmp_path / name
                 program.write_text(f"#!{BASH}\n{line}\n")
@@ -29,14 +32,15 @@ def sanitize(tmp_path):
 
 
 def test_all_tools_run_the_suite_on_the_gpu(sanitize):
-    done = sanitize(WENGERT_SANITIZE_TESTS="fused or cuda")
+    done = sanitize(WENGERT_SANITIZE_TESTS="tests/a.py tests/b.py")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[::2] == ["== memcheck", "== racecheck", "== synccheck", "== initcheck", lines[-1]]
     for tool, line in zip(("memcheck", "racecheck", "synccheck", "initcheck"), lines[1::2]):
         assert line.startswith(f"cuda 1 --tool {tool} ")
         assert "--error-exitcode 99" in line and "--kernel-name kernel_substring=wengert " in line
-        assert line.endswith("python -m pytest tests -p no:cacheprovider -k fused or cuda")
+        assert all(f"--kernel-name kernel_substring={name} " in line for name in ("materialize", "segment_sum", "small_matmul"))
+        assert line.endswith("python -m pytest -q -p no:cacheprovider tests/a.py tests/b.py")
     assert lines[-1] == "sanitize.sh: clean under memcheck racecheck synccheck initcheck"
 
 
@@ -74,13 +78,17 @@ def test_a_tool_that_is_not_one(sanitize):
     assert "no tool is called 'leakcheck'; there are: memcheck racecheck synccheck initcheck" in done.stderr
 
 
-def test_the_default_selection_names_tests_that_exist():
-    """Every alternative of the default -k matches a file of the suite."""
-    line = next(line for line in SCRIPT.read_text().splitlines() if line.startswith("tests="))
-    words = line.partition(":-")[2].rstrip("}").split(" or ")
-    paths = [str(path.relative_to(SCRIPT.parents[1])) for path in (SCRIPT.parents[1] / "tests").rglob("test_*.py")]
-    assert len(words) > 3
-    assert [word for word in words if not any(word in path for path in paths)] == []
+def test_the_default_tests_exist_and_the_default_kernels_are_all_there_are():
+    text = SCRIPT.read_text()
+    root = SCRIPT.parents[1]
+    assert (root / re.search(r"WENGERT_SANITIZE_TESTS:-([^}]+)}", text).group(1)).exists()
+    kernels = re.search(r"WENGERT_SANITIZE_KERNELS-([^}]+)}", text).group(1).split()
+    assert set(kernels) == {"wengert", *(path.stem for path in (root / "csrc/kernels/cuda").glob("*.cu"))}
+
+
+def test_a_tool_that_takes_too_long_has_failed(sanitize):
+    done = sanitize("racecheck", sanitizer="sleep 60", SECONDS_EACH="0.2")
+    assert done.returncode == 1 and "failed under racecheck" in done.stderr
 
 
 def test_the_script_can_be_run_as_it_is():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -133,19 +134,52 @@ def test_the_oldest_entries_go_first(folder, monkeypatch):
     monkeypatch.setenv("WENGERT_CACHE_MEGABYTES", "2")
     folder.mkdir(mode=0o700)
     for age in range(5):
-        for name in (f"{age}.kernel", f"{age}.kernel.Ab12Cd"):  # the second was left by a process that died
+        for name in (f"{age:032x}.kernel", f"{age:032x}.kernel.Ab12Cd"):  # the second was left by a process that died
             (folder / name).write_bytes(bytes(300 << 10))
             os.utime(folder / name, (time.time() - 100 - age,) * 2)
     (folder / "notes.txt").write_bytes(bytes(3 << 20))
     cuda.compile(source(), 80)
     left = {path.name for path in folder.iterdir()}
-    assert {"0.kernel", "1.kernel", "2.kernel", "notes.txt"} <= left
-    assert not {"4.kernel", "4.kernel.Ab12Cd", "3.kernel"} & left
+    assert {f"{age:032x}.kernel" for age in range(3)} | {"notes.txt"} <= left
+    assert not {f"{4:032x}.kernel", f"{4:032x}.kernel.Ab12Cd", f"{3:032x}.kernel"} & left
     assert sum(path.stat().st_size for path in folder.iterdir() if ".kernel" in path.name) <= 2 << 20
     assert len(left) == 8  # six of the ten, ours, and the stranger's
     cuda.forget_compiled()
     cuda.compile(source(), 80)
     assert statistics() == (0, 1, 0)
+
+
+STRANGERS = ["popcorn.kernel", "notes.kernel.txt", "0" * 32 + ".kernel.bak", "A" * 32 + ".kernel", "0" * 33 + ".kernel"]
+
+
+def test_files_of_others_stay(folder, monkeypatch):
+    monkeypatch.setenv("WENGERT_CACHE_MEGABYTES", "0")
+    folder.mkdir(mode=0o700)
+    for name in STRANGERS:
+        (folder / name).write_bytes(bytes(1000))
+    (folder / ("1" * 32 + ".kernel")).mkdir()
+    (folder / ("2" * 32 + ".kernel")).write_bytes(bytes(1000))
+    cuda.compile(source(), 80)
+    assert {path.name for path in folder.iterdir()} == {*STRANGERS, "1" * 32 + ".kernel"}
+
+
+@pytest.mark.parametrize("obstacle", ["directory", "fifo", "unreadable", "dangling"])
+def test_what_cannot_be_read_is_no_error(folder, obstacle):
+    first = cuda.compile(source(), 80)
+    path = only_file(folder)
+    path.unlink()
+    if obstacle == "directory":
+        path.mkdir()
+    elif obstacle == "fifo":
+        os.mkfifo(path)
+    elif obstacle == "dangling":
+        path.symlink_to(folder / "nothing")
+    else:
+        path.symlink_to("/proc/self/mem")  # opens, and gives EIO
+    cuda.forget_compiled()
+    assert cuda.compile(source(), 80) == first and statistics() == (1, 0, 0)
+    assert all(p.is_file() or p.is_dir() for p in folder.iterdir()), "no unfinished file"
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_a_limit_of_nothing_keeps_nothing(folder, monkeypatch):
@@ -180,6 +214,91 @@ def test_errors_show_the_log():
     assert statistics() == (0, 0, 0)
     with pytest.raises(cuda.CompileError, match="compute_1"):
         cuda.compile(source(), 1)
+
+
+def test_a_failure_is_not_tried_again():
+    bad = 'extern "C" __global__ void f() { undeclared_thing(); }'
+    messages = []
+    for _ in range(3):
+        with pytest.raises(cuda.CompileError) as error:
+            cuda.compile(bad, 80)
+        messages.append(str(error.value))
+    assert len(set(messages)) == 1 and statistics() == (0, 0, 2)
+    assert 0 < len(messages[0]) < cuda.cache_stats()["bytes"]
+    with pytest.raises(cuda.CompileError, match="compute_90"):  # another question
+        cuda.compile(bad, 90)
+    cuda.forget_compiled()
+    with pytest.raises(cuda.CompileError):
+        cuda.compile(bad, 80)
+    assert statistics() == (0, 0, 0)
+
+
+def test_a_missing_library_is_not_looked_for_again(tmp_path):
+    real, path = ptx_device.find_nvrtc(), tmp_path / "libnvrtc.so.13"
+    try:
+        cuda.set_nvrtc(str(path))
+        for attempt in range(2):
+            with pytest.raises(cuda.CompileError, match="not found"):
+                cuda.compile(source(), 80)
+            if attempt == 0:
+                path.symlink_to(real)
+        cuda.set_nvrtc(str(path))
+        assert b".entry probe" in cuda.compile(source(), 80)
+    finally:
+        cuda.set_nvrtc(real)
+
+
+FAKE = """
+#include <stddef.h>
+#include <string.h>
+static const char* text = TEXT;
+int nvrtcVersion(int* a, int* b) { *a = 13; *b = 0; return 0; }
+const char* nvrtcGetErrorString(int status) { return "FAKE_ERROR"; }
+int nvrtcCreateProgram(void** p, const char* s, const char* n, int c, const char* const* t, const char* const* m)
+{ *p = &text; return 0; }
+int nvrtcDestroyProgram(void** p) { return 0; }
+int nvrtcCompileProgram(void* p, int c, const char* const* o) { return STATUS; }
+int nvrtcGetPTXSize(void* p, size_t* n) { *n = strlen(text) + 1; return 0; }
+int nvrtcGetPTX(void* p, char* out) { strcpy(out, text); return 0; }
+int nvrtcGetCUBINSize(void* p, size_t* n) { *n = strlen(text); return 0; }
+int nvrtcGetCUBIN(void* p, char* out) { memcpy(out, text, strlen(text)); return 0; }
+int nvrtcGetProgramLogSize(void* p, size_t* n) { *n = 1; return 0; }
+int nvrtcGetProgramLog(void* p, char* out) { *out = 0; return 0; }
+"""
+
+
+@pytest.fixture
+def fake_nvrtc(tmp_path):
+    """Makes a library with NVRTC's interface, of a build of its own."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or pytest.skip("needs a C compiler")
+
+    def make(name, build, status=0):
+        path = tmp_path / f"{name}.so"
+        link = f"-Wl,--build-id={build}"
+        flags = [f'-DTEXT="{name}"', f"-DSTATUS={status}", "-shared", "-fPIC", link, "-x", "c", "-", "-o", path]
+        subprocess.run([compiler, *flags], input=FAKE, text=True, check=True)
+        return str(path)
+
+    yield make
+    cuda.set_nvrtc(ptx_device.find_nvrtc())
+
+
+@pytest.mark.parametrize("builds", [("0x01", "0x02"), ("none", "none")], ids=["builds", "files"])
+def test_another_build_of_one_version_compiles_anew(fake_nvrtc, builds):
+    one, other = (fake_nvrtc(name, build) for name, build in zip(("one", "other"), builds))
+    for path, text, counts in ((one, b"one", (1, 0, 0)), (other, b"other", (1, 0, 0)), (one, b"one", (0, 1, 0))):
+        cuda.set_nvrtc(path)
+        cuda.forget_compiled()
+        assert cuda.compile(source(), 80) == text and statistics() == counts
+
+
+@pytest.mark.parametrize("status, remembered", [(1, False), (5, True), (6, True)], ids=["out of memory", "option", "source"])
+def test_which_failures_are_remembered(fake_nvrtc, status, remembered):
+    cuda.set_nvrtc(fake_nvrtc(f"status{status}", "0x03", status))
+    for _ in range(2):
+        with pytest.raises(cuda.CompileError, match="FAKE_ERROR"):
+            cuda.compile(source(), 80)
+    assert statistics() == (0, 0, int(remembered))
 
 
 def test_a_missing_library_is_an_error():

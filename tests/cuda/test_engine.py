@@ -1,7 +1,8 @@
 """The engine on the CUDA kernels' PTX: every nest of the zoo is planned, compiled and executed as on a GPU."""
 
 import os
-import warnings
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,20 +83,35 @@ def test_several_launches_are_counted(nests):
     assert sum(nests) >= 2
 
 
-def test_falls_back_with_one_warning_where_nothing_compiles():
-    def fail(*_):
-        raise wengert._C.cuda.CompileError("NVRTC: error: no such thing")
+FAILURES = {
+    "compile": wengert._C.cuda.CompileError("NVRTC: error: no such thing"),
+    "load": wengert._C.cuda.KernelUnavailable("cudaErrorNoKernelImageForDevice: no such thing"),
+}
 
-    x = torch.linspace(0.1, 1, 7, requires_grad=True)
-    y = x.sin() * x
-    wengert._C.evaluate_with(fail)
-    try:
-        with pytest.warns(UserWarning, match="no such thing"):
-            first = wengert.jacobian(y, x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            second = wengert.jacobian(y, x)
-    finally:
-        wengert._C.evaluate_with(None)
-    for ours in (first, second):
-        torch.testing.assert_close(ours, torch.diag(x.cos() * x + x.sin()).detach())
+
+@pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.parametrize("static", [False, True], ids=["a nest's", "the library's"])
+def test_falls_back_with_one_warning_where_there_is_no_kernel(kind, static):
+    """In a process of its own: the warning is given once in each."""
+    code = f"""
+import warnings
+import torch, wengert
+
+def fail(*_):
+    raise wengert._C.cuda.{type(FAILURES[kind]).__name__}({str(FAILURES[kind])!r})
+
+x = torch.linspace(0.1, 1, 7, requires_grad=True)
+y = 3 * x if {static} else x.sin() * x
+wengert._C.evaluate_with(fail, fail if {static} else None)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    first, second = (wengert.jacobian(y, x) for _ in range(2))
+    (g,) = wengert.grad(y.sum(), x, create_graph=True)
+assert sum("no such thing" in str(warning.message) for warning in seen) == 1, [str(warning.message) for warning in seen]
+(expected,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+for ours in (first, second, torch.diag(g)):
+    torch.testing.assert_close(ours, torch.diag(expected))
+assert set(wengert.stats().fallback["jacobian"]) == {{"a CUDA kernel that cannot be compiled, loaded or launched"}}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr

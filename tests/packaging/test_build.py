@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,58 @@ def test_cuda_that_cannot_be_built_is_one_sentence(checkout, tmp_path, cuda_vers
     for quiet in ("0", ""):
         done = run(sys.executable, "-c", code, cwd=checkout, WENGERT_CUDA=quiet, PYTHONPATH=path)
         assert done.returncode == 0 and done.stdout == "None\n", done.stderr
+
+
+NVCC_SAYS = "Cuda compilation tools, release {}, V{}.88"
+
+
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "problem"),
+    [
+        ("13.0", "13.0", None),
+        ("13.2", "13.0", None),
+        ("12.8", "13.0", "is of CUDA 12.8 and PyTorch was built with CUDA 13.0"),
+        ("13.0", "12.6", "is of CUDA 13.0 and PyTorch was built with CUDA 12.6"),
+        ("1.3", "13.0", "is of CUDA 1.3"),
+        ("?", "13.0", "does not say its version"),
+    ],
+)
+def test_a_toolkit_of_another_major_version_is_refused_in_one_sentence(
+    build, monkeypatch, tmp_path, capsys, release, torch_cuda, problem
+):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '{NVCC_SAYS.format(release, release)}'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setitem(build, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.setitem(build, "toolkit", lambda nvcc: "a toolkit")
+    monkeypatch.setenv("WENGERT_CUDA", "")
+    assert build["cuda"]() == (None if problem else "a toolkit")
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(problem) and (problem or "") in said
+    monkeypatch.setenv("WENGERT_CUDA", "1")
+    if problem is None:
+        assert build["cuda"]() == "a toolkit"
+    else:
+        with pytest.raises(SystemExit, match=re.escape(problem)):
+            build["cuda"]()
+
+
+def test_the_compiler_of_kernels_is_of_pytorchs_major_version(tmp_path, monkeypatch):
+    from wengert import _native
+
+    files = ("cu13/lib/libnvrtc.so.13", "cuda_nvrtc/lib/libnvrtc.so.12", "cu9/lib/libnvrtc.alt.so.9", "cu9/lib/libnvrtc.so.9")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    assert _native.find_nvrtc(12) == str(tmp_path / "cuda_nvrtc/lib/libnvrtc.so.12")
+    assert _native.find_nvrtc(13) == _native.find_nvrtc() == str(tmp_path / "cu13/lib/libnvrtc.so.13")
+    assert _native.find_nvrtc(9) == str(tmp_path / "cu9/lib/libnvrtc.so.9")
+    assert _native.find_nvrtc(14) is None
+    spec.submodule_search_locations = None
+    assert _native.find_nvrtc() is None
 
 
 def test_cmake_and_setup_read_the_same_list(checkout):

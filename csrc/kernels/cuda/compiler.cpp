@@ -1,87 +1,45 @@
 #include "kernels/cuda/compiler.h"
 
-#include <dlfcn.h>
-
 #include <mutex>
-#include <unordered_map>
+#include <optional>
+#include <string_view>
 #include <utility>
 
+#include "common/lru.h"
+#include "common/sha256.h"
 #include "fused/cuda_source.h"
 #include "kernels/cuda/kernel_cache.h"
+#include "kernels/cuda/nvrtc.h"
 
 namespace wengert::kernels::cuda {
 namespace {
-
-// The part of NVRTC's interface that is used; a status of 0 is success.
-struct Nvrtc {
-  using Handle = void*;
-  int (*version)(int* major, int* minor);
-  const char* (*error_string)(int status);
-  int (*create)(Handle*, const char* source, const char* name, int headers, const char* const* texts, const char* const* names);
-  int (*destroy)(Handle*);
-  int (*compile)(Handle, int options, const char* const* option);
-  int (*ptx_size)(Handle, std::size_t*);
-  int (*ptx)(Handle, char*);
-  int (*cubin_size)(Handle, std::size_t*);
-  int (*cubin)(Handle, char*);
-  int (*log_size)(Handle, std::size_t*);
-  int (*log)(Handle, char*);
-  std::string release;  // part of every key
-};
 
 // Fused multiply-add stays on, as in PyTorch's own kernels; nothing else departs from IEEE arithmetic.
 // The shared headers hold host functions too, which generated source never calls.
 constexpr const char* kOptions[] = {
     "--std=c++20", "--device-as-default-execution-space", "--fmad=true", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"};
 
-Nvrtc open_library(const std::string& path) {
-  void* library = nullptr;
-  std::string failures;
-  const std::vector<std::string> names =
-      path.empty() ? std::vector<std::string>{"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"} : std::vector<std::string>{path};
-  for (const std::string& name : names) {
-    library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (library != nullptr) break;
-    const char* reason = dlerror();
-    failures += std::string("\n  ") + (reason ? reason : name.c_str());
-  }
-  if (library == nullptr) throw CompileError("wengert: NVRTC, which compiles CUDA kernels, was not found:" + failures);
-  Nvrtc nvrtc{};
-  auto find = [&](auto& function, const char* name) {
-    void* symbol = dlsym(library, name);
-    if (symbol == nullptr) throw CompileError(std::string("wengert: this NVRTC has no ") + name);
-    function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol);
-  };
-  find(nvrtc.version, "nvrtcVersion");
-  find(nvrtc.error_string, "nvrtcGetErrorString");
-  find(nvrtc.create, "nvrtcCreateProgram");
-  find(nvrtc.destroy, "nvrtcDestroyProgram");
-  find(nvrtc.compile, "nvrtcCompileProgram");
-  find(nvrtc.ptx_size, "nvrtcGetPTXSize");
-  find(nvrtc.ptx, "nvrtcGetPTX");
-  find(nvrtc.cubin_size, "nvrtcGetCUBINSize");
-  find(nvrtc.cubin, "nvrtcGetCUBIN");
-  find(nvrtc.log_size, "nvrtcGetProgramLogSize");
-  find(nvrtc.log, "nvrtcGetProgramLog");
-  int major = 0, minor = 0;
-  nvrtc.version(&major, &minor);
-  nvrtc.release = std::to_string(major) + "." + std::to_string(minor);
-  // NVRTC opens its built-in functions by name alone; where it is no system library that works if they are open already.
-  Dl_info place;
-  if (dladdr(reinterpret_cast<void*>(nvrtc.version), &place) != 0 && place.dli_fname != nullptr) {
-    const std::string file = place.dli_fname;
-    const std::string folder = file.substr(0, file.rfind('/') + 1);
-    dlopen((folder + "libnvrtc-builtins.so." + nvrtc.release).c_str(), RTLD_NOW | RTLD_GLOBAL);
-  }
-  return nvrtc;  // the libraries stay open
-}
+// What came of a source: its code, or why there is none.  A failure is not tried again.
+struct Outcome {
+  Bytes code;
+  std::string failure;
+};
 
 struct State {
+  static constexpr std::size_t kMostBytes = std::size_t{64} << 20;
+
   std::mutex mutex;
   std::string path;
   std::shared_ptr<const Nvrtc> nvrtc;
-  std::unordered_map<std::string, Bytes> compiled;
+  std::string missing;  // why there is none
+  common::Lru<std::string, Outcome> outcomes{kMostBytes};
   CompilerStatistics statistics;
+
+  void keep(std::string key, Outcome outcome) {
+    const std::size_t bytes =
+        2 * sizeof(Outcome) + key.size() + outcome.failure.size() + (outcome.code ? outcome.code->size() : 0);
+    outcomes.insert(std::move(key), std::move(outcome), bytes);
+  }
 };
 
 State& state() {
@@ -92,6 +50,11 @@ State& state() {
 void check(const Nvrtc& nvrtc, int status, const char* what) {
   if (status != 0) throw CompileError(std::string("wengert: ") + what + ": " + nvrtc.error_string(status));
 }
+
+// Says that trying again may help.
+struct Passing : CompileError {
+  using CompileError::CompileError;
+};
 
 std::vector<char> run(const Nvrtc& nvrtc, const std::string& source, const std::string& target, Artifact artifact) {
   std::vector<const char*> texts, names;
@@ -117,8 +80,10 @@ std::vector<char> run(const Nvrtc& nvrtc, const std::string& source, const std::
     std::string log(size, '\0');
     if (size > 0) nvrtc.log(handle, log.data());
     while (!log.empty() && (log.back() == '\0' || log.back() == '\n')) log.pop_back();
-    throw CompileError(std::string("wengert: a CUDA kernel failed to compile (") + nvrtc.error_string(status) + ", " + target +
-                       "):\n" + log);
+    const std::string message =
+        std::string("wengert: a CUDA kernel failed to compile (") + nvrtc.error_string(status) + ", " + target + "):\n" + log;
+    if (status == Nvrtc::kOutOfMemory) throw Passing(message);
+    throw CompileError(message);
   }
   const bool ptx = artifact == Artifact::ptx;
   std::size_t size = 0;
@@ -132,18 +97,24 @@ std::vector<char> run(const Nvrtc& nvrtc, const std::string& source, const std::
 // Everything that decides the result: source, embedded headers, target, options and the compiler.
 std::string key_of(const Nvrtc& nvrtc, const std::string& source, const std::string& target) {
   static const std::string* headers = [] {
-    auto* all = new std::string;
-    for (const fused::EmbeddedHeader& header : fused::device_headers()) (((*all += header.name) += '\0') += header.text) += '\0';
-    for (const char* option : kOptions) (*all += option) += '\0';
-    return all;
+    common::Sha256 hash;
+    const auto add = [&](std::string_view text) {
+      hash.add(std::to_string(text.size()) + ':');
+      hash.add(text);
+    };
+    for (const fused::EmbeddedHeader& header : fused::device_headers()) add(header.name), add(header.text);
+    for (const char* option : kOptions) add(option);
+    return new std::string(common::hexadecimal(hash.finish()));
   }();
-  return nvrtc.release + '\0' + target + '\0' + source + '\0' + std::to_string(std::hash<std::string>{}(*headers));
+  std::string key;
+  for (const std::string* part : {&nvrtc.build, &target, headers, &source})
+    ((key += std::to_string(part->size())) += ':') += *part;
+  return key;
 }
 
 }  // namespace
 
 Bytes compile(const std::string& source, int arch, Artifact artifact) {
-  constexpr std::size_t kMostInMemory = 4096;
   State& s = state();
   std::shared_ptr<const Nvrtc> nvrtc;
   const std::string target =
@@ -151,28 +122,39 @@ Bytes compile(const std::string& source, int arch, Artifact artifact) {
   std::string key;
   {
     std::lock_guard lock(s.mutex);
-    if (!s.nvrtc) s.nvrtc = std::make_shared<const Nvrtc>(open_library(s.path));
+    if (!s.missing.empty()) throw CompileError(s.missing);
+    if (!s.nvrtc) {
+      try {
+        s.nvrtc = std::make_shared<const Nvrtc>(open_nvrtc(s.path));
+      } catch (const CompileError& error) {
+        s.missing = error.what();
+        throw;
+      }
+    }
     nvrtc = s.nvrtc;
     key = key_of(*nvrtc, source, target);
-    if (auto found = s.compiled.find(key); found != s.compiled.end()) {
+    if (const Outcome* found = s.outcomes.find(key)) {
       ++s.statistics.from_memory;
-      return found->second;
+      if (!found->code) throw CompileError(found->failure);
+      return found->code;
     }
   }
-  Bytes bytes;
-  const bool stored = [&] {
-    auto found = read_cached(key);
-    if (found) bytes = std::make_shared<const std::vector<char>>(std::move(*found));
-    return bytes != nullptr;
-  }();
-  if (!stored) {
-    bytes = std::make_shared<const std::vector<char>>(run(*nvrtc, source, target, artifact));
-    write_cached(key, *bytes);
+  std::optional<std::vector<char>> stored = read_cached(key);
+  Bytes code;
+  try {
+    code = std::make_shared<const std::vector<char>>(stored ? std::move(*stored) : run(*nvrtc, source, target, artifact));
+  } catch (const Passing&) {
+    throw;
+  } catch (const CompileError& error) {
+    std::lock_guard lock(s.mutex);
+    s.keep(std::move(key), {.code = nullptr, .failure = error.what()});
+    throw;
   }
+  if (!stored) write_cached(key, *code);
   std::lock_guard lock(s.mutex);
   ++(stored ? s.statistics.from_disk : s.statistics.compiled);
-  if (s.compiled.size() >= kMostInMemory) s.compiled.clear();
-  return s.compiled.try_emplace(std::move(key), std::move(bytes)).first->second;
+  s.keep(std::move(key), {.code = code, .failure = {}});
+  return code;
 }
 
 void set_library(const std::string& path) {
@@ -180,18 +162,27 @@ void set_library(const std::string& path) {
   std::lock_guard lock(s.mutex);
   s.path = path;
   s.nvrtc.reset();
+  s.missing.clear();
 }
 
 CompilerStatistics compiler_statistics() {
   State& s = state();
   std::lock_guard lock(s.mutex);
-  return s.statistics;
+  CompilerStatistics statistics = s.statistics;
+  statistics.bytes = static_cast<std::int64_t>(s.outcomes.bytes());
+  return statistics;
 }
 
-void forget_compiled() {
+void forget_outcomes() {
   State& s = state();
   std::lock_guard lock(s.mutex);
-  s.compiled.clear();
+  s.outcomes.clear();
+  s.missing.clear();
+}
+
+void reset_compiler_statistics() {
+  State& s = state();
+  std::lock_guard lock(s.mutex);
   s.statistics = {};
 }
 

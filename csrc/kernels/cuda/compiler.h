@@ -8,8 +8,13 @@
 
 namespace wengert::kernels::cuda {
 
-struct CompileError : std::runtime_error {
+// A kernel cannot be had on this device, though the device itself is well: PyTorch can do the work.
+struct KernelUnavailable : std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+struct CompileError : KernelUnavailable {
+  using KernelUnavailable::KernelUnavailable;
 };
 
 enum class Artifact : std::uint8_t {
@@ -19,7 +24,8 @@ enum class Artifact : std::uint8_t {
 
 using Bytes = std::shared_ptr<const std::vector<char>>;
 
-// `arch` is 10 * major + minor of the compute capability.  Throws CompileError: NVRTC is missing, or with its log.  Any thread.
+// `arch` is 10 * major + minor of the compute capability.  Throws CompileError: NVRTC is missing, or with its log; once more
+// without trying, where it did before.  Any thread.
 Bytes compile(const std::string& source, int arch, Artifact artifact);
 
 // Which NVRTC is used from now on; without a call, or with an empty path, the system's libnvrtc.
@@ -29,9 +35,11 @@ struct CompilerStatistics {
   std::int64_t compiled = 0;     // by NVRTC
   std::int64_t from_memory = 0;  // answers without a file
   std::int64_t from_disk = 0;
+  std::int64_t bytes = 0;  // in memory
 };
 CompilerStatistics compiler_statistics();
-// Forgets what is kept in memory and counts anew; files stay.
-void forget_compiled();
+void reset_compiler_statistics();
+// Forgets what is kept in memory; files stay.
+void forget_outcomes();
 
 }  // namespace wengert::kernels::cuda

@@ -10,37 +10,40 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
+
+#include "common/sha256.h"
 
 namespace wengert::kernels::cuda {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr char kMagic[8] = {'w', 'e', 'n', 'g', 'k', 'r', 'n', '1'};
-constexpr const char* kSuffix = ".kernel";
+constexpr char kMagic[8] = {'w', 'e', 'n', 'g', 'k', 'r', 'n', '2'};
+constexpr std::string_view kSuffix = ".kernel", kUnfinished = ".XXXXXX";
+constexpr std::size_t kNameDigits = 32;
 constexpr std::uint64_t kDefaultMegabytes = 256;
 
 struct Header {
   char magic[8];
-  std::uint64_t key_bytes, payload_bytes, checksum;
+  std::uint64_t key_bytes, payload_bytes;
+  common::Digest checksum;  // of the payload
 };
 
-// FNV-1a, 64 bits; two seeds make a file name of 128.
-std::uint64_t hash(std::string_view text, std::uint64_t seed = 0xcbf29ce484222325u) {
-  for (unsigned char c : text) seed = (seed ^ c) * 0x100000001b3u;
-  return seed;
-}
-
-std::string hexadecimal(std::uint64_t value) {
-  std::string digits(16, '0');
-  for (int k = 15; k >= 0; --k, value >>= 4) digits[k] = "0123456789abcdef"[value & 15];
-  return digits;
-}
-
 fs::path file_of(std::string_view key) {
-  return fs::path(cache_folder()) / (hexadecimal(hash(key)) + hexadecimal(hash(key, 0x6c62272e07bb0142u)) + kSuffix);
+  std::string name = common::hexadecimal(common::Sha256::of(key)).substr(0, kNameDigits);
+  return fs::path(cache_folder()) / name.append(kSuffix);
+}
+
+// Whether this cache gave the file its name; it leaves all others alone.
+bool is_ours(std::string_view name) {
+  const auto lower_digit = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+  const auto letter_or_digit = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
+  if (name.size() < kNameDigits || !std::ranges::all_of(name.substr(0, kNameDigits), lower_digit)) return false;
+  name.remove_prefix(kNameDigits);
+  if (!name.starts_with(kSuffix)) return false;
+  name.remove_prefix(kSuffix.size());
+  return name.empty() ||
+         (name.size() == kUnfinished.size() && name.front() == '.' && std::ranges::all_of(name.substr(1), letter_or_digit));
 }
 
 std::uint64_t most_bytes() {
@@ -76,6 +79,26 @@ bool write_all(int file, const void* data, std::size_t size) {
   return true;
 }
 
+// The whole of a regular file.
+std::optional<std::vector<char>> read_all(const fs::path& path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (file < 0) return std::nullopt;
+  struct stat status;
+  std::optional<std::vector<char>> content;
+  if (fstat(file, &status) == 0 && S_ISREG(status.st_mode)) {
+    content.emplace(static_cast<std::size_t>(status.st_size));
+    std::size_t count = 0;
+    while (count < content->size()) {
+      const ssize_t got = read(file, content->data() + count, content->size() - count);
+      if (got <= 0) break;
+      count += static_cast<std::size_t>(got);
+    }
+    if (count < content->size()) content.reset();
+  }
+  close(file);
+  return content;
+}
+
 void evict(const fs::path& folder) {
   struct Entry {
     fs::file_time_type time;
@@ -86,8 +109,9 @@ void evict(const fs::path& folder) {
   std::uint64_t total = 0;
   std::error_code error;
   for (fs::directory_iterator item(folder, error), end; !error && item != end; item.increment(error)) {
-    if (item->path().filename().string().find(kSuffix) == std::string::npos) continue;  // temporary ones of the dead count too
-    std::error_code gone;                                                               // another process may be evicting too
+    if (!is_ours(item->path().filename().native())) continue;
+    std::error_code gone;  // another process may be evicting too
+    if (!item->is_regular_file(gone)) continue;
     Entry entry{item->last_write_time(gone), item->file_size(gone), item->path()};
     if (gone) continue;
     total += entry.size;
@@ -98,7 +122,7 @@ void evict(const fs::path& folder) {
     if (total <= most_bytes()) return;
     std::error_code gone;
     fs::remove(entry.path, gone);
-    total -= entry.size;
+    if (!gone) total -= entry.size;
   }
 }
 
@@ -118,16 +142,15 @@ std::string cache_folder() {
 std::optional<std::vector<char>> read_cached(std::string_view key) {
   const std::string folder = cache_folder();
   if (folder.empty() || !is_private(folder)) return std::nullopt;
-  std::ifstream file(file_of(key), std::ios::binary);
-  std::vector<char> content{std::istreambuf_iterator<char>(file), {}};
+  const std::optional<std::vector<char>> content = read_all(file_of(key));
   Header header;
-  if (content.size() < sizeof header) return std::nullopt;
-  std::memcpy(&header, content.data(), sizeof header);
-  const std::string_view rest(content.data() + sizeof header, content.size() - sizeof header);
+  if (!content || content->size() < sizeof header) return std::nullopt;
+  std::memcpy(&header, content->data(), sizeof header);
+  const std::string_view rest(content->data() + sizeof header, content->size() - sizeof header);
   if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0 || header.key_bytes != key.size()) return std::nullopt;
   if (rest.size() < key.size() || rest.substr(0, key.size()) != key) return std::nullopt;
   const std::string_view payload = rest.substr(key.size());
-  if (payload.size() != header.payload_bytes || hash(payload) != header.checksum) return std::nullopt;
+  if (payload.size() != header.payload_bytes || common::Sha256::of(payload) != header.checksum) return std::nullopt;
   return std::vector<char>(payload.begin(), payload.end());
 }
 
@@ -135,12 +158,14 @@ void write_cached(std::string_view key, const std::vector<char>& payload) {
   const fs::path folder = cache_folder();
   if (folder.empty() || !make_folder(folder)) return;
   const fs::path target = file_of(key);
-  std::string temporary = target.string() + ".XXXXXX";
+  std::string temporary = target.string().append(kUnfinished);
   const int file = mkstemp(temporary.data());  // readable and writable by the owner alone
   if (file < 0) return;
-  Header header{.magic = {}, .key_bytes = key.size(), .payload_bytes = payload.size(), .checksum = 0};
+  Header header{.magic = {},
+                .key_bytes = key.size(),
+                .payload_bytes = payload.size(),
+                .checksum = common::Sha256::of({payload.data(), payload.size()})};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
-  header.checksum = hash({payload.data(), payload.size()});
   bool whole = write_all(file, &header, sizeof header) && write_all(file, key.data(), key.size()) &&
                write_all(file, payload.data(), payload.size());
   whole = close(file) == 0 && whole;

@@ -1,15 +1,14 @@
 #include "kernels/cuda/launch_plan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cstddef>
 #include <cstring>
 #include <limits>
 #include <mutex>
 #include <stdexcept>
-#include <unordered_map>
 
+#include "common/lru.h"
 #include "fused/kernel_abi.h"
 #include "kernels/cuda/pass_geometry.h"
 
@@ -46,21 +45,32 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
   return key;
 }
 
+struct Kernels {
+  static constexpr std::size_t kMostBytes = std::size_t{64} << 20;
+
+  std::mutex mutex;
+  std::uint64_t ids = 0;
+  common::Lru<std::string, std::shared_ptr<const Kernel>> known{kMostBytes};
+};
+
+Kernels& kernels() {
+  static auto* instance = new Kernels;  // never destroyed: threads may outlive static destructors
+  return *instance;
+}
+
 std::shared_ptr<const Kernel> kernel_for(const fused::Program& program, const KernelShape& shape) {
-  constexpr std::size_t kMostKernels = 8192;
-  static std::mutex mutex;
-  static std::atomic<std::uint64_t> ids{0};
-  static auto* kernels = new std::unordered_map<std::string, std::shared_ptr<const Kernel>>;  // threads may outlive statics
+  Kernels& k = kernels();
   std::string key = key_of(program, shape);
   {
-    std::lock_guard lock(mutex);
-    if (auto found = kernels->find(key); found != kernels->end()) return found->second;
+    std::lock_guard lock(k.mutex);
+    if (const auto* found = k.known.find(key)) return *found;
   }
   const char* entry = shape.variant == KernelShape::Variant::map ? fused::kMapEntry : fused::kSumEntry;
-  auto kernel = std::make_shared<const Kernel>(Kernel{++ids, entry, fused::cuda_source(program, shape)});
-  std::lock_guard lock(mutex);
-  if (kernels->size() >= kMostKernels) kernels->clear();
-  return kernels->try_emplace(std::move(key), std::move(kernel)).first->second;
+  std::string source = fused::cuda_source(program, shape);
+  std::lock_guard lock(k.mutex);
+  auto kernel = std::make_shared<const Kernel>(Kernel{++k.ids, entry, std::move(source)});
+  const std::size_t bytes = sizeof(Kernel) + key.size() + kernel->source.size();
+  return k.known.insert(std::move(key), std::move(kernel), bytes);
 }
 
 const std::shared_ptr<const Kernel>& table_kernel() {
@@ -388,6 +398,16 @@ std::shared_ptr<const fused::Program> zero_program(std::size_t rank, std::span<c
 }
 
 }  // namespace
+
+std::size_t kernel_bytes() {
+  std::lock_guard lock(kernels().mutex);
+  return kernels().known.bytes();
+}
+
+void forget_kernels() {
+  std::lock_guard lock(kernels().mutex);
+  kernels().known.clear();
+}
 
 std::vector<char> Launch::parameters_at(const void* workspace) const {
   std::vector<char> bytes = parameters;

@@ -22,7 +22,7 @@ struct Limits {
   int iterations_per_lane = 16;  // of a summed range, before it is worth a second launch to share it out further
 };
 
-// Generated source and its entry.  One object per text, alive as long as somebody holds it; ids are never used twice.
+// Generated source and its entry.  Those used last are kept, one object per text; ids are never used twice.
 struct Kernel {
   std::uint64_t id;
   std::string entry;
@@ -59,5 +59,9 @@ struct Plan {
 inline constexpr int kWorkspaceAlignment = 256;
 Plan plan(const fused::Program& program, std::span<const std::int64_t> extents, std::span<const OperandView> operands,
           std::span<const OutputView> outputs, const Limits& limits = {});
+
+// What the kept ones take in memory.
+std::size_t kernel_bytes();
+void forget_kernels();
 
 }  // namespace wengert::kernels::cuda

@@ -151,4 +151,6 @@ cudaError_t launch_materialize(const StaticLaunch& launch, cudaStream_t stream) 
   return launch_named(kernels, launch, stream);
 }
 
+cudaError_t find_materialize() { return find_kernel(&materialize_f32); }
+
 }  // namespace wengert::kernels::cuda

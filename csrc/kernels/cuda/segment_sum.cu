@@ -86,4 +86,6 @@ cudaError_t launch_segment_sum(const StaticLaunch& launch, cudaStream_t stream) 
   return launch_named(kernels, launch, stream);
 }
 
+cudaError_t find_segment_sum() { return find_kernel(&segment_sum_f32); }
+
 }  // namespace wengert::kernels::cuda

@@ -111,4 +111,6 @@ cudaError_t launch_small_matmul(const StaticLaunch& launch, cudaStream_t stream)
   return launch_named(kernels, launch, stream);
 }
 
+cudaError_t find_small_matmul() { return find_kernel(&small_matmul_f32_1); }
+
 }  // namespace wengert::kernels::cuda

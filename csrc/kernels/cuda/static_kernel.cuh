@@ -72,4 +72,12 @@ cudaError_t launch_named(const NamedKernel (&kernels)[count], const StaticLaunch
   return cudaErrorInvalidDeviceFunction;
 }
 
+template <class Kernel>
+cudaError_t find_kernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  return status;
+}
+
 }  // namespace wengert::kernels::cuda
