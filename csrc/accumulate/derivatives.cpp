@@ -23,6 +23,7 @@
 #include "ops/backend.h"
 #include "ops/fused_autograd.h"
 #include "ops/graph_stream.h"
+#include "tape/pass.h"
 #include "tape/streams.h"
 
 namespace wengert::accumulate {
@@ -39,14 +40,6 @@ struct SignatureHash {
     return hash ^ (hash >> 32);
   }
 };
-
-// Until tapes say so.
-bool runs_user_code(const tape::Tape& tape) {
-  return std::ranges::any_of(tape.nodes, [](const tape::Node& node) {
-    const char* type = typeid(*node.fn).name();
-    return std::strstr(type, "PyNode") != nullptr || std::strstr(type, "CppNode") != nullptr;
-  });
-}
 
 // What planning came to: a plan, or the Unsupported why there is none.
 struct Planned {
@@ -166,14 +159,30 @@ struct Answer {
   bool custom = false;  // user code took part, which is not asked twice
 };
 
-Answer run(tape::Tape& tape, const Request& request, at::TensorList cotangents, Mode mode) {
-  Answer answer{
-      .results = {}, .planned = plan_for(tape, request, mode, cotangents), .custom = mode != Mode::plain && runs_user_code(tape)};
-  const blocks::Plan& plan = answer.planned->plan;
+Answer run(tape::Tape& tape, const Request& request, at::TensorList cotangents, Mode mode, bool keep_graph) {
+  Answer answer{.results = {}, .planned = plan_for(tape, request, mode, cotangents), .custom = tape.custom};
+  const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
+  const auto run_plan = [&] {
+    Calls calls(tape);
+    for (;;) {
+      const blocks::Plan& plan = answer.planned->plan;
+      try {
+        answer.results = mode == Mode::plain ? execute(plan, tape, cotangents, strides, calls)
+                                             : execute_differentiably(plan, tape, cotangents, strides, calls);
+        return;
+      } catch (const GaveNothing& call) {  // which the signature cannot know: the other plan is for this call alone
+        calls.disconnect(call);
+        answer.planned = plan_anew(tape, request, answer.planned->structure);
+        if (answer.planned->refusal) std::rethrow_exception(answer.planned->refusal);
+      }
+    }
+  };
   try {
-    const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
-    answer.results =
-        mode == Mode::plain ? execute(plan, tape, cotangents, strides) : execute_differentiably(plan, tape, cotangents, strides);
+    if (tape.custom) {
+      tape::in_own_pass(keep_graph, run_plan);
+    } else {
+      run_plan();
+    }
     return answer;
   } catch (const kernels::cuda::KernelUnavailable& error) {
     TORCH_WARN_ONCE("wengert lacks a CUDA kernel and leaves the work to PyTorch. ", error.what());
@@ -200,7 +209,7 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
 Answer jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
   const bool one_row = std::ranges::all_of(outputs, [](const at::Tensor& output) { return output.numel() <= 1; });
   tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, one_row);
-  return run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, {}, mode);
+  return run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, {}, mode, /*keep_graph=*/true);
 }
 
 // With the history that PyTorch's results have.
@@ -269,7 +278,7 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
     }
     request.cotangents.push_back(std::move(cotangent));
   }
-  Answer answer = run(tape, request, given, mode);
+  Answer answer = run(tape, request, given, mode, retain_graph || batched);
   const Question question{.outputs = outputs, .inputs = inputs, .cotangents = cotangents, .rows = {}};
   if (history) complete(answer, mode, answer.planned->history, question, gradient_rows, batched);
   if (!retain_graph) tape::release(tape);

@@ -221,9 +221,10 @@ class MemoryRun : public Run<MemoryRun> {
 
 }  // namespace
 
-std::vector<at::Tensor> execute(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Strides strides) {
+std::vector<at::Tensor> execute(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Strides strides,
+                                Calls& calls) {
   torch::autograd::AutoGradMode no_grad(false);
-  return MemoryRun(plan, tape, cotangents)(strides);
+  return MemoryRun(plan, tape, cotangents, calls)(strides);
 }
 
 }  // namespace wengert::accumulate

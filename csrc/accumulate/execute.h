@@ -1,10 +1,11 @@
-// Runs a plan on the tensors of one tape.
+// Runs a plan on the tensors of one tape.  Throws GaveNothing where a node that is called turns out to be connected to less.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <vector>
 
+#include "accumulate/calls.h"
 #include "blocks/plan.h"
 #include "tape/tape.h"
 
@@ -14,15 +15,12 @@ namespace wengert::accumulate {
 enum class Strides : std::uint8_t { contiguous, dense };
 
 // Straight on memory, below autograd.  Undefined tensors stand for results that are not connected.
-std::vector<at::Tensor> execute(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Strides strides);
+std::vector<at::Tensor> execute(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Strides strides,
+                                Calls& calls);
 
 // Through differentiable dispatcher ops, so that the results can be differentiated again.
 std::vector<at::Tensor> execute_differentiably(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents,
-                                               Strides strides);
-
-// Calls the node of a CallNode step; cotangents and results have step.batch leading axes.  Results are defined where wanted.
-std::vector<at::Tensor> call_node(const blocks::CallNode& step, const blocks::Plan& plan, const tape::Tape& tape,
-                                  std::vector<at::Tensor> cotangents);
+                                               Strides strides, Calls& calls);
 
 // Numbers of steps run so far, for ratchets.
 struct StepCounts {

@@ -272,9 +272,9 @@ class DifferentiableRun : public Run<DifferentiableRun> {
 }  // namespace
 
 std::vector<at::Tensor> execute_differentiably(const Plan& plan, const tape::Tape& tape, at::TensorList cotangents,
-                                               Strides strides) {
+                                               Strides strides, Calls& calls) {
   torch::autograd::AutoGradMode with_grad(true);
-  return DifferentiableRun(plan, tape, cotangents)(strides);
+  return DifferentiableRun(plan, tape, cotangents, calls)(strides);
 }
 
 }  // namespace wengert::accumulate

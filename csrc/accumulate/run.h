@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "accumulate/calls.h"
 #include "accumulate/execute.h"
 #include "accumulate/steps.h"
 
@@ -16,8 +17,8 @@ namespace wengert::accumulate {
 template <class Way>
 class Run {
  public:
-  Run(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents)
-      : plan_(plan), tape_(tape), slots_(plan.slots.size()) {
+  Run(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList cotangents, Calls& calls)
+      : plan_(plan), tape_(tape), calls_(calls), slots_(plan.slots.size()) {
     std::size_t s = 0;
     for (const at::Tensor& tensor : tape.slots) slots_[s++] = tensor;
     for (const at::Tensor& tensor : cotangents) {
@@ -43,7 +44,7 @@ class Run {
   void run(const blocks::CallNode& step) {
     std::vector<at::Tensor> cotangents;
     for (std::int32_t s : step.cotangents) cotangents.push_back(s < 0 ? at::Tensor() : static_cast<Way&>(*this).made(s));
-    std::vector<at::Tensor> results = call_node(step, plan_, tape_, std::move(cotangents));
+    std::vector<at::Tensor> results = calls_(step, plan_, std::move(cotangents));
     for (std::size_t j = 0; j < step.results.size(); ++j) {
       if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
     }
@@ -64,6 +65,7 @@ class Run {
 
   const blocks::Plan& plan_;
   const tape::Tape& tape_;
+  Calls& calls_;
   std::vector<at::Tensor> slots_;
 };
 

@@ -24,5 +24,6 @@ at::Tensor result(at::Tensor tensor, const blocks::Shape& shape, Strides strides
 
 void count_matmul();
 void count_take();
+void count_calls(std::int64_t calls);
 
 }  // namespace wengert::accumulate

@@ -1,16 +1,27 @@
 // The Python module wengert._C.  Nothing outside this room includes pybind11.
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <ATen/PythonTorchFunctionTLS.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <typeinfo>
 
 #include "accumulate/derivatives.h"
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
 #include "bind/evaluator.h"
 #include "bind/plan_faults.h"
+#include "common/node_ptr.h"
 #include "tape/ambient.h"
+#include "tape/custom.h"
+#include "tape/pass.h"
 #include "tape/print.h"
 #include "tape/tape.h"
 #include "tape/vmap_watch.h"
@@ -53,12 +64,41 @@ accumulate::Mode mode(bool create_graph, bool at_once = false) {
   return !create_graph ? accumulate::Mode::plain : at_once ? accumulate::Mode::at_once : accumulate::Mode::differentiable;
 }
 
-// Runs f without the GIL; nodes written in Python take it back for themselves.  Warnings become Python's.
+// Runs f without the GIL; nodes written in Python take it back for themselves.  Warnings become Python's.  Within a backward pass
+// f gets one of its own, as PyTorch's functions do.
 template <class F>
 auto released(F&& f) {
   torch::PyWarningHandler warnings;
-  py::gil_scoped_release release;
-  return f();
+  try {
+    const py::gil_scoped_release release;
+    if (!wengert::tape::inside_pass()) return f();
+    std::optional<std::invoke_result_t<F>> result;
+    wengert::tape::in_own_pass(true, [&] { result.emplace(f()); });
+    return *std::move(result);
+  } catch (...) {
+    warnings.set_in_exception();  // where warnings are errors, they must not be thrown on the way out of another one
+    throw;
+  }
+}
+
+bool saves_through_hooks(const torch::autograd::Node& fn) {
+  if (std::strstr(typeid(fn).name(), "PyNode") == nullptr) return false;
+  const py::gil_scoped_acquire gil;
+  const auto function = py::reinterpret_steal<py::object>(
+      torch::autograd::functionToPyObject(wengert::common::share(const_cast<torch::autograd::Node*>(&fn))));
+  const auto& saved = reinterpret_cast<const THPFunction*>(function.ptr())->saved_variables;
+  return std::ranges::any_of(saved, &torch::autograd::SavedVariable::has_hooks);
+}
+
+// Whatever a Function raises may be due to how it was called, but for what ends a program: KeyboardInterrupt, SystemExit.
+bool may_retry(const std::exception& error) {
+  const py::gil_scoped_acquire gil;
+  PyObject* type = PyErr_Occurred();
+  if (const auto* raised = dynamic_cast<const python_error*>(&error); raised && raised->type) type = raised->type;
+  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) type = raised->type().ptr();
+  if (type != nullptr && PyErr_GivenExceptionMatches(type, PyExc_Exception) == 0) return false;
+  PyErr_Clear();
+  return true;
 }
 
 // The function form for one plain tensor in and one out, which is most calls, without going through Python for every step:
@@ -90,6 +130,7 @@ py::object of_function(const py::object& func, const py::object& input, const De
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The engine of wengert.";
+  wengert::tape::set_python_knowledge({.saves_through_hooks = saves_through_hooks, .may_retry = may_retry});
   const auto& unsupported = py::register_exception<wengert::tape::Unsupported>(m, "Unsupported", PyExc_RuntimeError);
   static const py::object coupled = py::exception<accumulate::CoupledSamples>(m, "CoupledSamples", unsupported);
   py::register_exception_translator([](std::exception_ptr thrown) {  // asked before the one above
@@ -151,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("take_structures", &accumulate::take_structures);
   m.def("explain", [](const Tensors& outputs, const Tensors& inputs) {
     py::list rows;
-    for (const accumulate::NodeReport& node : accumulate::explain(outputs, inputs).nodes) {
+    for (const accumulate::NodeReport& node : released([&] { return accumulate::explain(outputs, inputs); }).nodes) {
       py::dict row;
       row["node"] = node.node;
       row["kind"] = node.kind;
@@ -164,7 +205,7 @@ PYBIND11_MODULE(_C, m) {
     return rows;
   });
   m.def("tape", [](const Tensors& outputs, const Tensors& inputs) {
-    return wengert::tape::to_string(wengert::tape::capture(outputs, inputs, false));
+    return released([&] { return wengert::tape::to_string(wengert::tape::capture(outputs, inputs, false)); });
   });
   m.def("plan", [](const Tensors& outputs, const Tensors& inputs, const std::string& kind) {
     using accumulate::Seed;
@@ -172,7 +213,7 @@ PYBIND11_MODULE(_C, m) {
                       : kind == "batch"  ? Seed::batch_tied
                       : kind == "vmap"   ? Seed::batch_summed
                                          : Seed::jacobian;
-    return accumulate::plan_text(outputs, inputs, seed);
+    return released([&] { return accumulate::plan_text(outputs, inputs, seed); });
   });
   m.def(
       "has_other_leaves",

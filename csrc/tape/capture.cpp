@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_set>
@@ -14,6 +15,7 @@
 #include "ops/backend.h"
 #include "ops/graph_stream.h"
 #include "tape/ambient.h"
+#include "tape/custom.h"
 #include "tape/reader.h"
 #include "tape/streams.h"
 
@@ -43,8 +45,9 @@ void check_hooks(autograd::Node& fn, bool runs) {
 }
 
 // The backward of a reentrant checkpoint starts a whole backward pass of its own, which PyTorch allows only below .backward().
-void check_opaque(const autograd::Node& fn) {
+void check_custom(const autograd::Node& fn) {
   if (fn.name() == "CheckpointFunctionBackward") throw Unsupported("reentrant checkpointing");
+  if (saves_through_hooks(fn)) throw Unsupported("saved tensors with hooks");
 }
 
 void read_meta(const autograd::InputMetadata& metadata, Meta& meta) {
@@ -314,6 +317,7 @@ Tape::~Tape() {
   constexpr std::size_t kKept = 256;  // nodes
   if (nodes.empty() || nodes.capacity() > kKept) return;
   device = at::kCPU;
+  custom = false;
   for (Node& node : nodes) node.clear();
   slots.clear();
   outputs.clear();
@@ -342,9 +346,35 @@ std::int32_t SlotTable::add(at::Tensor tensor) {
   return latest = static_cast<std::int32_t>(before_.size()) - 1;
 }
 
-at::Tensor Take::unpack(const SavedVariable& saved, bool is_result) const {
+namespace {
+
+// PyTorch guards what a node saved by a mutex that only classes derived from Node can name.
+class SavedBy : public autograd::Node {
+ public:
+  static std::unique_lock<std::mutex> locked(autograd::Node& fn) { return std::unique_lock(fn.*(&SavedBy::mutex_)); }
+};
+
+void check_saved(const SavedVariable& saved) {
   if (saved.has_hooks()) throw Unsupported("saved tensors with hooks");
+}
+
+}  // namespace
+
+at::Tensor Take::unpack(const SavedVariable& saved, bool is_result) const {
+  const auto lock = SavedBy::locked(*node_.fn);
+  check_saved(saved);
   return is_result ? saved.unpack(node_.fn) : saved.unpack();
+}
+
+std::vector<at::Tensor> Take::unpack(const std::vector<SavedVariable>& saved, const bool& released) const {
+  const auto lock = SavedBy::locked(*node_.fn);
+  TORCH_CHECK(!released, autograd::ERR_BACKWARD_TWICE);
+  std::vector<at::Tensor> tensors;
+  for (const SavedVariable& one : saved) {
+    check_saved(one);
+    tensors.push_back(one.unpack());
+  }
+  return tensors;
 }
 
 void Take::slot(const SavedVariable& saved, bool wanted) { wanted ? derived(unpack(saved)) : no_slot(); }
@@ -460,7 +490,10 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
     node.fn = common::share(visit.fn);
     node.reader = touches_complex(*visit.fn) ? find_complex_reader(*visit.fn) : find_reader(*visit.fn);
     check_hooks(*visit.fn, visit.below);
-    if (node.reader == &opaque_reader()) check_opaque(*visit.fn);
+    if (node.reader == &opaque_reader() && is_custom(*visit.fn)) {
+      check_custom(*visit.fn);
+      tape.custom = true;
+    }
     node.outputs.resize(visit.fn->num_inputs());
     for (std::uint32_t o = 0; o < visit.fn->num_inputs(); ++o) {
       const autograd::InputMetadata& metadata = visit.fn->input_metadata(o);

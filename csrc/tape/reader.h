@@ -45,7 +45,9 @@ class Take {
   const Node& node() const { return node_; }
   const NodePtr& fn() const { return node_.fn; }
 
+  // What the node saved, with PyTorch's complaints where it was freed or changed since, by another thread for instance.
   at::Tensor unpack(const SavedVariable& saved, bool is_result = false) const;
+  std::vector<at::Tensor> unpack(const std::vector<SavedVariable>& saved, const bool& released) const;
   void slot(const SavedVariable& saved, bool wanted = true);    // an argument of the op
   void result(const SavedVariable& saved, bool wanted = true);  // an output of the op
   // A tensor computed while reading (under the caller's grad mode, so that it keeps its history when a graph is wanted).

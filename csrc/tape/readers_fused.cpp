@@ -15,8 +15,7 @@ void read_fused(Take& k, const ops::FusedBackward& n) {
   const fused::Program& program = *n.program_;
   k.program(n.program_);
   k.integer(static_cast<std::int64_t>(program.id()));
-  std::vector<at::Tensor> operands;
-  for (const SavedVariable& saved : n.operands_) operands.push_back(k.unpack(saved));
+  std::vector<at::Tensor> operands = k.unpack(n.operands_, false);
   for (int a = 0; a < program.rank(); ++a) {
     std::int64_t extent = 1;
     for (const at::Tensor& operand : operands) extent = operand.size(a) == 1 ? extent : operand.size(a);

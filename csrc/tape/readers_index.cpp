@@ -92,10 +92,10 @@ struct Indices {
   std::vector<at::Tensor> tensors;
 };
 
-Indices unpack_indices(const Take& k, const std::vector<SavedVariable>& saved, std::int64_t axes) {
+template <class N>
+Indices unpack_indices(const Take& k, const N& n, std::int64_t axes) {
   Indices result;
-  for (const SavedVariable& one : saved) {
-    const at::Tensor index = k.unpack(one);
+  for (const at::Tensor& index : k.unpack(n.indices_, n.indices_released_)) {
     if (!index.defined()) {
       result.flags.push_back(0);
     } else if (index.scalar_type() == at::kBool || index.scalar_type() == at::kByte) {
@@ -114,7 +114,7 @@ Indices unpack_indices(const Take& k, const std::vector<SavedVariable>& saved, s
 
 template <class N>
 void read_index(Take& k, const N& n) {
-  const Indices indices = unpack_indices(k, n.indices_, std::ssize(n.self_sym_sizes));
+  const Indices indices = unpack_indices(k, n, std::ssize(n.self_sym_sizes));
   k.integers(indices.flags);
   for (const at::Tensor& index : indices.tensors) k.derived(index);
 }
@@ -146,7 +146,7 @@ Pullback indexed(const Site& s) {
 template <class N>
 void read_index_put(Take& k, const N& n) {
   const Shape& y = k.node().outputs[0].shape;
-  const Indices indices = unpack_indices(k, n.indices_, std::ssize(y));
+  const Indices indices = unpack_indices(k, n, std::ssize(y));
   k.integers(indices.flags);
   k.integer(n.accumulate);
   for (const at::Tensor& index : indices.tensors) k.derived(index);

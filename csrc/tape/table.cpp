@@ -56,10 +56,11 @@ const char* name(const Node& node) {
   if (node.reader != &opaque_reader()) return node.reader->name;
   // Few distinct names exist; they live as long as the process, as a row's name does.
   static std::mutex mutex;
-  static std::unordered_map<std::string, std::size_t> known;
-  static std::deque<std::string> names;
+  static auto& known = *new std::unordered_map<std::string, std::size_t>;  // threads may outlive static destructors
+  static auto& names = *new std::deque<std::string>;
+  const std::string own = node.fn->name();  // which may take the GIL
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, fresh] = known.try_emplace(node.fn->name(), names.size());
+  const auto [entry, fresh] = known.try_emplace(own, names.size());
   if (fresh) names.push_back(entry->first);
   return names[entry->second].c_str();
 }

@@ -5,7 +5,7 @@ import pytest
 import torch
 import wengert
 from support.check import BEFORE_2_13
-from support.compare import Outcome, assert_same
+from support.compare import Outcome, assert_same, assert_same_error
 from torch.autograd import functional as F
 from torch.autograd.graph import get_gradient_edge
 from wengert import func
@@ -13,13 +13,6 @@ from wengert import func
 
 def vec(n=3, dtype=torch.float64, **options):
     return torch.linspace(0.5, 1.5, n, dtype=torch.float64).to(dtype).requires_grad_(options.get("requires_grad", False))
-
-
-def assert_same_error(ours, theirs):
-    expected, got = Outcome.of(theirs), Outcome.of(ours)
-    assert expected.error is not None, "the case is no error in torch"
-    assert type(got.error) is type(expected.error), f"{got.describe()} where torch {expected.describe()}"
-    assert str(got.error) == str(expected.error)
 
 
 def changed_in_place(x):

@@ -100,3 +100,11 @@ def assert_same_call(ours: Callable[[], Any], ref: Callable[[], Any], where: str
     assert got.error is not None, f"{where}: returned a value where torch {expected.describe()}"
     assert same_error(got.error, expected.error), f"{where}: {got.describe()} where torch {expected.describe()}"
     return None
+
+
+def assert_same_error(ours: Callable[[], Any], ref: Callable[[], Any]) -> None:
+    """Run both: torch raises, and ours raises the same type with the same text."""
+    expected, got = Outcome.of(ref), Outcome.of(ours)
+    assert expected.error is not None, "the case is no error in torch"
+    assert type(got.error) is type(expected.error), f"{got.describe()} where torch {expected.describe()}"
+    assert str(got.error) == str(expected.error)

@@ -1,0 +1,302 @@
+#include "accumulate/calls.h"
+
+#include <ATen/ATen.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
+#include <ATen/functorch/DynamicLayer.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <algorithm>
+#include <mutex>
+#include <typeindex>
+#include <unordered_map>
+
+#include "accumulate/steps.h"
+#include "accumulate/sweep.h"
+#include "tape/custom.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+namespace functorch = at::functorch;
+
+// One vmap level for the lifetime of the object.
+class VmapLevel {
+ public:
+  explicit VmapLevel(std::int64_t batch)
+      : level_(functorch::initAndPushDynamicLayer(functorch::TransformType::Vmap, c10::SymInt(batch),
+                                                  functorch::RandomnessType::Error)) {}
+  ~VmapLevel() { functorch::popDynamicLayerAndDeleteMetadata(); }
+  VmapLevel(const VmapLevel&) = delete;
+  VmapLevel& operator=(const VmapLevel&) = delete;
+
+  at::Tensor wrap(const at::Tensor& tensor) const {
+    return tensor.defined() ? functorch::makeBatched(tensor, 0, level_) : tensor;
+  }
+  // The tensor with the batch axis first; one that does not depend on the batch is repeated.
+  at::Tensor unwrap(const at::Tensor& tensor, std::int64_t batch) const {
+    if (!tensor.defined()) return tensor;
+    const functorch::BatchedTensorImpl* impl = functorch::maybeGetBatchedImpl(tensor);
+    if (impl == nullptr || impl->level() != level_) return tensor.unsqueeze(0).expand(with_batch(tensor.sizes(), batch));
+    return impl->value().movedim(impl->bdim(), 0);
+  }
+
+ private:
+  static std::vector<std::int64_t> with_batch(at::IntArrayRef sizes, std::int64_t batch) {
+    std::vector<std::int64_t> out{batch};
+    out.insert(out.end(), sizes.begin(), sizes.end());
+    return out;
+  }
+  std::int64_t level_;
+};
+
+// Warnings about missing batching rules are about our choice to batch, not about the user's code.
+class Silence : public c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+// Node types that are called row by row: those whose batching rule in torch is wrong (2.13), and those that could not be batched
+// (a numpy backward, compiled graphs, in-place tricks), which are remembered, so that they fail only once.
+class RowOnly {
+ public:
+  // All custom Functions written in Python share one type, so one of them says nothing about the others.
+  bool contains(const torch::autograd::Node& fn) {
+    if (tape::is_custom(fn)) return false;
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto [at, fresh] = types_.try_emplace(std::type_index(typeid(fn)), When::never);
+    if (fresh) at->second = known(fn.name());
+    return at->second == When::always || (at->second == When::differentiable && at::GradMode::is_enabled());
+  }
+  void insert(const torch::autograd::Node& fn) {
+    if (tape::is_custom(fn)) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    types_[std::type_index(typeid(fn))] = When::always;
+  }
+
+ private:
+  enum class When : std::uint8_t { never, differentiable, always };
+
+  static When known(const std::string& name) {
+    // jacrev of cdist disagrees with the row loop.
+    if (name == "CdistBackward0") return When::always;
+    // The weight's gradient is taken from the saved mean and deviation, which have no history: its derivative in the data is
+    // wrong.
+    if (name == "NativeLayerNormBackward0" || name.starts_with("NativeBatchNorm")) return When::differentiable;
+    return When::never;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<std::type_index, When> types_;
+};
+
+RowOnly& row_only() {
+  static auto* instance = new RowOnly;  // never destroyed: threads may outlive static destructors
+  return *instance;
+}
+
+// Plans hold complex values as pairs of reals, nodes want them complex.
+at::Tensor as_node_wants(const at::Tensor& cotangent, const torch::autograd::InputMetadata& metadata) {
+  const bool complex = at::isComplexType(c10::typeMetaToScalarType(metadata.dtype()));
+  return complex ? at::view_as_complex(cotangent.contiguous()) : cotangent;
+}
+
+// Programs read memory: lazily zero, conjugated or negated tensors have to be written out.
+at::Tensor as_plan_wants(const at::Tensor& result) {
+  if (!result.defined()) return result;
+  if (result._is_zerotensor()) return as_plan_wants(at::zeros(result.sizes(), result.options()));
+  const at::Tensor own = result.resolve_conj().resolve_neg();
+  return own.is_complex() ? at::view_as_real(own) : own;
+}
+
+// One node of the tape, for the edges that a step wants.
+class Callee {
+ public:
+  Callee(torch::autograd::Node& fn, const std::vector<std::int32_t>& results) : fn_(fn) {
+    for (const std::int32_t slot : results) wanted_.push_back(slot >= 0);
+  }
+
+  // What PyTorch's engine makes of the node's result before it reaches the next nodes.  Undefined where it is not wanted, or
+  // where the node gives nothing.
+  std::vector<at::Tensor> once(torch::autograd::variable_list cotangents) const {
+    torch::autograd::variable_list got = fn_(std::move(cotangents));
+    torch::autograd::validate_outputs(
+        fn_.next_edges(), got, [this](const std::string& what) { return "Function " + fn_.name() + " returned an " + what; });
+    for (std::size_t j = 0; j < got.size(); ++j) {
+      if (!wanted_[j]) {
+        got[j].reset();
+      } else if (got[j].defined() && got[j].layout() != at::kStrided) {
+        throw tape::Unsupported(fn_.name() + " gives a gradient that is not strided");
+      }
+    }
+    return got;
+  }
+
+  std::vector<at::Tensor> batched(const std::vector<at::Tensor>& cotangents, std::int64_t batch) const {
+    static Silence silence;
+    c10::WarningUtils::WarningHandlerGuard guard(&silence);
+    VmapLevel level(batch);
+    std::vector<at::Tensor> wrapped;
+    for (const at::Tensor& cotangent : cotangents) wrapped.push_back(level.wrap(cotangent));
+    std::vector<at::Tensor> results = once(std::move(wrapped));
+    for (at::Tensor& result : results) result = level.unwrap(result, batch);
+    return results;
+  }
+
+  std::vector<at::Tensor> by_rows(const std::vector<at::Tensor>& cotangents, std::int64_t batch) const {
+    std::vector<std::vector<at::Tensor>> rows(wanted_.size());
+    for (std::int64_t r = 0; r < batch; ++r) {
+      std::vector<at::Tensor> row;
+      for (const at::Tensor& cotangent : cotangents) row.push_back(cotangent.defined() ? cotangent.select(0, r) : cotangent);
+      std::vector<at::Tensor> got = once(std::move(row));
+      for (std::size_t j = 0; j < got.size(); ++j) rows[j].push_back(std::move(got[j]));
+    }
+    std::vector<at::Tensor> results(wanted_.size());
+    for (std::size_t j = 0; j < rows.size(); ++j) {
+      const auto some = std::ranges::find_if(rows[j], &at::Tensor::defined);
+      if (some == rows[j].end()) continue;
+      const at::Tensor zeros = std::ranges::all_of(rows[j], &at::Tensor::defined) ? at::Tensor() : at::zeros_like(*some);
+      for (at::Tensor& row : rows[j]) row = row.defined() ? row : zeros;
+      results[j] = at::stack(rows[j]);
+    }
+    return results;
+  }
+
+ private:
+  torch::autograd::Node& fn_;
+  std::vector<bool> wanted_;
+};
+
+// Results are undefined where the node gives nothing.
+std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& plan, torch::autograd::Node& fn,
+                             std::vector<at::Tensor> cotangents) {
+  const Callee callee(fn, step.results);
+  std::int64_t batch = 1;
+  blocks::Shape lead;
+  for (std::size_t o = 0; o < cotangents.size(); ++o) {
+    if (!cotangents[o].defined()) continue;
+    if (step.batch > 0) {
+      const blocks::Shape& shape = plan.slots[step.cotangents[o]].shape;
+      lead.assign(shape.begin(), shape.begin() + step.batch);
+      batch = blocks::numel(lead);
+      cotangents[o] = cotangents[o].flatten(0, static_cast<std::int64_t>(step.batch) - 1);
+    }
+    cotangents[o] = as_node_wants(cotangents[o], fn.input_metadata(o));
+  }
+  std::vector<at::Tensor> results;
+  if (step.batch == 0) {
+    count_calls(1);
+    results = callee.once(std::move(cotangents));
+    std::ranges::transform(results, results.begin(), as_plan_wants);
+    return results;
+  }
+  bool rows = batch == 1 || row_only().contains(fn), failed = false;
+  if (!rows) {
+    try {
+      results = callee.batched(cotangents, batch);
+      count_calls(1);
+    } catch (const tape::Unsupported&) {
+      throw;
+    } catch (const std::exception& error) {
+      // If the node is at fault the row-wise call raises the same error again; if batching was, it succeeds.
+      if (!tape::may_retry(error)) throw;
+      rows = failed = true;
+    }
+  }
+  if (rows) {
+    count_calls(batch);
+    results = callee.by_rows(cotangents, batch);
+    if (failed) row_only().insert(fn);
+  }
+  for (at::Tensor& result : results) {
+    if (!result.defined()) continue;
+    result = as_plan_wants(result);
+    blocks::Shape shape = lead;
+    shape.insert(shape.end(), result.sizes().begin() + 1, result.sizes().end());
+    result = result.reshape(shape);
+  }
+  return results;
+}
+
+}  // namespace
+
+Calls::~Calls() {
+  for (const auto& [place, value] : taken_off_) *place = value;
+}
+
+std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const blocks::Plan& plan,
+                                          std::vector<at::Tensor> cotangents) {
+  torch::autograd::Node& fn = *tape_.nodes[step.node].fn;
+  std::vector<at::Tensor> results;
+  const bool custom = tape_.custom && tape::is_custom(fn), known = custom && next_ < made_.size();
+  results = known ? replayed(step, plan) : call(step, plan, fn, std::move(cotangents));
+  GaveNothing nothing{step.node, {}};
+  for (std::size_t j = 0; j < step.results.size(); ++j) {
+    if (step.results[j] >= 0 && !results[j].defined()) nothing.edges.push_back(j);
+  }
+  if (custom && !known && !(nothing.edges.empty() && is_last(step, plan))) {
+    made_.push_back({step.node, results});
+    ++next_;
+  }
+  if (nothing.edges.empty()) return results;
+  const auto of_node = [&](const blocks::Step& other) {
+    const auto* call = std::get_if<blocks::CallNode>(&other);
+    return call != nullptr && call->node == step.node;
+  };
+  if (std::ranges::count_if(plan.steps, of_node) == 1) throw nothing;
+  // Another call may well give something, and PyTorch's sum of both would be that.
+  if (!plan.none_is_zero) throw tape::Unsupported("a node that gave no gradient for an input");
+  for (const std::size_t j : nothing.edges) {
+    const blocks::Slot& slot = plan.slots[step.results[j]];
+    results[j] = at::zeros(slot.shape, at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device));
+  }
+  return results;
+}
+
+// No custom Function is called after it: nobody will ask for its results again.
+bool Calls::is_last(const blocks::CallNode& step, const blocks::Plan& plan) const {
+  const auto last = std::find_if(plan.steps.rbegin(), plan.steps.rend(), [this](const blocks::Step& other) {
+    const auto* call = std::get_if<blocks::CallNode>(&other);
+    return call != nullptr && tape::is_custom(*tape_.nodes[call->node].fn);
+  });
+  return last != plan.steps.rend() && std::get_if<blocks::CallNode>(&*last) == &step;
+}
+
+std::vector<at::Tensor> Calls::replayed(const blocks::CallNode& step, const blocks::Plan& plan) {
+  const Made& made = made_[next_++];
+  bool same = made.node == step.node;
+  for (std::size_t j = 0; same && j < step.results.size(); ++j) {
+    if (step.results[j] < 0 || !made.results[j].defined()) continue;
+    same = made.results[j].sizes() == at::IntArrayRef(plan.slots[step.results[j]].shape);
+  }
+  if (!same) throw tape::Unsupported("a custom Function that gave no gradient for an input");
+  return made.results;
+}
+
+void Calls::disconnect(const GaveNothing& call) {
+  const std::size_t before = custom_reached();
+  for (const std::size_t edge : call.edges) {
+    tape::Value& value = tape_.nodes[call.node].inputs[edge];
+    taken_off_.emplace_back(&value, std::exchange(value, tape::Value()));
+  }
+  if (custom_reached() != before) throw tape::Unsupported("a custom Function below one that gave no gradient");
+  next_ = 0;
+}
+
+std::size_t Calls::custom_reached() const {
+  std::vector<bool> reached(tape_.nodes.size(), false);
+  for (const tape::Value& output : tape_.outputs) {
+    if (output.node >= 0) reached[output.node] = true;
+  }
+  std::size_t count = 0;
+  for (std::size_t n = 0; n < tape_.nodes.size(); ++n) {
+    if (!reached[n]) continue;
+    count += tape::is_custom(*tape_.nodes[n].fn);
+    for (const tape::Value& input : tape_.nodes[n].inputs) {
+      if (input.node >= 0) reached[input.node] = true;
+    }
+  }
+  return count;
+}
+
+}  // namespace wengert::accumulate

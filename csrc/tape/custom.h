@@ -1,0 +1,23 @@
+// Nodes that run code of the user's: custom Functions, in Python or C++.
+#pragma once
+#include <torch/csrc/autograd/function.h>
+
+#include <exception>
+
+namespace wengert::tape {
+
+bool is_custom(const torch::autograd::Node& fn);
+
+// What takes Python to know.  The Python module sets it; without one there are no such nodes and no such errors.
+struct PythonKnowledge {
+  // Whether a custom Function's saved tensors are unpacked by hooks (checkpointing).
+  bool (*saves_through_hooks)(const torch::autograd::Node& fn) = nullptr;
+  // Whether a call that failed may be tried in another way: not after a KeyboardInterrupt, say.  Forgets the error if so.
+  bool (*may_retry)(const std::exception& error) = nullptr;
+};
+void set_python_knowledge(const PythonKnowledge& knowledge);
+
+bool saves_through_hooks(const torch::autograd::Node& fn);
+bool may_retry(const std::exception& error);
+
+}  // namespace wengert::tape

@@ -1,0 +1,16 @@
+// Backward passes of PyTorch's engine, which nodes consult while they run.
+#pragma once
+#include <functional>
+
+namespace wengert::tape {
+
+// Whether this thread is running a node of a backward pass: a custom Function's backward or a hook.
+bool inside_pass();
+
+// Runs `body` as the only node of a backward pass of its own, under the caller's grad mode.  A node that is called there asks
+// this pass which gradients are wanted (all of them), whether the graph is kept and which callbacks to run at the end, not an
+// outer pass that knows other nodes, nor none at all, as it may well refuse to.  The GIL must not be held.
+// Throws Unsupported, having done nothing, where the engine only records (compiled autograd).
+void in_own_pass(bool keep_graph, const std::function<void()>& body);
+
+}  // namespace wengert::tape

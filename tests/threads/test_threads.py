@@ -1,0 +1,189 @@
+"""Many threads at once, on graphs of their own and on shared ones.  Small enough to run under ThreadSanitizer."""
+
+import contextlib
+import os
+import sys
+import threading
+
+import pytest
+import torch
+import wengert
+from support.compare import assert_same
+
+THREADS = 4
+ROUNDS = int(os.environ.get("WENGERT_THREAD_ROUNDS", "30"))
+
+
+@pytest.fixture(autouse=True)
+def frequent_switches():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(*works, rounds=ROUNDS):
+    """Runs each work(k) in a thread of its own, all starting every round at once; the first error is raised."""
+    errors, start = [], threading.Barrier(len(works))
+
+    def run(work):
+        try:
+            for k in range(rounds):
+                start.wait(timeout=60)
+                work(k)
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:
+            errors.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "deadlock"
+    if errors:
+        raise errors[0]
+
+
+class Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g - g.mean(0) + 0 * x
+
+
+def chain(x, steps=20):
+    y = x
+    for _ in range(steps):
+        y = (y.sin() * x).exp() * 0.1
+    return y[torch.arange(len(x)).flip(0)].sum()
+
+
+def tolerant(call):
+    """A graph that another thread frees: PyTorch's message, or the result."""
+    try:
+        return call()
+    except RuntimeError as error:
+        assert "second time" in str(error) or "already been freed" in str(error), str(error)
+        return None
+
+
+def test_one_graph_read_and_freed():
+    """No thread sees half of what another is freeing."""
+    graphs = []
+    for k in range(ROUNDS):
+        x = torch.linspace(0.1, 1.0 + k, 16, dtype=torch.float64, requires_grad=True)
+        graphs.append((x, chain(x), torch.autograd.grad(chain(x), x)[0]))
+
+    def read(k):
+        x, y, expected = graphs[k]
+        got = tolerant(lambda: wengert.grad(y, x, retain_graph=True))
+        if got is not None:
+            assert_same(got[0], expected)
+
+    def free(k):
+        x, y, expected = graphs[k]
+        got = tolerant(lambda: wengert.grad(y, x))
+        if got is not None:
+            assert_same(got[0], expected)
+
+    def free_by_torch(k):
+        x, y, _ = graphs[k]
+        tolerant(lambda: torch.autograd.grad(y, x))
+
+    together(read, free, read, free_by_torch)
+
+
+def test_graphs_of_their_own_share_the_caches():
+    def work(seed):
+        def run(k):
+            x = torch.linspace(0.1, 1.0, 3 + (seed + k) % 4, dtype=torch.float64)
+            f = lambda x: x.sin() * x.roll(1) + x.sum()
+            assert_same(wengert.jacobian(f, x), torch.autograd.functional.jacobian(f, x))
+            g = lambda x: (x.exp() * x.flip(0)).sum()
+            assert_same(wengert.hessian(g, x), torch.autograd.functional.hessian(g, x))
+
+        return run
+
+    together(*map(work, range(THREADS)))
+
+
+def test_the_same_graph_in_many_forms():
+    x = torch.linspace(0.1, 1.0, 6, dtype=torch.float64, requires_grad=True)
+    y = Centred.apply(x.sin()) * x.cumsum(0)
+    wanted = torch.stack([torch.autograd.grad(v, x, retain_graph=True)[0] for v in y])
+    together(
+        lambda k: assert_same(wengert.jacobian(y, x), wanted),
+        lambda k: assert_same(wengert.grad(y.sum(), x, retain_graph=True)[0], wanted.sum(0)),
+        lambda k: assert_same(wengert.jacobian(y, x, create_graph=True), wanted),
+        lambda k: wengert.explain(y, x),
+        lambda k: (wengert.stats(), wengert.reset_stats()),
+    )
+
+
+def test_reports_and_custom_functions():
+    """Both want a Function's name, for which the interpreter has to be asked."""
+    f, x = (lambda x: Centred.apply(x) * 2), torch.rand(4, 3, dtype=torch.float64)
+
+    def coupled(k):
+        with contextlib.suppress(ValueError):
+            wengert.batch_jacobian(f, x)
+
+    together(coupled, lambda k: wengert.explain(f, x), lambda k: wengert.jacobian(f, x), rounds=5 * ROUNDS)
+
+
+def test_errors_in_one_thread_leave_the_others_alone():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            raise ValueError("mine")
+
+    x = torch.linspace(0.1, 1.0, 5, dtype=torch.float64)
+    expected = torch.diag(x.cos())
+
+    def fails(k):
+        with pytest.raises(ValueError, match="mine"):
+            wengert.jacobian(lambda x: Fails.apply(x.sin()), x)
+
+    together(fails, lambda k: assert_same(wengert.jacobian(torch.sin, x), expected), fails)
+
+
+def test_a_long_graph_is_freed_by_another_thread():
+    """Neither reading nor freeing a graph may depend on the size of a thread's stack."""
+    before = threading.stack_size(256 * 1024)
+    try:
+
+        def work(k):
+            x = torch.linspace(0.1, 1.0, 2, dtype=torch.float64, requires_grad=True)
+            y = x
+            for _ in range(3000):
+                y = y.sin() * 1.01
+            (g,) = wengert.grad(y.sum(), x, create_graph=True)
+            assert g.requires_grad
+            del g, y
+
+        together(work, rounds=1)
+    finally:
+        threading.stack_size(before)
+
+
+def test_a_thread_that_ends_takes_nothing_along():
+    x = torch.linspace(0.1, 1.0, 5, dtype=torch.float64)
+    results = []
+    for _ in range(20):
+        thread = threading.Thread(target=lambda: results.append(wengert.jacobian(torch.sin, x)))
+        thread.start()
+        thread.join()
+    for result in results:
+        assert_same(result, torch.diag(x.cos()))
