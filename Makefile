@@ -3,6 +3,8 @@
 # make opdb    the whole operator database instead of the sample that `make test` takes
 # make fuzz    20,000 random programs in two processes, some two hours; FUZZ_COUNT and FUZZ_SEED choose others
 # make cuda-check  the build with CUDA, in an environment of its own (.venv-cuda), and the tests under it; needs nvcc, but no GPU
+# make asan    a build with AddressSanitizer beside the normal one, and the tests of what writes memory under it; make tsan: with
+#              ThreadSanitizer, the tests of threads
 # make lint    clang-format and ruff; `make format` mends what they can mend
 # Another PyTorch: make TORCH=torch==X.Y.Z demo.  Another Python: make PYTHON=python3.12 demo.
 TORCH ?= torch==2.13.0
@@ -19,7 +21,9 @@ CUDA_STAMPS := .venv-cuda/stamps
 NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test opdb fuzz cuda-check lint format clean torch-choice cuda-torch-choice
+SOURCES := setup.py pyproject.toml csrc/sources.txt $(CPP)
+
+.PHONY: demo test opdb fuzz asan tsan cuda-check lint format clean torch-choice cuda-torch-choice
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/build
@@ -42,6 +46,26 @@ cuda-check: $(CUDA_STAMPS)/build
 	$(CUDA_BIN)/python -m pytest -rs tests/cuda_build
 	WENGERT_PTX=all WENGERT_TEST_THREADS=1 $(CUDA_BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal --ignore=tests/cuda_build
 endif
+
+# A copy of the package for each, found before the installed one; Python and PyTorch are as they are, without sanitizers.
+ASAN_TESTS ?= tests/ops tests/fused tests/end_to_end/test_structure.py tests/end_to_end/test_dynamics.py tests/property
+TSAN_TESTS ?= tests/threads
+SANITIZED := WENGERT_TEST_THREADS=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PYTHONMALLOC=malloc
+RUNTIME = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
+
+asan: build/address/stamp
+	$(SANITIZED) PYTHONPATH=$(CURDIR)/build/address LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,stdc++)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 WENGERT_HYPOTHESIS_PROFILE=brief \
+	  $(BIN)/python -m pytest -p no:cacheprovider -n $(TEST_JOBS) --dist worksteal $(ASAN_TESTS)
+
+tsan: build/thread/stamp
+	$(SANITIZED) PYTHONPATH=$(CURDIR)/build/thread LD_PRELOAD="$(call RUNTIME,tsan)" WENGERT_THREAD_ROUNDS=10 \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/threads/tsan.supp:halt_on_error=0:exitcode=66 \
+	  $(BIN)/python -m pytest -p no:cacheprovider $(TSAN_TESTS)
+
+build/address/stamp build/thread/stamp: build/%/stamp: $(STAMPS)/build $(shell find pyext/wengert -name '*.py' ! -name _build_info.py)
+	WENGERT_SANITIZE=$* WENGERT_CUDA=0 $(BIN)/python setup.py --quiet build --build-base build/$*/base --build-lib build/$*
+	touch $@
 
 lint: $(STAMPS)/requirements
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
@@ -73,7 +97,6 @@ $(STAMPS)/requirements $(CUDA_STAMPS)/requirements: %/stamps/requirements: requi
 	$*/bin/python -m pip install --quiet "$$(cat $*/stamps/torch-choice)" -r requirements.txt
 	touch $@
 
-SOURCES := setup.py pyproject.toml csrc/sources.txt $(CPP)
 $(STAMPS)/build: $(STAMPS)/requirements $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@

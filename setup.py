@@ -4,6 +4,8 @@ The ninja file is our own because BuildExtension knows one set of flags per lang
 header for the sources that see torch, none for those that do not, and a different instruction set per kernel file.
 
 CUDA is built in where this PyTorch has CUDA and nvcc is found.  WENGERT_CUDA=0 leaves it out, WENGERT_CUDA=1 insists on it.
+WENGERT_SANITIZE=address or thread builds with that sanitizer, in a build folder of its own (`make asan`, `make tsan`), what
+writes memory and what threads share; the rest comes from the normal build, which has to be there.
 """
 
 import os
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SUPPORTED_TORCH = ("2.11", "2.13", "2.14")  # minors whose autograd node structs the readers know
 TORCH_FREE = ("blocks/", "fused/", "kernels/")  # rooms that include no torch headers
+NEVER_SANITIZED = ("tape/readers_", "bind/")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *AVX2]
 CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # as far as nvcc knows them; TORCH_CUDA_ARCH_LIST says otherwise
@@ -62,6 +65,18 @@ def compiler() -> str:
     if subprocess.run(probe, input=text, text=True, capture_output=True).returncode != 0:
         fail(f"the C++ compiler {cxx} does not understand C++20; install g++ 11 or newer, or set CXX.")
     return cxx
+
+
+def sanitizer() -> str:
+    wanted = os.environ.get("WENGERT_SANITIZE", "")
+    if wanted not in ("", "address", "thread"):
+        fail(f"WENGERT_SANITIZE is {wanted}; it must be address, thread or unset.")
+    return wanted
+
+
+def optimisation(sanitize: str) -> list[str]:
+    """Half the optimisation keeps a sanitizer's build short, line tables make its reports readable."""
+    return ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"] if sanitize else ["-O2"]
 
 
 @dataclass
@@ -194,7 +209,8 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
     """The text of build.ninja, which makes the shared object `library` in the folder `build`; `gpu`: with CUDA."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    base = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
+    sanitize = sanitizer()
+    base = ["-std=c++20", *optimisation(sanitize), "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
     base += [f"-I{CSRC}", f"-I{CSRC}/common/compat", f"-Wa,-I{CSRC}"]  # the assembler embeds headers as text
     base += shlex.split(os.environ.get("CXXFLAGS", ""))
     torch_flags = [word for path in include_paths() for word in ("-isystem", path)]
@@ -206,6 +222,8 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
         torch_flags.append("-fpch-preprocess")  # lets ccache see which precompiled header a file was compiled with
     link = ["-shared", *(f"-L{path}" for path in library_paths()), *(f"-l{name}" for name in torch_libraries(gpu))]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
+    if sanitize:
+        link.append(f"-fsanitize={sanitize}")
     if gpu:
         link.append(gpu.runtime)
     launcher = "env CCACHE_SLOPPINESS=pch_defines,time_macros ccache " if ccache else ""
@@ -254,7 +272,11 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
         more = simd_flags(source)
         if source.endswith("_cuda.cpp"):
             more = [word for folder in gpu.includes for word in ("-isystem", folder)]
-        objects.append(escape(build / (source.replace("/", "_").removesuffix(".cpp") + ".o")))
+        name = source.replace("/", "_").removesuffix(".cpp") + ".o"
+        if sanitize and source.startswith(NEVER_SANITIZED):
+            objects.append(escape(build.with_name(build.name.removesuffix(f"-{sanitize}")) / name))
+            continue
+        objects.append(escape(build / name))
         lines.append(f"build {objects[-1]}: {rule} {escape(CSRC / source)}{needs}")
         lines += [f"  more = {quote(more)}"] if more else []
     lines += [f"build {escape(build / library)}: link {' '.join(objects)}", ""]
@@ -278,7 +300,8 @@ class NinjaBuild(build_ext):
 
         cxx = compiler()
         gpu = cuda()
-        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        kind = "".join(f"-{word}" for word in [f"torch{torch.__version__}", sanitizer()] if word)
+        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}{kind}"
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
         write_if_changed(build / "torch_pch.h", (CSRC / "common/torch_pch.h").read_text())

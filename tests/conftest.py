@@ -19,6 +19,7 @@ DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
 # On a GPU every random program has kernels to be compiled.
 _EXAMPLES = 60 if DEVICE.type == "cpu" else 12
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=_EXAMPLES, suppress_health_check=_QUIET)
+settings.register_profile("brief", deadline=None, derandomize=True, max_examples=5, suppress_health_check=_QUIET)
 settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("WENGERT_HYPOTHESIS_PROFILE", "suite"))
 

@@ -10,7 +10,6 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <typeinfo>
 #include <utility>
 
 #include "accumulate/execute.h"

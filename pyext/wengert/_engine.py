@@ -26,6 +26,9 @@ torch_grad = torch.autograd.grad  # kept from before any patching
 _strided = torch.strided
 
 
+# Graphs of which something is computed again when it is needed (checkpointing): below vmap there is no telling with what.
+SAVED_THROUGH_HOOKS = "saved tensors with hooks"
+
 HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change no derivative
 
 
@@ -239,6 +242,11 @@ def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor
 def _torch_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, vectorize: bool) -> Blocks:
     if vectorize:
         return _rows_at_once(outputs, inputs, create_graph)
+    return torch_rows(outputs, inputs, create_graph)
+
+
+def torch_rows(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> Blocks:
+    """Row after row by PyTorch's engine."""
     return [_rows(out, inputs, create_graph) for out in outputs]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import wengert
 from support.check import DEVICE
-from support.compare import assert_same
+from support.compare import assert_same, assert_same_error
 from torch.autograd import functional as F
 from wengert import func
 
@@ -274,8 +274,17 @@ def test_checkpointed_functions():
     from torch.utils.checkpoint import checkpoint
 
     x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
-    g = lambda x: checkpoint(f, x, use_reentrant=False) * x
-    assert_same(wengert.jacobian(g, x), F.jacobian(g, x))
+    g = lambda x: checkpoint(f, checkpoint(f, x, use_reentrant=False) * x, use_reentrant=False)
+    expected = F.jacobian(g, x)
+    assert_same(wengert.jacobian(g, x), expected)
+    assert_same(wengert.func.jacrev(g)(x), expected)
+    assert_same(wengert.func.grad(lambda x: g(x).sum())(x), expected.sum(0))
+    # Below vmap PyTorch refuses such functions, and nobody could know what is computed again there.
+    xs = torch.stack([x, 2 * x])
+    for transform in (lambda m: m.jacrev(g), lambda m: m.grad(lambda x: g(x).sum())):
+        assert_same_error(
+            lambda m=wengert.func, t=transform: m.vmap(t(m))(xs), lambda m=torch.func, t=transform: m.vmap(t(m))(xs)
+        )
 
 
 def test_results_keep_nothing_of_the_user_alive():

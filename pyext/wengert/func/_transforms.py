@@ -294,7 +294,8 @@ class Jacobian(Transform):
             if self.forward:  # which may be much cheaper than rows
                 raise
             leaves.refused = str(error)
-            blocks = self._vmapped_rows(flat, leaves.tensors, create_graph)
+            rows = _engine.torch_rows if leaves.refused == _engine.SAVED_THROUGH_HOOKS else self._vmapped_rows
+            blocks = rows(flat, leaves.tensors, create_graph)
         for y, row in zip(flat, blocks):
             for j, x in enumerate(leaves.tensors):
                 row[j] = _finish(row[j], x, y.shape + x.shape, create_graph)
@@ -379,11 +380,13 @@ class Gradient(Transform):
             columns = _batch_columns([value], leaves, dims, create_graph)
             gradient = leaves.nest([column[0] for column in columns])
         else:  # samples are independent, so the gradient of their sum holds every sample's own
-            found = self._vjp(value, leaves, create_graph)
+            found = self._vjp(value, leaves, create_graph, batched=True)
             gradient = leaves.nest([_finish(g, x, x.shape, create_graph) for g, x in zip(found, leaves.tensors)])
         return self._result(gradient, value, aux, leaves, grad_mode)
 
-    def _vjp(self, value: Tensor, leaves: Leaves, create_graph: bool) -> Sequence[Tensor | None]:
+    def _vjp(
+        self, value: Tensor, leaves: Leaves, create_graph: bool, batched: bool = False
+    ) -> Sequence[Tensor | None]:
         if not value.requires_grad:
             return [None] * len(leaves.tensors)
         # The auxiliary output may share the graph, so that freeing it would break what the caller holds.
@@ -393,6 +396,8 @@ class Gradient(Transform):
             return _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
         except Refused as error:
             leaves.refused = str(error)
+            if batched and leaves.refused == _engine.SAVED_THROUGH_HOOKS:
+                raise
             return _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
 
     def _result(self, gradient: Any, value: Tensor, aux: Any, leaves: Leaves, grad_mode: bool) -> Any:
@@ -483,6 +488,8 @@ def _batch_columns(
             of_tied = _engine.native_batch_jacobian(outputs, tied, create_graph, check=False)
         except Refused as error:
             leaves.refused = str(error)
+            if leaves.refused == _engine.SAVED_THROUGH_HOOKS:
+                raise
             of_tied = [_engine.summed_rows(out, tied, create_graph) for out in outputs]
     tied_columns, shared_columns = iter(zip(*of_tied)), iter(zip(*of_shared))
     columns = []
