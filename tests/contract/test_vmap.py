@@ -60,6 +60,58 @@ def test_ties(name, form):
     both(lambda m: m.vmap(getattr(m, form)(f), in_dims=1, out_dims=-1)(TIES.T))
 
 
+SYMMETRIC = torch.tensor([[4.0, 1.0, 0.5], [0.7, 3.0, 0.2], [0.1, 0.3, 5.0]], dtype=torch.float64)
+FORWARD = {
+    "fmax": (lambda x: torch.fmax(x, x.flip(0)), TIES),
+    "fmin": (lambda x: torch.fmin(x, x.flip(0)), TIES),
+    "prelu": (lambda x: F.prelu(x - 2, x[:1]), TIES),
+    "polar": (lambda x: torch.view_as_real(torch.polar(x, x.cos())), TIES),
+    "scatter_reduce": (lambda x: x.scatter_reduce(0, torch.tensor([1, 1, 0, 0]), x, "amax"), TIES),
+    "cholesky": (torch.linalg.cholesky, torch.stack([SYMMETRIC, 2 * SYMMETRIC])),
+    "eigvalsh": (lambda x: torch.linalg.eigh(x)[0], torch.stack([SYMMETRIC, 2 * SYMMETRIC])),
+    "triangular_solve": (lambda x: torch.triangular_solve(x[:1].mT, x)[0], torch.stack([SYMMETRIC, 2 * SYMMETRIC])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("form", ["jacfwd", "hessian"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_where_forward_mode_is_not_the_transpose_of_reverse_mode(name, form):
+    f, x = FORWARD[name]
+    f = f if form == "jacfwd" else scalar(f)
+    both(lambda m: getattr(m, form)(f)(x[0]))
+    both(lambda m: m.vmap(getattr(m, form)(f))(x))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("form", FORMS)
+def test_random_numbers_are_drawn_once_however_often_the_function_runs(form, randomness):
+    """Also where PyTorch evaluates the function again; its forward mode is a vmap and refuses them."""
+
+    def call(m, f):
+        torch.manual_seed(5)
+        return m.vmap(getattr(m, form)(f), randomness=randomness)(TIES), torch.rand(2)
+
+    for f in (lambda x: x.sin() * torch.rand(4, dtype=x.dtype), lambda x: x.max() * torch.rand(4, dtype=x.dtype)):
+        g = f if form in ("jacrev", "jacfwd") else scalar(f)
+        both(lambda m: call(m, g))
+        both(lambda m: call(m, g))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_numbers_at_a_point(form):
+    def call(m):
+        torch.manual_seed(5)
+        return getattr(m, form)(f if form in ("jacrev", "jacfwd") else scalar(f))(TIES[0]), torch.rand(2)
+
+    f = lambda x: x.sin() * torch.rand(4, dtype=x.dtype)
+    both(call)
+    torch.manual_seed(5)
+    ours = func.jacfwd(f, randomness="same")(TIES[0])
+    torch.manual_seed(5)
+    assert_same(ours, torch.func.jacfwd(f, randomness="same")(TIES[0]))
+
+
 START = torch.tensor(1)
 NOT_UNDER_VMAP_ALONE = {
     "a tensor as start": lambda x: torch.narrow(x, 0, START, 2) ** 2,

@@ -167,6 +167,10 @@ class Transform(Wrapped):
             raise Refused("forward mode through torch.no_grad or a hook")
         return out
 
+    def draws_alike(self) -> bool:
+        """Whether all tangents may see the same random numbers; PyTorch's forward mode, which is a vmap, otherwise raises."""
+        return not self.forward or self.options.get("randomness", "error") != "error"
+
     def chain(self) -> Iterator[Transform]:
         """This transform, the one it differentiates, and so on."""
         transform = self
@@ -189,14 +193,19 @@ class Transform(Wrapped):
         if reason is None:
             grad_mode = _is_grad_enabled()
             _set_grad_enabled(True)
+            leaves = Leaves(flat, spec, self.argnums, grad_mode)
+            random = _engine.random_state(leaves.tensors) if self.forward else None  # the function may run again
             try:
-                leaves = Leaves(flat, spec, self.argnums, grad_mode)
                 out = self.check(self.run(self.func, unflatten(leaves.flat, spec), kwargs))
+                if random is not None and not self.draws_alike() and random.drawn():
+                    raise Refused("random numbers in forward mode")
                 result = self.derive(out, leaves, grad_mode)
                 _engine.count(name, leaves.refused)
                 return result
             except Refused as error:
                 reason = str(error)
+                if random is not None:
+                    random.restore()
             finally:
                 _set_grad_enabled(grad_mode)
         _engine.count_fallback(name, reason)
@@ -286,7 +295,8 @@ class Jacobian(Transform):
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
-        self._check_dtypes(flat, leaves.tensors)
+        if self.forward:
+            _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         try:
             blocks = _engine.native_jacobian(flat, leaves.tensors, create_graph)
@@ -304,16 +314,13 @@ class Jacobian(Transform):
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
-        self._check_dtypes(flat, leaves.tensors)
+        if self.forward:
+            _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         columns = _batch_columns(flat, leaves, dims, create_graph)
         rows = [leaves.nest([column[i] for column in columns]) for i in range(len(flat))]
         result = unflatten(rows, spec)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
-
-    def _check_dtypes(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        if self.forward and any(y.dtype is not x.dtype for y in outputs for x in inputs):
-            raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
 
     def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
         """torch.func.jacrev's way through the graph that is there."""
@@ -428,6 +435,7 @@ class _HessianAtPoint(Transform):
         self.func = hessian.scalar_func
         self.argnums = hessian.argnums
         self.has_aux = False
+        self.options = hessian.options
         self.inner = hessian.func
         self.make_peer = hessian.make_peer  # type: ignore[method-assign]
 
@@ -437,8 +445,7 @@ class _HessianAtPoint(Transform):
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         flat, spec = flatten(out)
         xs = leaves.tensors
-        if any(y.dtype is not x.dtype for y in (*flat, *xs) for x in xs):
-            raise Refused("forward mode with outputs of another dtype")
+        _check_forward([*flat, *xs], xs)
         create_graph = grad_mode and leaves.needs_graph(flat)
         results = []
         for y in flat:
@@ -449,6 +456,14 @@ class _HessianAtPoint(Transform):
             ]
             results.append(leaves.nest(parts))
         return unflatten(results, spec)
+
+
+def _check_forward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Raise Refused where PyTorch's forward mode would compute something else than the graph of `outputs` says."""
+    if any(y.dtype is not x.dtype for y in outputs for x in inputs):
+        raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
+    if node := _engine.forward_mode_differs(outputs):
+        raise Refused(f"forward mode through {node}")
 
 
 def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.Blocks:
