@@ -19,19 +19,28 @@ using torch::autograd::Node;
 
 // Found by comparing torch.func.jacfwd and jacrev over the operator database, at ties and at other points.
 constexpr std::string_view kDiffers =
-    " CholeskyInverseBackward0 FmaxBackward0 FminBackward0 LinalgCholeskyExBackward0 LinalgEighBackward0 MaxUnpool2DBackward0 "
-    "MaxUnpool3DBackward0 PolarBackward0 PreluKernelBackward0 ScatterReduceBackward0 TriangularSolveBackward0 ";
+    " CholeskyInverseBackward0 FmaxBackward0 FminBackward0 IndexCopyBackward0 IndexPutBackward0 LinalgCholeskyExBackward0 "
+    "LinalgEighBackward0 MaxUnpool2DBackward0 MaxUnpool3DBackward0 PolarBackward0 PreluKernelBackward0 PutBackward0 "
+    "ScatterBackward0 ScatterReduceBackward0 TriangularSolveBackward0 ";
+constexpr std::string_view kMasks = " MaskedFillBackward0 MaskedFillBackward1 MaskedScatterBackward0 WhereBackward0 ";
 
-bool differs(const Node& node) {
-  thread_local std::unordered_map<std::type_index, bool> known;  // names are made anew on every call
-  const auto [at, is_new] = known.try_emplace(typeid(node), false);
-  if (is_new) at->second = kDiffers.find(" " + node.name() + " ") != std::string_view::npos;
+enum class Role { plain, differs, masks };
+
+Role role_of(const Node& node) {
+  thread_local std::unordered_map<std::type_index, Role> known;  // names are made anew on every call
+  const auto [at, is_new] = known.try_emplace(typeid(node), Role::plain);
+  if (is_new) {
+    const std::string name = " " + node.name() + " ";
+    if (kDiffers.find(name) != std::string_view::npos) at->second = Role::differs;
+    if (kMasks.find(name) != std::string_view::npos) at->second = Role::masks;
+  }
   return at->second;
 }
 
 }  // namespace
 
-std::string forward_mode_differs(at::TensorList outputs) {
+ForwardMode forward_mode(at::TensorList outputs) {
+  ForwardMode out;
   common::PointerIndex seen;
   std::vector<const Node*> stack;
   const auto enter = [&](const Node* node) {
@@ -46,12 +55,17 @@ std::string forward_mode_differs(at::TensorList outputs) {
   while (!stack.empty()) {
     const Node* node = stack.back();
     stack.pop_back();
-    if (differs(*node)) return node->name();
+    const Role role = role_of(*node);
+    out.masks = out.masks || role == Role::masks;
+    if (role == Role::differs) {
+      out.differs = node->name();
+      break;
+    }
     for (const torch::autograd::Edge& edge : node->next_edges()) {
       if (edge.function) enter(edge.function.get());
     }
   }
-  return {};
+  return out;
 }
 
 }  // namespace wengert::tape

@@ -6,8 +6,13 @@
 
 namespace wengert::tape {
 
-// The name of a node in the graph of `outputs` whose operator has another derivative in PyTorch's forward mode (at ties, in the
-// part of a symmetric matrix that is not read, ...), or an empty string.
-std::string forward_mode_differs(at::TensorList outputs);
+struct ForwardMode {
+  std::string differs;  // a node whose operator has another derivative in forward mode (at ties, in the part of a symmetric
+                        // matrix that is not read, where a place is written twice, ...), if there is one
+  bool masks = false;   // some operator leaves values out: with them go infinite derivatives, which reverse mode multiplies by 0
+};
+
+// What forward mode through the graph of `outputs` would make of it.
+ForwardMode forward_mode(at::TensorList outputs);
 
 }  // namespace wengert::tape

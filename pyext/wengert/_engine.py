@@ -229,9 +229,9 @@ def has_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> boo
     return C.has_other_leaves(list(outputs), list(inputs))
 
 
-def forward_mode_differs(outputs: Sequence[Tensor]) -> str:
-    """The node of a graph, if any, whose operator has another derivative in PyTorch's forward mode."""
-    return C.forward_mode_differs(list(outputs))
+def forward_mode(outputs: Sequence[Tensor]) -> tuple[str, bool]:
+    """A node whose operator has another derivative in PyTorch's forward mode, or ""; whether some operator leaves values out."""
+    return C.forward_mode(list(outputs))
 
 
 def random_state(tensors: Sequence[Tensor]) -> Any:

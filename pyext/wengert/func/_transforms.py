@@ -202,8 +202,10 @@ class Transform(Wrapped):
                 result = self.derive(out, leaves, grad_mode)
                 _engine.count(name, leaves.refused)
                 return result
-            except Refused as error:
-                reason = str(error)
+            except RuntimeError as error:
+                if not (self.forward or isinstance(error, Refused)):
+                    raise
+                reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
                 if random is not None:
                     random.restore()
             finally:
@@ -247,14 +249,12 @@ class Transform(Wrapped):
         level = _vmap_increment_nesting(size, randomness)
         try:
             args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
-            try:
-                out = self.func(*unflatten(args, spec), **kwargs)
-            except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
-                raise Refused("a function that does not run under vmap alone") from error
-            self.check(out)
+            out = self.check(self.func(*unflatten(args, spec), **kwargs))
             if type(out) is Tensor:
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
+        except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
+            raise Refused("a function that does not run under vmap alone") from error
         finally:
             _vmap_decrement_nesting()
 
@@ -295,8 +295,7 @@ class Jacobian(Transform):
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
-        if self.forward:
-            _check_forward(flat, leaves.tensors)
+        must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         try:
             blocks = _engine.native_jacobian(flat, leaves.tensors, create_graph)
@@ -309,17 +308,20 @@ class Jacobian(Transform):
             for j, x in enumerate(leaves.tensors):
                 row[j] = _finish(row[j], x, y.shape + x.shape, create_graph)
         result = unflatten([leaves.nest(row) for row in blocks], spec)
+        if must_be_finite:
+            _check_finite(result)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
 
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
-        if self.forward:
-            _check_forward(flat, leaves.tensors)
+        must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         columns = _batch_columns(flat, leaves, dims, create_graph)
         rows = [leaves.nest([column[i] for column in columns]) for i in range(len(flat))]
         result = unflatten(rows, spec)
+        if must_be_finite:
+            _check_finite(result)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
 
     def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
@@ -445,7 +447,7 @@ class _HessianAtPoint(Transform):
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         flat, spec = flatten(out)
         xs = leaves.tensors
-        _check_forward([*flat, *xs], xs)
+        must_be_finite = _check_forward([*flat, *xs], xs)
         create_graph = grad_mode and leaves.needs_graph(flat)
         results = []
         for y in flat:
@@ -455,15 +457,27 @@ class _HessianAtPoint(Transform):
                 for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
             ]
             results.append(leaves.nest(parts))
+        if must_be_finite:
+            _check_finite(results)
         return unflatten(results, spec)
 
 
-def _check_forward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Raise Refused where PyTorch's forward mode would compute something else than the graph of `outputs` says."""
+def _check_forward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Raise Refused where PyTorch's forward mode would compute something else than the graph of `outputs` says.
+
+    Returns whether that depends on the result: where it must be finite (`_check_finite`).
+    """
     if any(y.dtype is not x.dtype for y in outputs for x in inputs):
         raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
-    if node := _engine.forward_mode_differs(outputs):
-        raise Refused(f"forward mode through {node}")
+    differs, masks = _engine.forward_mode(outputs)
+    if differs:
+        raise Refused(f"forward mode through {differs}")
+    return masks
+
+
+def _check_finite(result: Any) -> None:
+    if not all(bool(block.isfinite().all()) for block in tree_leaves(result)):
+        raise Refused("an infinite derivative, which forward mode may leave out")
 
 
 def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.Blocks:

@@ -67,8 +67,8 @@ class BatchedTransform(Wrapped):
                     raise Refused("random numbers in forward mode")
                 _engine.count(self.name, refused)
                 return result
-            except Refused as error:
-                reason = str(error)
+            except RuntimeError as error:  # PyTorch's own way has its own errors, or none
+                reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
                 if random is not None:
                     random.restore()
                 elif isinstance(error, Rewritten):
@@ -76,16 +76,20 @@ class BatchedTransform(Wrapped):
                     verdict = verdict_of(innermost.func)
             finally:
                 torch._C._set_grad_enabled(grad_mode)
-        if verdict is not None and verdict.one_by_one:
-            return self._run_one_by_one(size, dims, flat, spec, kwargs)
         _engine.count_fallback(self.name, reason)
-        try:
+        if verdict is None or not verdict.one_by_one:
+            try:
+                return self.peer(*args, **kwargs)
+            except RuntimeError:
+                if verdict is None:
+                    raise
+                verdict.one_by_one = True
+        random = _random_state(flat)
+        result = self._run_one_by_one(size, dims, flat, spec, kwargs)
+        if random.drawn():  # which has to be an error, that of PyTorch
+            random.restore()
             return self.peer(*args, **kwargs)
-        except RuntimeError:
-            if verdict is None:
-                raise
-            verdict.one_by_one = True
-            return self._run_one_by_one(size, dims, flat, spec, kwargs)
+        return result
 
     def _run_one_by_one(
         self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]
