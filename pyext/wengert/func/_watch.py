@@ -102,8 +102,8 @@ class Verdict:
                 if len(self.seen) >= _MOST_SHAPES:
                     self.seen.clear()
                 self.seen.setdefault(shapes, set()).add(structure)
-        elif structure not in self.seen[shapes]:
-            del self.seen[shapes]  # the next run is watched
+        elif structure not in self.seen.get(shapes, ()):
+            self.seen.pop(shapes, None)  # the next run is watched
             raise Refused("a function whose graph has changed")
 
 
