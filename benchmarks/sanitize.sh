@@ -7,7 +7,8 @@
 # PYTHON                    the interpreter that has wengert (default: python)
 # SECONDS_EACH              the time for one tool (default: no limit)
 # WENGERT_SANITIZE_TESTS    what pytest runs (default: one launch of every kernel; a tool slows kernels 10 to 100 times)
-# WENGERT_SANITIZE_KERNELS  parts of the names of the kernels to check (default: those of this library; empty: PyTorch's as well)
+# WENGERT_SANITIZE_KERNELS  parts of the names of the kernels to check (default: those of this library; empty, and for initcheck
+#                           always: PyTorch's as well)
 #
 # Exit status: 0; 1 if a tool found an error or a test failed; 2 where something needed is missing.
 set -euo pipefail
@@ -33,7 +34,8 @@ command -v "$python" >/dev/null || missing "'$python' was not found; PYTHON name
   missing "'$python' has no PyTorch that can use a GPU here"
 
 options=(--target-processes all --error-exitcode 99 --print-limit 20)
-for kernel in "${kernels[@]}"; do options+=(--kernel-name "kernel_substring=$kernel"); done
+named=()
+for kernel in "${kernels[@]}"; do named+=(--kernel-name "kernel_substring=$kernel"); done
 
 # The caching allocator hands out parts of large blocks: an access beyond a tensor, or of memory never written, would look right.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -42,7 +44,9 @@ export WENGERT_TEST_DEVICE=cuda
 failed=()
 for tool in "${tools[@]}"; do
   echo "== $tool"
-  timeout "${SECONDS_EACH:-0}" compute-sanitizer --tool "$tool" "${options[@]}" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" ||
+  chosen=("${options[@]}" "${named[@]}")
+  [[ $tool == initcheck ]] && chosen=("${options[@]}") # of what PyTorch's kernels write it knows only if it watches them
+  timeout "${SECONDS_EACH:-0}" compute-sanitizer --tool "$tool" "${chosen[@]}" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" ||
     failed+=("$tool")
 done
 if ((${#failed[@]})); then

@@ -38,8 +38,10 @@ def test_all_tools_run_the_suite_on_the_gpu(sanitize):
     assert lines[::2] == ["== memcheck", "== racecheck", "== synccheck", "== initcheck", lines[-1]]
     for tool, line in zip(("memcheck", "racecheck", "synccheck", "initcheck"), lines[1::2]):
         assert line.startswith(f"cuda 1 --tool {tool} ")
-        assert "--error-exitcode 99" in line and "--kernel-name kernel_substring=wengert " in line
-        assert all(f"--kernel-name kernel_substring={name} " in line for name in ("materialize", "segment_sum", "small_matmul"))
+        assert "--error-exitcode 99" in line
+        for name in ("wengert", "materialize", "segment_sum", "small_matmul"):
+            # What PyTorch's kernels have not been seen to write would count as never written.
+            assert (f"--kernel-name kernel_substring={name} " in line) == (tool != "initcheck")
         assert line.endswith("python -m pytest -q -p no:cacheprovider tests/a.py tests/b.py")
     assert lines[-1] == "sanitize.sh: clean under memcheck racecheck synccheck initcheck"
 
