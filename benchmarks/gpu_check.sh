@@ -26,9 +26,11 @@ cores=$(nproc)
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 export PYTHONPATH="$PWD/pyext${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1 WENGERT_TEST_THREADS=1
-export WENGERT_CACHE_DIR=${WENGERT_CACHE_DIR:-$out/kernels} # shared by all that follows: a kernel is compiled once
+# Shared by all that follows: a kernel is compiled once.
+export WENGERT_CACHE_DIR=${WENGERT_CACHE_DIR:-$out/kernels}
+export WENGERT_TEST_CACHE_DIR=$WENGERT_CACHE_DIR
 
-declare -A limit=([build]=240 [streams]=60 [sanitize]=210 [gpu]=100 [suite]=80 [bench]=90)
+declare -A limit=([build]=240 [streams]=110 [sanitize]=210 [gpu]=100 [suite]=80 [bench]=90)
 order="build streams sanitize gpu suite bench"
 read -r -a stages <<<"${*:-$order}"
 for stage in "${stages[@]}"; do
@@ -67,7 +69,7 @@ stage_build() {
     "$python" -c 'import torch, wengert; x = torch.rand(9, device="cuda"); print(wengert.jacobian(torch.sin, x).diagonal().sub(x.cos()).abs().max().item(), wengert.stats())'
 }
 
-stage_streams() { pytest tests/gpu/test_streams.py tests/gpu/test_manners.py tests/gpu/test_each_kernel.py; }
+stage_streams() { pytest -v tests/gpu/test_streams.py tests/gpu/test_each_kernel.py tests/gpu/test_manners.py; }
 
 stage_sanitize() { PYTHON=$python SECONDS_EACH=52 benchmarks/sanitize.sh racecheck initcheck memcheck synccheck; }
 
@@ -102,7 +104,9 @@ for stage in "${stages[@]}"; do
       grep -hoE ' (PASSED|FAILED|ERROR|SKIPPED) ' "$out/$stage".shard.*.log | sort | uniq -c
       echo "of $(wc -l <"$out/$stage.tests") tests"
       ;;
-    *) grep -E '^(FAILED|ERROR|E  |==|sanitize.sh)|passed|failed|ERROR SUMMARY|========= (Error|Warning|Invalid|Uninit|Race)' "$log" | head -60 ;;
+    *) # also of what was cut short
+      grep -oE ' (PASSED|FAILED|ERROR|SKIPPED) ' "$log" | sort | uniq -c
+      grep -E '^(FAILED|ERROR|E  |==|sanitize.sh)|passed|failed|ERROR SUMMARY|========= (Error|Warning|Invalid|Uninit|Race)' "$log" | head -60 ;;
   esac
   echo "-- $stage: status $status, $((SECONDS - begin)) s, $log"
   if [[ $status == 124 || $status == 137 ]]; then echo "   out of time"; fi

@@ -43,12 +43,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def session_cache(tmp_path_factory):
-    """Compiled kernels of tests are kept for the session only, not among the user's; parallel workers share them."""
+    """Compiled kernels of tests are kept for the session only, not among the user's; parallel workers share them.
+
+    WENGERT_TEST_CACHE_DIR names a folder that several sessions share.
+    """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WENGERT_CACHE_DIR", str(folder / "kernels"))
+        patch.setenv("WENGERT_CACHE_DIR", os.environ.get("WENGERT_TEST_CACHE_DIR", str(folder / "kernels")))
         yield
 
 

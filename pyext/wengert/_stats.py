@@ -58,11 +58,12 @@ def stats() -> Stats:
 
 
 def clear_caches() -> None:
-    """Forget what is kept in memory between calls: plans, and the programs they consist of.
+    """Forget what is kept in memory between calls: plans, the programs they consist of, and the CUDA kernels of these, but for
+    kernels whose launches may not have ended or that a CUDA graph holds.
 
     Both are made anew where they are needed; calls that are running in other threads keep theirs.  The caches are bounded
     anyway, and what was least recently used goes first: by ``WENGERT_PLAN_CACHE_MEGABYTES``, in all, which is 256 by default
-    and read when the first plan is made.
+    and read when the first plan is made; CUDA kernels by 64 MiB each as source and compiled, and 128 MiB loaded.
 
     >>> import torch, wengert
     >>> _ = wengert.jacobian(torch.sin, torch.ones(2))
