@@ -36,7 +36,7 @@ opdb: $(STAMPS)/build
 	WENGERT_OPDB=all WENGERT_TEST_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/opdb
 
 fuzz: $(STAMPS)/build
-	$(BIN)/python tests/fuzz/run.py --seed $(FUZZ_SEED) --count $(FUZZ_COUNT) --jobs 2
+	$(BIN)/python tests/fuzz/fuzzer.py --seed $(FUZZ_SEED) --count $(FUZZ_COUNT) --jobs 2
 
 ifeq ($(NVCC),)
 cuda-check:

@@ -36,7 +36,7 @@ THEMES = [
     {"views": 3, "index": 4, "inplace": 2, "reductions": 1},
     {"conv": 2, "norms": 3, "losses": 2, "algebra": 2, "pointwise": 2},
 ]
-COPIES = ["kron_ones", "interleave", "expand_last", "pairs_transposed", "repeat", "repeat_interleave", "tile", "expand_reshape", "rk4"]
+COPIES = "kron_ones interleave expand_last pairs_transposed repeat repeat_interleave tile expand_reshape rk4".split()
 
 Tensors = tuple[torch.Tensor, ...]
 

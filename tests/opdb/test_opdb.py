@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from sweep import LARGEST_JACOBIAN, OpReport
+from report import OpReport
+from sweep import LARGEST_JACOBIAN
 
 SWEEP = pathlib.Path(__file__).with_name("sweep.py")
 FULL = bool(os.environ.get("WENGERT_OPDB"))
