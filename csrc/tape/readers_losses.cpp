@@ -70,18 +70,27 @@ Pullback mse_backward(const Site& s) {
   return f.complete() ? f.finish(s.pool.mul(s.pool.sub(self, target), f.constant(scale))) : opaque();
 }
 
-// Negative log likelihood: slots are the target with ignored entries made harmless, and the factor of each sample.
+// Negative log likelihood: ints are the reduction and whether the derivative of ignored samples has to be selected; slots are the
+// target with ignored samples made harmless, and the factor of each sample, 0 for ignored ones.
 struct Likelihood {
   at::Tensor target, scale;
+  bool ignores;
 };
 
+// What is infinite or nan does not reach the classes of an ignored sample, which a factor of 0 would let through. Whether there
+// is one is asked of a CPU only, where the answer costs less than the masks that most targets then do without; a GPU would have
+// to wait.
 Likelihood likelihood(const at::Tensor& target, const at::Tensor& weight, std::int64_t ignored, std::int64_t reduction,
                       at::ScalarType dtype) {
   const at::Tensor absent = target == ignored;
+  const bool waits = !target.is_cpu();
   Likelihood result;
-  result.target = target.to(at::kLong).masked_fill(absent, 0);
+  result.ignores = !waits && absent.any().item<bool>();
+  const bool masks = waits || result.ignores;
+  result.target = target.to(at::kLong);
+  if (masks) result.target = result.target.masked_fill(absent, 0);
   at::Tensor weights = weight.defined() ? weight.take(result.target) : at::ones(target.sizes(), target.options().dtype(dtype));
-  weights = weights.masked_fill(absent, 0);
+  if (masks) weights = weights.masked_fill(absent, 0);
   result.scale = reduction == kMean ? weights / -weights.sum() : -weights;
   return result;
 }
@@ -91,8 +100,14 @@ void take_likelihood(Take& k, const N& n) {
   const Likelihood terms = likelihood(k.unpack(n.target_), k.unpack(n.weight_), Take::concrete(n.ignore_index), n.reduction,
                                       k.node().outputs[0].dtype);
   k.integer(n.reduction);
+  k.integer(terms.ignores);
   k.derived(terms.target);
   k.derived(terms.scale);
+}
+
+ExprId likelihood_factor(const Site& s, FactorBuilder& f, Axes where) {
+  const ExprId scale = f.read(1, std::move(where));
+  return s.integer(1) != 0 ? f.select(scale, scale, fused::kZero) : scale;
 }
 
 // The class axis stands after the first axis, or alone.
@@ -105,7 +120,7 @@ Pullback nll(const Site& s) {
   Axes axes = where;
   axes.insert(axes.begin() + (depth == 0 ? 0 : 1), looked_up(s.node.slots[0], where));
   FactorBuilder f(s);
-  const ExprId scale = f.read(1, where);
+  const ExprId scale = likelihood_factor(s, f, where);
   return f.finish(scale, s.integer(0) == kNoReduction ? Shape() : samples, std::move(axes));
 }
 
@@ -128,7 +143,7 @@ Pullback nll_backward(const Site& s) {
   spread.in_shape = s.x();
   spread.axes = broadcast(s.x(), samples);
   FactorBuilder f(s);
-  spread.factor = f.factor(f.read(1, own_axes(static_cast<int>(samples.size()))));
+  spread.factor = f.factor(likelihood_factor(s, f, own_axes(static_cast<int>(samples.size()))));
   Term term = {Step(Reshape{{product(s.y())}}), Step(IndexScatter{{product(samples)}, 0, s.node.slots[2]})};
   if (samples.size() != 1) term.push_back(Reshape{samples});
   term.push_back(std::move(spread));

@@ -2,6 +2,8 @@
 
 # ruff: noqa: B023 - every function made in a loop is called within the same iteration
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -535,3 +537,12 @@ def test_inputs_keep_requires_grad_and_version():
     version = x._version
     wengert.jacobian(lambda z: z.sin(), x)
     assert x.requires_grad and x.grad is None and x._version == version
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_ignored_classes_stop_what_is_not_finite(reduction):
+    """Their derivative is 0 whatever arrives there, as torch's kernel skips them."""
+    z = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.nn.functional.nll_loss(z, torch.tensor([0, 1, 0, 2]), ignore_index=0, reduction=reduction)
+    bad = torch.tensor([math.inf, 1.0, math.nan, 2.0], dtype=torch.float64)[: y.numel()].reshape(y.shape)
+    assert_same(wengert.grad(y, z, bad, retain_graph=True), torch.autograd.grad(y, z, bad, retain_graph=True))
