@@ -109,7 +109,7 @@ def batch_jacobian_twice(case: Case) -> None:
         return
     ours = leaves(wengert.batch_jacobian(case.f, leaf, create_graph=True))
     case.same(ours, parts, "batch_jacobian create_graph")
-    live = [(a, b) for a, b in zip(ours, parts) if a.requires_grad]
+    live = [(a, b) for a, b in zip(ours, parts) if a.requires_grad and b.requires_grad]  # PyTorch has no such function
     differentiated_again(case, [a for a, _ in live], [b for _, b in live], leaf, "batch_jacobian create_graph")
 
 
@@ -121,9 +121,11 @@ def batch_jacobian_of_a_mapped_program(case: Case) -> None:
     first = Outcome.of(lambda: mapped(*case.batch))
     if first.error is not None:
         return
-    whole = leaves(torch.autograd.functional.jacobian(mapped, case.batch))
+    whole = Outcome.of(lambda: leaves(torch.autograd.functional.jacobian(mapped, case.batch)))
+    if whole.error is not None:
+        return
     outer = Case.__new__(Case)
     outer.xs = case.batch
-    parts, outside = _blocks(outer, whole, leaves(first.value))
+    parts, outside = _blocks(outer, whole.value, leaves(first.value))
     if outside == 0:
         same_calls(case.tol, lambda: leaves(wengert.batch_jacobian(mapped, case.batch)), lambda: parts, "batch_jacobian of vmap")

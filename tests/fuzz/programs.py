@@ -68,7 +68,8 @@ class Program:
             self.shapes[0] = draw.choice([(), (0,), (0, 2), (1,), (2, 0, 2)])
         self.layouts = [draw.choice(["plain"] * 5 + [*LAYOUTS]) for _ in self.shapes]
         self.repeated = len(self.shapes) > 1 and draw.random() < 0.06
-        self.outputs = "one" if single_output else draw.choice([*OUTPUTS, "one", "one", "one", "one"])
+        outputs = draw.choice([*OUTPUTS, "one", "one", "one", "one"])
+        self.outputs = "one" if single_output else outputs
         self.theme = draw.choice(THEMES)
         steps = [self._step(draw) for _ in range(draw.randint(2, 6))]
         self.steps = steps if keep is None else [steps[k] for k in keep]
