@@ -18,9 +18,11 @@
 #include "bind/cuda_static.h"
 #include "bind/evaluator.h"
 #include "bind/plan_faults.h"
+#include "bind/random_state.h"
 #include "common/node_ptr.h"
 #include "tape/ambient.h"
 #include "tape/custom.h"
+#include "tape/forward_mode.h"
 #include "tape/pass.h"
 #include "tape/print.h"
 #include "tape/tape.h"
@@ -187,6 +189,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"), py::arg("at_once") = false);
   m.def("refusal", &wengert::tape::ambient_refusal);
+  m.def("forward_mode", [](const py::sequence& outputs) {
+    const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs));
+    return py::make_tuple(found.differs, found.masks);
+  });
   m.def("begin_vmap_watch", &wengert::tape::begin_vmap_watch);
   m.def("end_vmap_watch", &wengert::tape::end_vmap_watch);
   m.def("take_structures", &accumulate::take_structures);
@@ -222,6 +228,7 @@ PYBIND11_MODULE(_C, m) {
   wengert::bind::define_cuda(m.def_submodule("cuda"));
   wengert::bind::define_cuda_static(m.attr("cuda"));
   wengert::bind::define_evaluator(m);
+  wengert::bind::define_random_state(m);
   wengert::bind::define_plan_faults(m);
   m.def("counters", &accumulate::counters);
   m.def("reset_counters", &accumulate::reset_counters);

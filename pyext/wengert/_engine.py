@@ -232,6 +232,16 @@ def has_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> boo
     return C.has_other_leaves(list(outputs), list(inputs))
 
 
+def forward_mode(outputs: Sequence[Tensor]) -> tuple[str, bool]:
+    """A node whose operator has another derivative in PyTorch's forward mode, or ""; whether some operator leaves values out."""
+    return C.forward_mode(list(outputs))
+
+
+def random_state(tensors: Sequence[Tensor]) -> Any:
+    """The state of the random generators that a function of these tensors may use: `drawn()` since, and `restore()`."""
+    return C.RandomState(tensors[0].device)
+
+
 def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor | None:
     if all(row is None for row in rows) and rows:
         return None

@@ -60,6 +60,83 @@ def test_ties(name, form):
     both(lambda m: m.vmap(getattr(m, form)(f), in_dims=1, out_dims=-1)(TIES.T))
 
 
+def _scaled_in_place(x):
+    y = x.exp()
+    z = y * y
+    y.mul_(3)
+    return z
+
+
+SYMMETRIC = torch.tensor([[4.0, 1.0, 0.5], [0.7, 3.0, 0.2], [0.1, 0.3, 5.0]], dtype=torch.float64)
+FORWARD = {
+    "fmax": (lambda x: torch.fmax(x, x.flip(0)), TIES),
+    "fmin": (lambda x: torch.fmin(x, x.flip(0)), TIES),
+    "prelu": (lambda x: F.prelu(x - 2, x[:1]), TIES),
+    "polar": (lambda x: torch.view_as_real(torch.polar(x, x.cos())), TIES),
+    "scatter_reduce": (lambda x: x.scatter_reduce(0, torch.tensor([1, 1, 0, 0]), x, "amax"), TIES),
+    "cholesky": (torch.linalg.cholesky, torch.stack([SYMMETRIC, 2 * SYMMETRIC])),
+    "eigvalsh": (lambda x: torch.linalg.eigh(x)[0], torch.stack([SYMMETRIC, 2 * SYMMETRIC])),
+    "scatter": (lambda x: torch.zeros(3, dtype=x.dtype).scatter(0, torch.tensor([0, 0, 1, 2]), x), TIES),
+    "index_put": (lambda x: torch.zeros(3, dtype=x.dtype).index_put((torch.tensor([0, 0, 1, 2]),), x), TIES),
+    "where": (lambda x: torch.where(x > 0.5, x.sqrt(), x), TIES),
+    "masked_fill": (lambda x: x.sqrt().masked_fill(x == 0, 1.0), TIES),
+    "in-place on the input": (lambda x: x.mul_(2).sin(), TIES + 0),
+    "in-place on what is saved": (lambda x: _scaled_in_place(x), TIES),
+    "triangular_solve": (lambda x: torch.triangular_solve(x[:1].mT, x)[0], torch.stack([SYMMETRIC, 2 * SYMMETRIC])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("form", ["jacfwd", "hessian"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_where_forward_mode_is_not_the_transpose_of_reverse_mode(name, form):
+    f, x = FORWARD[name]
+    f = f if form == "jacfwd" else scalar(f)
+    both(lambda m: getattr(m, form)(f)(x[0].clone()))
+    both(lambda m: m.vmap(getattr(m, form)(f))(x.clone()))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("form", FORMS)
+def test_random_numbers_are_drawn_once_however_often_the_function_runs(form, randomness):
+    """Also where PyTorch evaluates the function again; its forward mode is a vmap and refuses them."""
+
+    def call(m, f):
+        torch.manual_seed(5)
+        f = f if form in ("jacrev", "jacfwd") else scalar(f)
+        return [m.vmap(getattr(m, form)(f), randomness=randomness)(TIES) for _ in range(2)], torch.rand(2)
+
+    both(lambda m: call(m, lambda x: x.sin() * torch.rand(4, dtype=x.dtype)))
+    both(lambda m: call(m, lambda x: x.max() * torch.rand(4, dtype=x.dtype)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_random_numbers_that_only_some_calls_may_draw():
+    f = lambda x: x.take(torch.tensor([0, 1])) * torch.rand(2, dtype=x.dtype)
+    mapped = {m: {r: m.vmap(m.jacrev(f), randomness=r) for r in ("different", "error")} for m in (func, torch.func)}
+
+    def call(m, randomness, x):
+        torch.manual_seed(5)
+        return mapped[m][randomness](x), torch.rand(2)
+
+    for randomness, x in (("different", TIES), ("error", TIES), ("error", TIES[:1])):
+        both(lambda m, x=x, r=randomness: call(m, r, x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_numbers_at_a_point(form):
+    def call(m):
+        torch.manual_seed(5)
+        return getattr(m, form)(f if form in ("jacrev", "jacfwd") else scalar(f))(TIES[0]), torch.rand(2)
+
+    f = lambda x: x.sin() * torch.rand(4, dtype=x.dtype)
+    both(call)
+    torch.manual_seed(5)
+    ours = func.jacfwd(f, randomness="same")(TIES[0])
+    torch.manual_seed(5)
+    assert_same(ours, torch.func.jacfwd(f, randomness="same")(TIES[0]))
+
+
 START = torch.tensor(1)
 NOT_UNDER_VMAP_ALONE = {
     "a tensor as start": lambda x: torch.narrow(x, 0, START, 2) ** 2,
@@ -88,6 +165,11 @@ def test_a_chunked_loss_keeps_its_history():
     x = torch.rand(2, 2, 4, dtype=torch.float64)
     ours = func.vmap(func.jacrev(f))(x)
     assert_same(ours, torch.stack([torch.autograd.functional.jacobian(f, s) for s in x]))
+
+
+@pytest.mark.parametrize("form", ["jacrev", "jacfwd", "grad", "grad_and_value"])
+def test_auxiliary_output_that_is_not_a_tensor(form):
+    both(lambda m: m.vmap(getattr(m, form)(lambda x: (x.max(), "words"), has_aux=True))(TIES))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -234,6 +316,20 @@ def test_what_has_been_watched_runs_natively_for_any_batch_size():
         assert_same(func.vmap(func.jacrev(f))(x), torch.func.vmap(torch.func.jacrev(f))(x))
     calls = Calls.now() - before
     assert calls.native == 5 and not calls.fallback
+
+
+def test_verdicts_are_kept_for_methods_and_go_with_their_owner():
+    from wengert.func._watch import _verdicts, verdict_of
+
+    class Model:
+        def step(self, x):
+            return x.sin()
+
+    model, other = Model(), Model()
+    assert verdict_of(model.step) is verdict_of(model.step) is not verdict_of(other.step)
+    count = len(_verdicts)
+    del model, other
+    assert len(_verdicts) == count - 2
 
 
 def test_functions_run_once_where_the_engine_answers():

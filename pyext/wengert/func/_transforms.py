@@ -167,6 +167,10 @@ class Transform(Wrapped):
             raise Refused("forward mode through torch.no_grad or a hook")
         return out
 
+    def draws_alike(self) -> bool:
+        """Whether all tangents may see the same random numbers; PyTorch's forward mode, which is a vmap, otherwise raises."""
+        return not self.forward or self.options.get("randomness", "error") != "error"
+
     def chain(self) -> Iterator[Transform]:
         """This transform, the one it differentiates, and so on."""
         transform = self
@@ -188,15 +192,24 @@ class Transform(Wrapped):
             reason = self.unusual(flat, spec)
         if reason is None:
             grad_mode = _is_grad_enabled()
+            random = None
             _set_grad_enabled(True)
             try:
                 leaves = Leaves(flat, spec, self.argnums, grad_mode)
+                if self.forward:  # where the function may run again
+                    random = _engine.random_state(leaves.tensors)
                 out = self.check(self.run(self.func, unflatten(leaves.flat, spec), kwargs))
+                if random is not None and not self.draws_alike() and random.drawn():
+                    raise Refused("random numbers in forward mode")
                 result = self.derive(out, leaves, grad_mode)
                 _engine.count(name, leaves.refused)
                 return result
-            except Refused as error:
-                reason = str(error)
+            except RuntimeError as error:
+                if not (self.forward or isinstance(error, Refused)):
+                    raise
+                reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
+                if random is not None:
+                    random.restore()
             finally:
                 _set_grad_enabled(grad_mode)
         _engine.count_fallback(name, reason)
@@ -238,14 +251,12 @@ class Transform(Wrapped):
         level = _vmap_increment_nesting(size, randomness)
         try:
             args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
-            try:
-                out = self.func(*unflatten(args, spec), **kwargs)
-            except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
-                raise Refused("a function that does not run under vmap alone") from error
-            self.check(out)
+            out = self.check(self.func(*unflatten(args, spec), **kwargs))
             if type(out) is Tensor:
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
+        except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
+            raise Refused("a function that does not run under vmap alone") from error
         finally:
             _vmap_decrement_nesting()
 
@@ -286,7 +297,7 @@ class Jacobian(Transform):
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
-        self._check_dtypes(flat, leaves.tensors)
+        must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         try:
             blocks = _engine.native_jacobian(flat, leaves.tensors, create_graph)
@@ -300,21 +311,21 @@ class Jacobian(Transform):
             for j, x in enumerate(leaves.tensors):
                 row[j] = _finish(row[j], x, y.shape + x.shape, create_graph)
         result = unflatten([leaves.nest(row) for row in blocks], spec)
+        if must_be_finite:
+            _check_finite(result)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
 
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
-        self._check_dtypes(flat, leaves.tensors)
+        must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
         columns = _batch_columns(flat, leaves, dims, create_graph)
         rows = [leaves.nest([column[i] for column in columns]) for i in range(len(flat))]
         result = unflatten(rows, spec)
+        if must_be_finite:
+            _check_finite(result)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
-
-    def _check_dtypes(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        if self.forward and any(y.dtype is not x.dtype for y in outputs for x in inputs):
-            raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
 
     def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
         """torch.func.jacrev's way through the graph that is there."""
@@ -433,6 +444,7 @@ class _HessianAtPoint(Transform):
         self.func = hessian.scalar_func
         self.argnums = hessian.argnums
         self.has_aux = False
+        self.options = hessian.options
         self.inner = hessian.func
         self.make_peer = hessian.make_peer  # type: ignore[method-assign]
 
@@ -442,8 +454,7 @@ class _HessianAtPoint(Transform):
     def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
         flat, spec = flatten(out)
         xs = leaves.tensors
-        if any(y.dtype is not x.dtype for y in (*flat, *xs) for x in xs):
-            raise Refused("forward mode with outputs of another dtype")
+        must_be_finite = _check_forward([*flat, *xs], xs)
         create_graph = grad_mode and leaves.needs_graph(flat)
         results = []
         for y in flat:
@@ -453,7 +464,27 @@ class _HessianAtPoint(Transform):
                 for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
             ]
             results.append(leaves.nest(parts))
+        if must_be_finite:
+            _check_finite(results)
         return unflatten(results, spec)
+
+
+def _check_forward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Raise Refused where PyTorch's forward mode would compute something else than the graph of `outputs` says.
+
+    Returns whether that depends on the result: where it must be finite (`_check_finite`).
+    """
+    if any(y.dtype is not x.dtype for y in outputs for x in inputs):
+        raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
+    differs, masks = _engine.forward_mode(outputs)
+    if differs:
+        raise Refused(f"forward mode through {differs}")
+    return masks
+
+
+def _check_finite(result: Any) -> None:
+    if not all(bool(block.isfinite().all()) for block in tree_leaves(result)):
+        raise Refused("an infinite derivative, which forward mode may leave out")
 
 
 def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.Blocks:

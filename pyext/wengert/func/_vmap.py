@@ -22,10 +22,8 @@ from ._watch import Rewritten, verdict_of
 _torch_vmap = _torch.vmap  # kept from before any patching
 
 
-def _generator(flat: list[Any]) -> torch.Generator:
-    """Where random numbers come from on the device of the arguments."""
-    device = next(x.device for x in flat if isinstance(x, Tensor))
-    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+def _random_state(flat: list[Any]) -> Any:
+    return _engine.random_state([x for x in flat if isinstance(x, Tensor)])
 
 
 class BatchedTransform(Wrapped):
@@ -61,30 +59,37 @@ class BatchedTransform(Wrapped):
         verdict = None
         if reason is None:
             grad_mode = torch.is_grad_enabled()
+            random = None if self.randomness == "error" else _random_state(flat)  # the function may run again
             torch._C._set_grad_enabled(True)
             try:
                 result, refused = self._run(size, dims, flat, spec, kwargs, grad_mode)
+                if random is not None and not all(t.draws_alike() for t in self.func.chain()) and random.drawn():
+                    raise Refused("random numbers in forward mode")
                 _engine.count(self.name, refused)
                 return result
-            except Rewritten as error:
-                reason = str(error)
-                if self.randomness == "error":
+            except RuntimeError as error:  # PyTorch's own way has its own errors, or none
+                reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
+                if random is not None:
+                    random.restore()
+                elif isinstance(error, Rewritten):
                     *_, innermost = self.func.chain()
                     verdict = verdict_of(innermost.func)
-            except Refused as error:
-                reason = str(error)
             finally:
                 torch._C._set_grad_enabled(grad_mode)
-        if verdict is not None and verdict.one_by_one:
-            return self._run_one_by_one(size, dims, flat, spec, kwargs)
         _engine.count_fallback(self.name, reason)
-        try:
+        if verdict is None or not verdict.one_by_one:
+            try:
+                return self.peer(*args, **kwargs)
+            except RuntimeError:
+                if verdict is None:
+                    raise
+                verdict.one_by_one = True
+        random = _random_state(flat)
+        result = self._run_one_by_one(size, dims, flat, spec, kwargs)
+        if random.drawn():  # which has to be an error, that of PyTorch
+            random.restore()
             return self.peer(*args, **kwargs)
-        except RuntimeError:
-            if verdict is None:
-                raise
-            verdict.one_by_one = True
-            return self._run_one_by_one(size, dims, flat, spec, kwargs)
+        return result
 
     def _run_one_by_one(
         self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]
@@ -119,12 +124,11 @@ class BatchedTransform(Wrapped):
 
         Returns whether that holds, and the result.  It does not where torch forbids random numbers and some were drawn.
         """
-        generator = _generator(flat)
-        state = generator.get_state() if self.randomness == "error" else None
+        random = _random_state(flat) if self.randomness == "error" else None
         sample = unflatten([x if d is None else x.select(d, 0) for x, d in zip(flat, dims)], spec)
         result = self.func.at_point(sample, kwargs, self.name)
-        if state is not None and state.numpy().data != generator.get_state().numpy().data:
-            generator.set_state(state)
+        if random is not None and random.drawn():
+            random.restore()
             return False, None
         return True, result.unsqueeze(self.out_dims) if type(result) is Tensor else tree_map(self._unsqueeze, result)
 
