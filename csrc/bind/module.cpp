@@ -189,8 +189,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"), py::arg("at_once") = false);
   m.def("refusal", &wengert::tape::ambient_refusal);
-  m.def("forward_mode", [](const Tensors& outputs) {
-    const wengert::tape::ForwardMode found = wengert::tape::forward_mode(outputs);
+  m.def("forward_mode", [](const py::sequence& outputs) {
+    const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs));
     return py::make_tuple(found.differs, found.masks);
   });
   m.def("begin_vmap_watch", &wengert::tape::begin_vmap_watch);

@@ -1,59 +1,74 @@
 #include "bind/random_state.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
-#include <ATen/core/Generator.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
 #include <mutex>
-#include <vector>
+#include <optional>
 
 namespace py = pybind11;
 
 namespace wengert::bind {
 namespace {
 
-// The states of the default generators of the CPU and of one device.
+// The states of the default generators of the CPU and of one device.  The CPU's is copied as it is: as a tensor it costs 2 us.
 class RandomState {
  public:
-  explicit RandomState(const at::Device& device) {
-    remember(at::kCPU);
-    if (device.type() != at::kCPU) remember(device);
+  explicit RandomState(const at::Device& device) : cpu_(at::detail::getDefaultCPUGenerator()), before_(state_of_cpu()) {
+    if (device.type() == at::kCPU) return;
+    device_ = at::globalContext().defaultGenerator(device);
+    device_before_ = state_of_device();
   }
 
   bool drawn() {
-    for (auto& [generator, before] : states_) {
-      const at::Tensor now = state(generator);
-      if (std::memcmp(now.const_data_ptr(), before.const_data_ptr(), before.nbytes()) != 0) return true;
-    }
-    return false;
+    if (!(state_of_cpu() == before_)) return true;
+    if (!device_.defined()) return false;
+    const at::Tensor now = state_of_device();
+    return std::memcmp(now.const_data_ptr(), device_before_.const_data_ptr(), now.nbytes()) != 0;
   }
 
   void restore() {
-    for (auto& [generator, before] : states_) {
-      std::lock_guard<std::mutex> lock(generator.mutex());
-      generator.set_state(before);
+    {
+      std::lock_guard<std::mutex> lock(cpu_.mutex());
+      auto* cpu = at::check_generator<at::CPUGeneratorImpl>(cpu_);
+      cpu->set_engine(before_.engine);
+      cpu->set_next_float_normal_sample(before_.next_float);
+      cpu->set_next_double_normal_sample(before_.next_double);
     }
+    if (!device_.defined()) return;
+    std::lock_guard<std::mutex> lock(device_.mutex());
+    device_.set_state(device_before_);
   }
 
  private:
-  struct Entry {
-    at::Generator generator;
-    at::Tensor before;
+  struct CpuState {
+    at::mt19937 engine;
+    std::optional<float> next_float;
+    std::optional<double> next_double;
+
+    bool operator==(const CpuState& other) const {
+      const at::mt19937_data_pod &a = engine.data(), &b = other.engine.data();
+      return a.left_ == b.left_ && a.next_ == b.next_ && a.seed_ == b.seed_ && a.state_ == b.state_ &&
+             next_float == other.next_float && next_double == other.next_double;
+    }
   };
 
-  void remember(at::Device device) {
-    at::Generator generator = at::globalContext().defaultGenerator(device);
-    at::Tensor before = state(generator);
-    states_.push_back({std::move(generator), std::move(before)});
+  CpuState state_of_cpu() {
+    std::lock_guard<std::mutex> lock(cpu_.mutex());
+    auto* cpu = at::check_generator<at::CPUGeneratorImpl>(cpu_);
+    return {cpu->engine(), cpu->next_float_normal_sample(), cpu->next_double_normal_sample()};
   }
 
-  static at::Tensor state(at::Generator& generator) {
-    std::lock_guard<std::mutex> lock(generator.mutex());
-    return generator.get_state();
+  at::Tensor state_of_device() {
+    std::lock_guard<std::mutex> lock(device_.mutex());
+    return device_.get_state();
   }
 
-  std::vector<Entry> states_;
+  at::Generator cpu_, device_;
+  CpuState before_;
+  at::Tensor device_before_;
 };
 
 }  // namespace

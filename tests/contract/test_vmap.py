@@ -318,6 +318,20 @@ def test_what_has_been_watched_runs_natively_for_any_batch_size():
     assert calls.native == 5 and not calls.fallback
 
 
+def test_verdicts_are_kept_for_methods_and_go_with_their_owner():
+    from wengert.func._watch import _verdicts, verdict_of
+
+    class Model:
+        def step(self, x):
+            return x.sin()
+
+    model, other = Model(), Model()
+    assert verdict_of(model.step) is verdict_of(model.step) is not verdict_of(other.step)
+    count = len(_verdicts)
+    del model, other
+    assert len(_verdicts) == count - 2
+
+
 def test_functions_run_once_where_the_engine_answers():
     runs = []
 

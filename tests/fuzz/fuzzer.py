@@ -135,6 +135,8 @@ def work(args: argparse.Namespace) -> None:
             print(f"{seed}: {program}: {' '.join(names)}", file=sys.stderr, flush=True)
         for content in contents(seed):
             for name in names:
+                if name == "plans" and content != 0:
+                    continue  # the same plans
                 tell(begin=seed, form=name, content=content)
                 if (why := check(program, content, name)) is not None:
                     tell(fail=seed, form=name, content=content, why=why, program=str(program))

@@ -192,10 +192,12 @@ class Transform(Wrapped):
             reason = self.unusual(flat, spec)
         if reason is None:
             grad_mode = _is_grad_enabled()
+            random = None
             _set_grad_enabled(True)
-            leaves = Leaves(flat, spec, self.argnums, grad_mode)
-            random = _engine.random_state(leaves.tensors) if self.forward else None  # the function may run again
             try:
+                leaves = Leaves(flat, spec, self.argnums, grad_mode)
+                if self.forward:  # where the function may run again
+                    random = _engine.random_state(leaves.tensors)
                 out = self.check(self.run(self.func, unflatten(leaves.flat, spec), kwargs))
                 if random is not None and not self.draws_alike() and random.drawn():
                     raise Refused("random numbers in forward mode")

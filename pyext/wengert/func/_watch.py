@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -107,17 +108,19 @@ class Verdict:
             raise Refused("a function whose graph has changed")
 
 
-_verdicts: dict[int, tuple[weakref.ref[Any], Verdict]] = {}
+_verdicts: dict[tuple[int, Any], tuple[weakref.ref[Any], Verdict]] = {}
 
 
 def verdict_of(func: Any) -> Verdict:
-    """The verdict on a function, kept as long as the function lives."""
-    entry = _verdicts.get(id(func))
-    if entry is not None and entry[0]() is func:
+    """The verdict on a function, kept as long as the function (or the object it is a method of) lives."""
+    owner, method = (func.__self__, func.__func__) if type(func) is MethodType else (func, None)
+    key = (id(owner), method)
+    entry = _verdicts.get(key)
+    if entry is not None and entry[0]() is owner:
         return entry[1]
-    verdict, key = Verdict(), id(func)
+    verdict = Verdict()
     try:
-        reference = weakref.ref(func, lambda _: _verdicts.pop(key, None))
+        reference = weakref.ref(owner, lambda _: _verdicts.pop(key, None))
     except TypeError:  # watched every time
         return verdict
     _verdicts[key] = (reference, verdict)
