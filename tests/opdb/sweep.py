@@ -196,10 +196,19 @@ def where_undefined(ours: Any, ref: Any, value: torch.Tensor) -> Any:
 
 
 def differentiated(jacobian: Callable[..., Any], f: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Any:
-    """The gradient of a weighted sum of a Jacobian taken with create_graph."""
+    """The gradient of a weighted sum of a Jacobian taken with create_graph, and which blocks require grad and lead where."""
     xs = tuple(x.clone().requires_grad_() for x in inputs)
-    total = scalar_of(lambda *ys: tuple(tensors_of(jacobian(f, ys, create_graph=True))))(*xs)
-    return torch.autograd.grad(total, xs, materialize_grads=True) if total.requires_grad else tuple(map(torch.zeros_like, xs))
+    blocks = tuple(tensors_of(jacobian(f, xs, create_graph=True)))
+    total = scalar_of(lambda: blocks)()
+    sums = torch.autograd.grad(total, xs, retain_graph=True, materialize_grads=True) if total.requires_grad else map(torch.zeros_like, xs)
+    return tuple(sums), torch.tensor([history(block, xs) for block in blocks], dtype=torch.float64)
+
+
+def history(block: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> list[bool]:
+    if not block.requires_grad:
+        return [False] * (1 + len(inputs))
+    gradients = torch.autograd.grad(block.sum(), inputs, retain_graph=True, allow_unused=True)
+    return [True, *(g is not None for g in gradients)]
 
 
 def compare(
