@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SUPPORTED_TORCH = ("2.11", "2.13", "2.14")  # minors whose autograd node structs the readers know
 TORCH_FREE = ("blocks/", "fused/", "kernels/")  # rooms that include no torch headers
-NEVER_SANITIZED = ("tape/readers_", "bind/")
+SANITIZED = {  # what a sanitizer watches, by the beginnings of paths; the rest of its library comes from the normal build
+    "address": ("accumulate/execute", "accumulate/st", "accumulate/window", "blocks/", "fused/", "kernels/", "ops/"),
+    "thread": ("accumulate/", "blocks/", "fused/", "kernels/", "ops/", "tape/ca", "tape/custom", "tape/pass", "tape/table"),
+}
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", *AVX2]
 CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # as far as nvcc knows them; TORCH_CUDA_ARCH_LIST says otherwise
@@ -69,7 +72,7 @@ def compiler() -> str:
 
 def sanitizer() -> str:
     wanted = os.environ.get("WENGERT_SANITIZE", "")
-    if wanted not in ("", "address", "thread"):
+    if wanted not in ("", *SANITIZED):
         fail(f"WENGERT_SANITIZE is {wanted}; it must be address, thread or unset.")
     return wanted
 
@@ -273,7 +276,7 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
         if source.endswith("_cuda.cpp"):
             more = [word for folder in gpu.includes for word in ("-isystem", folder)]
         name = source.replace("/", "_").removesuffix(".cpp") + ".o"
-        if sanitize and source.startswith(NEVER_SANITIZED):
+        if sanitize and not source.startswith(SANITIZED[sanitize]):
             objects.append(escape(build.with_name(build.name.removesuffix(f"-{sanitize}")) / name))
             continue
         objects.append(escape(build / name))

@@ -328,3 +328,21 @@ def test_import_is_light():
     )
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_a_sanitized_build_watches_a_part_and_takes_the_rest_from_the_normal_one(build, monkeypatch, kind):
+    normal = build["ninja_file"]("c++", pathlib.Path("/out/normal"), "_C.so", None)
+    assert "sanitize" not in normal
+    monkeypatch.setenv("WENGERT_SANITIZE", kind)
+    text = build["ninja_file"]("c++", pathlib.Path(f"/out/normal-{kind}"), "_C.so", None)
+    link = re.search(r"^build \S+: link (.*)$", text, re.MULTILINE).group(1).split()
+    own = [name for name in link if name.startswith(f"/out/normal-{kind}/")]
+    assert len(link) == len(build["sources"](False)) and 0 < len(own) < len(link)
+    assert all(f"build {name}: " in text for name in own) and not any(f"build {name}: " in text for name in set(link) - set(own))
+    assert {name for name in link if name not in own} <= {word for word in normal.split()}
+    assert f"-fsanitize={kind}" in re.search(r"^base = .*$", text, re.MULTILINE).group()
+    assert f"-fsanitize={kind}" in re.search(r"^link = .*$", text, re.MULTILINE).group()
+    monkeypatch.setenv("WENGERT_SANITIZE", "memory")
+    with pytest.raises(SystemExit, match="must be address"):
+        build["sanitizer"]()
