@@ -183,7 +183,22 @@ ExprId ExprPool::make(Prim prim, std::span<const ExprId> args) {
   Node node{Kind::apply, prim, static_cast<std::uint8_t>(args.size()), 0, 0.0, {}};
   std::copy(args.begin(), args.end(), node.args);
   if (info(prim).commutative && node.args[0] > node.args[1]) std::swap(node.args[0], node.args[1]);
+  node.masks = follows_mask(node);
   return intern(node);
+}
+
+bool ExprPool::follows_mask(const Node& node) const {
+  switch (node.prim) {
+    case Prim::add:
+    case Prim::sub:
+    case Prim::mul:
+      return nodes_[node.args[0]].masks || nodes_[node.args[1]].masks;
+    case Prim::neg:
+    case Prim::div:
+      return nodes_[node.args[0]].masks;
+    default:
+      return false;
+  }
 }
 
 // A constant is folded where float and double arithmetic agree, so that the fold is exact for either compute type.
@@ -260,28 +275,6 @@ ExprId ExprPool::simplify_product(Prim prim, ExprId a, ExprId b) {
   return make(prim, args);
 }
 
-// The exponents ATen's pow kernels treat specially.
-ExprId ExprPool::simplify_power(ExprId base, ExprId exponent) {
-  const ExprId args[] = {base, exponent};
-  double value;
-  if (is_constant(exponent, &value)) {
-    const ExprId x[] = {base};
-    const ExprId squared[] = {apply(Prim::square, x)};
-    if (value == 0) return kOne;
-    if (value == 1) return base;
-    if (value == 2) return squared[0];
-    if (value == 3) {
-      const ExprId cube[] = {squared[0], base};
-      return apply(Prim::mul, cube);
-    }
-    if (value == 0.5) return apply(Prim::sqrt, x);
-    if (value == -0.5) return apply(Prim::rsqrt, x);
-    if (value == -1) return apply(Prim::reciprocal, x);
-    if (value == -2) return apply(Prim::reciprocal, squared);
-  }
-  return make(Prim::pow, args);
-}
-
 ExprId ExprPool::apply(Prim prim, std::span<const ExprId> given) {
   if (static_cast<int>(given.size()) != info(prim).arity) {
     throw std::invalid_argument(std::string("wrong number of arguments for ") + info(prim).name);
@@ -302,8 +295,12 @@ ExprId ExprPool::apply(Prim prim, std::span<const ExprId> given) {
     case Prim::mul:
     case Prim::div:
       return simplify_product(prim, args[0], args[1]);
-    case Prim::pow:
-      return simplify_power(args[0], args[1]);
+    case Prim::pow: {  // further exponents become other primitives in a program's code, after all differentiation
+      const bool known = is_constant(args[1], &value);
+      if (known && value == 0) return kOne;
+      if (known && value == 1) return args[0];
+      return known && value == 2 ? apply(Prim::square, args.first(1)) : make(prim, args);
+    }
     case Prim::neg: {
       if (args[0] == kZero) return kZero;
       if (is_neg(args[0], &inner)) return inner;
@@ -344,18 +341,59 @@ ExprId ExprPool::neg(ExprId a) {
   const ExprId args[] = {a};
   return apply(Prim::neg, args);
 }
-ExprId ExprPool::mul(ExprId value, ExprId factor) {
-  const Node node = nodes_[factor];
-  if (value != kZero && value != kOne && node.kind == Kind::apply && node.prim == Prim::where) {
-    if (node.args[1] == kZero || node.args[2] == kZero) {
-      ExprId a = node.args[1] == kZero ? kZero : mul(value, node.args[1]);
-      ExprId b = node.args[2] == kZero ? kZero : mul(value, node.args[2]);
-      const ExprId args[] = {node.args[0], a, b};
-      return apply(Prim::where, args);
+ExprId ExprPool::multiply(ExprId value, ExprId factor, bool arrives) {
+  const Node node = nodes_[factor];  // a copy: nodes_ grows
+  if (value != kZero && node.kind == Kind::apply) {
+    if (node.prim == Prim::where && (node.args[1] == kZero || node.args[2] == kZero)) {
+      const auto branch = [&](ExprId arg) { return arg == kZero ? kZero : multiply(value, arg, arrives); };
+      const ExprId args[] = {node.args[0], branch(node.args[1]), branch(node.args[2])};
+      const ExprId result = apply(Prim::where, args);
+      return arrives || node.masks ? passed(result) : result;
     }
+    if (value != kOne && node.masks) {
+      std::unordered_map<ExprId, ExprId> done;
+      return through_masks(value, factor, done);
+    }
+    if (value != kOne && node.prim == Prim::div && node.args[0] == kOne) return div(value, node.args[1]);
   }
   const ExprId args[] = {value, factor};
   return apply(Prim::mul, args);
+}
+
+// value * factor where masks stand inside the factor: each step of the factor is taken in its order.
+ExprId ExprPool::through_masks(ExprId value, ExprId factor, std::unordered_map<ExprId, ExprId>& done) {
+  const Node node = nodes_[factor];  // a copy: nodes_ grows
+  if (!node.masks || node.prim == Prim::where) return mul(value, factor);
+  if (auto found = done.find(factor); found != done.end()) return found->second;
+  const auto through = [&](int k) { return node.args[k] == kZero ? kZero : through_masks(value, node.args[k], done); };
+  ExprId result = kNone;
+  switch (node.prim) {
+    case Prim::mul: {
+      const int first = nodes_[node.args[0]].masks ? 0 : 1;
+      result = mul(through(first), node.args[1 - first]);
+      break;
+    }
+    case Prim::div:
+      result = div(through(0), node.args[1]);
+      break;
+    case Prim::neg:
+      result = neg(through(0));
+      break;
+    default: {  // add, sub
+      const ExprId args[] = {through(0), through(1)};
+      result = apply(node.prim, args);
+    }
+  }
+  return done.emplace(factor, result).first->second;
+}
+
+// The same select, marked: a node of its own, as a select of the same values in the forward computation masks nothing that arrives.
+ExprId ExprPool::passed(ExprId select) {
+  Node node = nodes_[select];
+  if (node.kind != Kind::apply || node.prim != Prim::where || node.masks) return select;
+  node.index = 1;
+  node.masks = true;
+  return intern(node);
 }
 
 ExprId ExprPool::partial(Prim prim, int arg, std::span<const ExprId> args, ExprId result) {
@@ -410,6 +448,11 @@ namespace {
 
 std::vector<std::pair<std::int32_t, ExprId>> ExprPool::pullback(std::span<const ExprId> exprs,
                                                                 std::span<const ExprId> cotangents) {
+  return pullback(exprs, cotangents, false);
+}
+
+std::vector<std::pair<std::int32_t, ExprId>> ExprPool::pullback(std::span<const ExprId> exprs, std::span<const ExprId> cotangents,
+                                                                bool arrives) {
   std::vector<ExprId> order = reachable(exprs);
   if (order.empty()) return {};
   std::vector<ExprId> adjoint(order.back() + 1, kZero);
@@ -431,7 +474,7 @@ std::vector<std::pair<std::int32_t, ExprId>> ExprPool::pullback(std::span<const 
       if (!depends[arg]) continue;
       ExprId factor = partial(node.prim, k, {node.args, node.arity}, id);
       if (factor == kNone) missing(node.prim, k);
-      adjoint[arg] = add(adjoint[arg], mul(adjoint[id], factor));
+      adjoint[arg] = add(adjoint[arg], multiply(adjoint[id], factor, arrives));
     }
   }
   std::sort(result.begin(), result.end());
@@ -442,7 +485,7 @@ ExprId ExprPool::derivative(ExprId expr, std::int32_t operand) {
   auto found = gradients_.find(expr);
   if (found == gradients_.end()) {
     const ExprId seed = kOne;
-    found = gradients_.emplace(expr, pullback({&expr, 1}, {&seed, 1})).first;
+    found = gradients_.emplace(expr, pullback({&expr, 1}, {&seed, 1}, /*arrives=*/true)).first;
   }
   for (auto [index, value] : found->second) {
     if (index == operand) return value;
@@ -473,7 +516,8 @@ ExprId ExprPool::substitute(const ExprPool& from, ExprId expr, std::span<const E
     const Node node = from.nodes_[id];
     switch (node.kind) {
       case Kind::constant:
-        image[id] = id == kZero ? kZero : constant(node.value);
+        // What another program masked has become a number here.
+        image[id] = id == kZero && &from == this ? kZero : constant(node.value);
         break;
       case Kind::operand:
         image[id] = leaves[node.index];
@@ -482,6 +526,7 @@ ExprId ExprPool::substitute(const ExprPool& from, ExprId expr, std::span<const E
         ExprId args[kMaxArity];
         for (int k = 0; k < node.arity; ++k) args[k] = image[node.args[k]];
         image[id] = apply(node.prim, {args, node.arity});
+        if (node.masks && node.prim == Prim::where) image[id] = passed(image[id]);
         break;
       }
     }

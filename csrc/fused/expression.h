@@ -26,9 +26,10 @@ class ExprPool {
 
   ExprId add(ExprId a, ExprId b);
   ExprId sub(ExprId a, ExprId b);
-  // value * factor, in this order: a factor that selects (a where with a structural zero) selects instead of multiplying, as
-  // PyTorch's where(c, grad, 0) does; see the note on masks in primitives.h.
-  ExprId mul(ExprId value, ExprId factor);
+  // value * factor, in this order; see the notes on masks and on order in primitives.h.
+  ExprId mul(ExprId value, ExprId factor) { return multiply(value, factor, nodes_[value].masks); }
+  // The same where value is what arrives at a node (kOne: a factor is being written down): masks apply to it, whatever follows.
+  ExprId pull(ExprId value, ExprId factor) { return multiply(value, factor, true); }
   ExprId div(ExprId a, ExprId b);
   ExprId neg(ExprId a);
 
@@ -65,14 +66,20 @@ class ExprPool {
     std::int32_t index;
     double value;
     ExprId args[kMaxArity];
+    bool masks = false;  // a select that what arrives at a node has passed, or a product, quotient or sum behind one
   };
   ExprId intern(const Node& node);
   ExprId make(Prim prim, std::span<const ExprId> args);
   ExprId simplify_sum(Prim prim, ExprId a, ExprId b);
   ExprId simplify_product(Prim prim, ExprId a, ExprId b);
-  ExprId simplify_power(ExprId base, ExprId exponent);
   ExprId fold(Prim prim, std::span<const ExprId> args);
   bool is_neg(ExprId expr, ExprId* inner) const;
+  ExprId multiply(ExprId value, ExprId factor, bool arrives);
+  ExprId through_masks(ExprId value, ExprId factor, std::unordered_map<ExprId, ExprId>& done);
+  ExprId passed(ExprId select);
+  bool follows_mask(const Node& node) const;
+  std::vector<std::pair<std::int32_t, ExprId>> pullback(std::span<const ExprId> exprs, std::span<const ExprId> cotangents,
+                                                        bool arrives);
   void grow();
 
   std::vector<Node> nodes_;

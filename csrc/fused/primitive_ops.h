@@ -70,7 +70,7 @@ struct Op<Prim::mul> : BinaryCommutative {
 template <>
 struct Op<Prim::div> : Binary {
   WENGERT_VALUE(T a, T b) { return a / b; }
-  WENGERT_PARTIAL(int k, const E* a, E) { return k == 0 ? reciprocal(a[1]) : -((a[0] / a[1]) / a[1]); }
+  WENGERT_PARTIAL(int k, const E* a, E) { return k == 0 ? 1.0 / a[1] : -((a[0] / a[1]) / a[1]); }
 };
 template <>
 struct Op<Prim::neg> : Unary {
@@ -108,10 +108,14 @@ struct Op<Prim::remainder> : Binary {
     T m = fmod(a, b);
     return select((m != T(0)) & ((b < T(0)) != (m < T(0))), m + b, m);
   }
-  // -floor_divide(a, b), which is not floor(a / b) when the quotient rounds up to an integer
+  // -floor_divide(a, b), which is not floor(a / b) when the quotient rounds up to an integer, and has no derivative
   WENGERT_PARTIAL(int k, const E* a, E r) {
     if (k == 0) return r.one();
-    return -where(eq(a[1], r.num(0)), a[0] / a[1], round((a[0] - remainder(a[0], a[1])) / a[1]));
+    E zero = r.num(0);
+    E m = fmod(a[0], a[1]);
+    E whole = (a[0] - m) / a[1];
+    E below = logical_and(ne(m, zero), ne(lt(a[1], zero), lt(m, zero)));
+    return -round(where(eq(a[1], zero), a[0] / a[1], where(below, whole - 1.0, whole)));
   }
 };
 
@@ -166,7 +170,7 @@ struct Op<Prim::expm1> : Unary {
 template <>
 struct Op<Prim::log> : Unary {
   WENGERT_VALUE(T x) { return log(x); }
-  WENGERT_PARTIAL(int, const E* a, E) { return reciprocal(a[0]); }
+  WENGERT_PARTIAL(int, const E* a, E) { return 1.0 / a[0]; }
 };
 template <>
 struct Op<Prim::log2> : Unary {
@@ -181,7 +185,7 @@ struct Op<Prim::log10> : Unary {
 template <>
 struct Op<Prim::log1p> : Unary {
   WENGERT_VALUE(T x) { return log1p(x); }
-  WENGERT_PARTIAL(int, const E* a, E) { return reciprocal(a[0] + 1.0); }
+  WENGERT_PARTIAL(int, const E* a, E) { return 1.0 / (a[0] + 1.0); }
 };
 template <>
 struct Op<Prim::logaddexp> : BinaryCommutative {
@@ -189,7 +193,7 @@ struct Op<Prim::logaddexp> : BinaryCommutative {
     T m = nan_max(a, b);
     return select((abs(a) == T(kInfinity)) & (a == b), a, m + log1p(exp(-abs(a - b))));
   }
-  WENGERT_PARTIAL(int k, const E* a, E) { return reciprocal(1.0 + exp(a[1 - k] - a[k])); }
+  WENGERT_PARTIAL(int k, const E* a, E) { return 1.0 / (1.0 + exp(a[1 - k] - a[k])); }
 };
 template <>
 struct Op<Prim::logaddexp2> : BinaryCommutative {
@@ -197,7 +201,7 @@ struct Op<Prim::logaddexp2> : BinaryCommutative {
     T m = nan_max(a, b);
     return select((abs(a) == T(kInfinity)) & (a == b), a, m + log1p(exp2(-abs(a - b))) * T(1 / kLn2));
   }
-  WENGERT_PARTIAL(int k, const E* a, E) { return reciprocal(1.0 + exp2(a[1 - k] - a[k])); }
+  WENGERT_PARTIAL(int k, const E* a, E) { return 1.0 / (1.0 + exp2(a[1 - k] - a[k])); }
 };
 template <>
 struct Op<Prim::xlogy> : Binary {
@@ -245,13 +249,14 @@ struct Op<Prim::acos> : Unary {
 template <>
 struct Op<Prim::atan> : Unary {
   WENGERT_VALUE(T x) { return atan(x); }
-  WENGERT_PARTIAL(int, const E* a, E) { return reciprocal(a[0] * a[0] + 1.0); }
+  WENGERT_PARTIAL(int, const E* a, E) { return 1.0 / (a[0] * a[0] + 1.0); }
 };
 template <>
 struct Op<Prim::atan2> : Binary {
   WENGERT_VALUE(T y, T x) { return atan2(y, x); }
   WENGERT_PARTIAL(int k, const E* a, E) {
-    E scale = reciprocal(a[0] * a[0] + a[1] * a[1]);
+    E square = a[0] * a[0] + a[1] * a[1];
+    E scale = where(eq(square, a[0].num(0)), a[0].num(0), reciprocal(square));
     return k == 0 ? a[1] * scale : -a[0] * scale;
   }
 };
@@ -338,8 +343,8 @@ struct Op<Prim::gelu_tanh> : Unary {
 template <>
 struct Op<Prim::mish> : Unary {
   WENGERT_VALUE(T x) { return x * tanh(log1p(exp(x))); }
-  WENGERT_PARTIAL(int, const E* a, E r) {
-    E t = tanh(softplus(a[0], r.one(), r.num(20)));
+  WENGERT_PARTIAL(int, const E* a, E) {
+    E t = tanh(log1p(exp(a[0])));
     return t + a[0] * sigmoid(a[0]) * (1.0 - t * t);
   }
 };
@@ -350,14 +355,16 @@ struct Op<Prim::softplus> : Ternary {
     if (k != 0) return r.none();
     // exactly at the threshold PyTorch's second derivative is 0 though the first is not 1
     E x = a[0] * a[1];
-    return where(gt(x, a[2]), r.one(), where(lt(x, a[2]), sigmoid(x), sigmoid(a[2])));
+    return where(gt(x, a[2]), r.one(), where(eq(x, a[2]), sigmoid(a[2]), sigmoid(x)));
   }
 };
-// At 0 the slope is that of the negative side, but PyTorch's second derivative there is 0.
+// scale * exp(rate * x) below 0.  At 0 the slope is that of the negative side, but PyTorch's second derivative there is 0.  Above,
+// the exponential would overflow and a derivative of the selected slope be 0 * inf: it is not evaluated there.
 template <class E>
-E elu_slope(E x, E negative, E at_zero, E positive) {
+E elu_slope(E x, E scale, E rate, E positive) {
   E zero = x.num(0);
-  return where(lt(x, zero), negative, where(le(x, zero), at_zero, positive));
+  E negative = lt(x, zero);
+  return where(negative, scale * exp(where(negative, x, zero) * rate), where(le(x, zero), scale, positive));
 }
 template <>
 struct Op<Prim::elu> : Arity<4> {
@@ -366,14 +373,14 @@ struct Op<Prim::elu> : Arity<4> {
   }
   WENGERT_PARTIAL(int k, const E* a, E r) {
     if (k != 0) return r.none();
-    return elu_slope(a[0], a[3] * a[1] * exp(a[0] * a[3]), a[3] * a[1], a[2]);
+    return elu_slope(a[0], a[3] * a[1], a[3], a[2]);
   }
 };
 template <>
 struct Op<Prim::selu> : Unary {
   WENGERT_VALUE(T x) { return Op<Prim::elu>::value(x, T(kSeluAlpha * kSeluScale), T(kSeluScale), T(1)); }
   WENGERT_PARTIAL(int, const E* a, E r) {
-    return elu_slope(a[0], (kSeluAlpha * kSeluScale) * exp(a[0]), r.num(kSeluAlpha * kSeluScale), r.num(kSeluScale));
+    return elu_slope(a[0], r.num(kSeluAlpha * kSeluScale), r.one(), r.num(kSeluScale));
   }
 };
 template <>
@@ -381,7 +388,7 @@ struct Op<Prim::celu> : Binary {
   WENGERT_VALUE(T x, T alpha) { return select(x < T(0), expm1(x / alpha) * alpha, x); }
   WENGERT_PARTIAL(int k, const E* a, E r) {
     if (k != 0) return r.none();
-    return elu_slope(a[0], exp(a[0] / a[1]), r.one(), r.one());
+    return elu_slope(a[0], r.one(), 1.0 / a[1], r.one());
   }
 };
 template <>

@@ -92,6 +92,18 @@ std::vector<ExprId> schedule(const ExprPool& pool, const ProgramSpec& spec) {
   return order;
 }
 
+// x^p for the exponents that ATen's pow kernels treat specially.
+ExprId special_power(ExprPool& pool, ExprId base, double exponent) {
+  const auto unary = [&](Prim prim, ExprId arg) { return pool.apply(prim, {&arg, 1}); };
+  if (exponent == 0.5) return unary(Prim::sqrt, base);
+  if (exponent == -0.5) return unary(Prim::rsqrt, base);
+  if (exponent == -1) return unary(Prim::reciprocal, base);
+  if (exponent == -2) return unary(Prim::reciprocal, unary(Prim::square, base));
+  if (exponent != 3) return kNone;
+  const ExprId factors[] = {unary(Prim::square, base), base};
+  return pool.apply(Prim::mul, factors);
+}
+
 Bytecode compile(const ExprPool& pool, const ProgramSpec& spec) {
   Bytecode code;
   std::vector<ExprId> order = schedule(pool, spec);
@@ -138,6 +150,34 @@ Bytecode compile(const ExprPool& pool, const ProgramSpec& spec) {
   }
   for (const OutputSpec& output : spec.outputs) code.outputs.push_back(registers[output.expr]);
   return code;
+}
+
+// The code of a program with powers.  Its text keeps them: PyTorch's derivative of x^-1 is -x^-2, which at 0 and infinity is not
+// that of the quotient the code computes.
+Bytecode compile_with_powers(const ExprPool& pool, ProgramSpec spec) {
+  const std::vector<ExprId> order = pool.reachable(roots_of(spec));
+  const auto is_power = [&](ExprId id) { return !pool.args(id).empty() && pool.prim(id) == Prim::pow; };
+  if (std::none_of(order.begin(), order.end(), is_power)) return compile(pool, spec);
+  ExprPool expanded;
+  std::vector<ExprId> image(order.back() + 1, kZero);
+  for (const ExprId id : order) {
+    double value = 0;
+    std::int32_t index = 0;
+    if (id == kZero) continue;
+    if (pool.is_constant(id, &value)) {
+      image[id] = expanded.constant(value);
+    } else if (pool.is_operand(id, &index)) {
+      image[id] = expanded.operand(index);
+    } else {
+      const std::span<const ExprId> given = pool.args(id);
+      ExprId args[kMaxArity];
+      std::transform(given.begin(), given.end(), args, [&](ExprId arg) { return image[arg]; });
+      image[id] = is_power(id) && pool.is_constant(given[1], &value) ? special_power(expanded, args[0], value) : kNone;
+      if (image[id] == kNone) image[id] = expanded.apply(pool.prim(id), {args, given.size()});
+    }
+  }
+  for (OutputSpec& output : spec.outputs) output.expr = image[output.expr];
+  return compile(expanded, spec);
 }
 
 void append_number(std::string& text, double value) {
@@ -293,7 +333,7 @@ int size_in_bytes(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].bytes; 
 
 Program::Program(ExprPool pool, ProgramSpec spec) : pool_(std::move(pool)), spec_(std::move(spec)) {
   check(spec_);
-  bytecode_ = compile(pool_, spec_);
+  bytecode_ = compile_with_powers(pool_, spec_);
   text_ = to_text(pool_, spec_);
   static std::atomic<std::uint64_t> made{0};
   id_ = ++made;

@@ -63,7 +63,9 @@ ExprId elu(const Site& s, FactorBuilder& f, ExprId at) {
     return s.pool.partial(Prim::elu, 0, args, kNone);
   }
   const ExprId below = s.pool.mul(f.real(2), s.pool.add(at, f.real(0)));
-  return f.select(f.compare(Prim::le, at, f.constant(0)), below, f.real(1));
+  const ExprId at_zero = s.pool.mul(f.real(2), f.real(0));  // PyTorch's second derivative there is 0
+  return f.select(f.compare(Prim::lt, at, f.constant(0)), below,
+                  f.select(f.compare(Prim::le, at, f.constant(0)), at_zero, f.real(1)));
 }
 ExprId gelu(const Site& s, FactorBuilder&, ExprId x) {
   const ExprId args[] = {x};

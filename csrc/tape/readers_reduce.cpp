@@ -81,12 +81,12 @@ Pullback spread(const Site& s, bool is_std) {
   const ExprId self = f.read(0, r.axes), mean = f.read(1, r.kept);
   const ExprId result = is_std ? f.read(2) : fused::kNone;
   if (!f.complete()) return opaque();
-  ExprId expr = s.pool.mul(s.pool.sub(self, mean), f.constant(2 / freedom));
+  ExprId expr = f.constant(2 / freedom);
   if (is_std) {
     const ExprId slope = s.pool.div(kOne, s.pool.mul(result, f.constant(2)));
-    expr = s.pool.mul(expr, f.select(f.compare(Prim::eq, result, f.constant(0)), f.constant(0), slope));
+    expr = s.pool.mul(s.pool.pull(kOne, f.select(f.compare(Prim::eq, result, f.constant(0)), kZero, slope)), expr);
   }
-  return f.finish(expr, std::move(r.loops), std::move(r.axes));
+  return f.finish(s.pool.mul(expr, s.pool.sub(self, mean)), std::move(r.loops), std::move(r.axes));
 }
 
 template <class N>
@@ -225,32 +225,41 @@ void take_spread_evenly(Take& k, const N& n) {
   k.derived(chosen.sum());
 }
 
-// Orders for which PyTorch's derivative is 0 where the norm is.
-bool flat_at_zero(double order) { return order > 1 && std::isfinite(order); }
-
-// p = 2 and p = 1 have a formula; other norms are tabulated.  slots: the data, or the table; the norm where it is asked for
-// zeros.
+// The largest magnitude is tabulated, other orders have a formula.  slots: the data, or the table; the norm.
 Pullback norm(const Site& s) {
   Reduction r = geometry(s);
   FactorBuilder f(s);
   const double order = s.real(0);
-  if (order != 1 && order != 2 && !(s.has(0) && s.slot(0).sizes() == at::IntArrayRef(s.x()))) return opaque();
-  ExprId slope = f.read(0, r.axes);
-  if (order == 1) slope = f.apply(Prim::sign, slope);
-  if (flat_at_zero(order)) {
-    const ExprId result = f.read(1);
-    const ExprId at_zero = f.compare(Prim::eq, result, f.constant(0));
-    // As in PyTorch: of order 2 the slope is 0 there, of the others it is the product with what arrives, be that nan.
-    slope = order == 2 ? f.select(at_zero, f.constant(0), s.pool.div(slope, result)) : f.select(at_zero, kZero, slope);
+  if (order == 0) return zero();
+  if (std::isinf(order) && !(s.has(0) && s.slot(0).sizes() == at::IntArrayRef(s.x()))) return opaque();
+  const ExprId self = f.read(0, r.axes), result = std::isinf(order) || order == 1 ? kOne : f.read(1);
+  if (!f.complete()) return opaque();
+  const auto power = [&](ExprId base, double exponent) {
+    const ExprId args[] = {base, f.constant(exponent)};
+    return s.pool.apply(Prim::pow, args);
+  };
+  const auto is_zero = [&](ExprId value) { return f.compare(Prim::eq, value, f.constant(0)); };
+  const auto finish = [&](ExprId slope) { return f.finish(slope, std::move(r.loops), std::move(r.axes)); };
+  if (std::isinf(order)) return finish(self);
+  const ExprId sign = f.apply(Prim::sign, self), magnitude = f.apply(Prim::abs, self);
+  if (order == 1) return finish(sign);
+  // Where the norm is 0 PyTorch masks in two ways: with a number that what arrives is multiplied by, ...
+  if (order == 2) return finish(f.select(is_zero(result), f.constant(0), s.pool.div(self, result)));
+  if (order < 1) {
+    const ExprId own = s.pool.mul(sign, f.select(is_zero(self), f.constant(0), power(magnitude, order - 1)));
+    return finish(s.pool.mul(own, power(result, 1 - order)));
   }
-  return f.complete() ? f.finish(slope, std::move(r.loops), std::move(r.axes)) : opaque();
+  // ... or what arrives itself, before it is multiplied.
+  const ExprId own = order < 2 ? s.pool.mul(sign, power(magnitude, order - 1)) : s.pool.mul(self, power(magnitude, order - 2));
+  const ExprId scale = f.select(is_zero(result), kZero, s.pool.div(kOne, power(result, order - 1)));
+  return finish(s.pool.mul(s.pool.pull(kOne, scale), own));
 }
 
 void take_norm(Take& k, const SavedVariable& self, const SavedVariable& result, const at::Scalar& p) {
   k.real(p);
   const double order = k.node().reals[0];
-  order == 1 || order == 2 ? k.slot(self) : tabulate(k, 1);
-  k.result(result, flat_at_zero(order));
+  std::isinf(order) ? tabulate(k, 1) : k.slot(self);
+  k.result(result, !std::isinf(order) && order != 1);
 }
 
 Pullback table_over_input(const Site& s) {
