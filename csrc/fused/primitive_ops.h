@@ -429,7 +429,8 @@ template <>
 struct Op<Prim::hardswish> : Unary {
   WENGERT_VALUE(T x) { return x * nan_min(nan_max(x + T(3), T(0)), T(6)) / T(6); }
   WENGERT_PARTIAL(int, const E* a, E r) {
-    return where(le(a[0], r.num(-3)), r.zero(), where(lt(a[0], r.num(3)), a[0] / 3.0 + 0.5, r.one()));
+    E bounded = maximum(a[0], r.num(-3));  // what the mask hides stays finite
+    return where(le(a[0], r.num(-3)), r.zero(), where(lt(a[0], r.num(3)), bounded / 3.0 + 0.5, r.one()));
   }
 };
 template <>
