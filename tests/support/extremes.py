@@ -14,8 +14,8 @@ POINTS = [
     3.0, -3.0, 6.0, -6.0, 10.0, -10.0, 19.9, 20.0, 20.1, -20.0, 40.0, -40.0, 88.8, -88.8, 104.0, -104.0, 710.0, -710.0,
     746.0, -746.0, 1e4, -1e4, 1e30, -1e30, 1e200, -1e200, INF, -INF, NAN,
 ]  # fmt: skip
-# Left out: where the two differ by rounding alone, but by much of a result that cancels, underflows or overflows on the way; where
-# PyTorch's is nan for an overflow that ours does not have; and what is outside a function's domain.
+# Left out: where the two differ by rounding alone, but by much of a result that cancels, underflows or overflows on the way;
+# where PyTorch's is nan for an overflow that ours does not have; and what is outside a function's domain.
 KEPT = {
     **dict.fromkeys("digamma lgamma special.psi special.gammaln mvlgamma".split(), lambda x: x > -0.4),  # poles
     **dict.fromkeys("prod cumprod".split(), lambda x: (x == 0) | (x.abs() > 1e-9) & (x.abs() < 1e9)),
