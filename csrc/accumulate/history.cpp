@@ -28,8 +28,11 @@ Edge edge_of(const at::Tensor& tensor) { return tensor.requires_grad() ? autogra
 // The edges on which a cotangent of this output may go on; all, but for our own nodes, which compute several results at once.
 std::vector<bool> onwards(const Edge& edge) {
   autograd::Node& fn = *edge.function;
-  if (auto* fused = dynamic_cast<ops::FusedBackward*>(&fn)) return fused->effective_edges(edge.input_nr);
   std::vector<bool> all(fn.num_outputs(), true);
+  if (const auto* fused = dynamic_cast<const ops::FusedBackward*>(&fn)) {
+    const auto effect = ops::effects(fused->program_);
+    for (std::size_t k = 0; k < all.size(); ++k) all[k] = (*effect)[edge.input_nr * all.size() + k];
+  }
   if (dynamic_cast<ops::TetherBackward*>(&fn) != nullptr) {
     for (std::uint32_t k = 0; k < fn.num_inputs(); ++k) all[k] = k == edge.input_nr;
   }

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -35,8 +36,13 @@ class Run {
     std::vector<at::Tensor> results;
     for (std::size_t r = 0; r < plan_.results.size(); ++r) {
       const std::int32_t s = plan_.results[r];
-      if (s >= 0) way.made(s);
-      results.push_back(s < 0 ? at::Tensor() : accumulate::result(std::move(slots_[s]), plan_.result_shapes[r], strides));
+      if (s < 0) {
+        results.emplace_back();
+        continue;
+      }
+      way.made(s);
+      const bool kept = strides == Strides::dense && (slots_[s].is_contiguous() || node_gave(s));
+      results.push_back(accumulate::result(std::move(slots_[s]), plan_.result_shapes[r], kept ? strides : Strides::contiguous));
     }
     return results;
   }
@@ -48,6 +54,14 @@ class Run {
     for (std::size_t j = 0; j < step.results.size(); ++j) {
       if (step.results[j] >= 0) slots_[step.results[j]] = std::move(results[j]);
     }
+  }
+
+ private:
+  bool node_gave(std::int32_t slot) const {
+    return std::ranges::any_of(plan_.steps, [slot](const blocks::Step& step) {
+      const auto* call = std::get_if<blocks::CallNode>(&step);
+      return call != nullptr && std::ranges::find(call->results, slot) != call->results.end();
+    });
   }
 
  protected:

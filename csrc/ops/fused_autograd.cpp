@@ -24,7 +24,7 @@ namespace ag = torch::autograd;
 
 namespace {
 
-constexpr std::uint32_t kBackwards = 0, kForwards = 1;
+constexpr std::uint32_t kBackwards = 0, kForwards = 1, kEffects = 2;
 
 // A program with what is asked about it; holding the program keeps its address its own.
 struct Question {
@@ -57,6 +57,7 @@ class DerivedCache {
     }
     std::size_t bytes = sizeof(Question) + question.words.capacity() * sizeof(std::uint32_t) + sizeof(DerivedProgram) +
                         fused::footprint(*question.program);
+    bytes += derived->effects.capacity() / 8;
     for (const DerivedProgram::Part& part : derived->parts) {
       bytes += sizeof part + part.text.capacity() + (part.operands.capacity() + part.results.capacity()) * sizeof(std::int32_t);
     }
@@ -163,6 +164,36 @@ void evaluate(const DerivedProgram& derived, at::TensorList tensors, std::vector
 
 }  // namespace
 
+std::shared_ptr<const std::vector<bool>> effects(const std::shared_ptr<const fused::Program>& program) {
+  const auto derived = derived_cache().get({program, {kEffects}}, [&] {
+    fused::ExprPool pool;
+    const std::size_t operands = program->operands();
+    const std::vector<fused::ExprId> same = leaves(pool, program->operands());
+    DerivedProgram out{.parts = {}, .effects = std::vector<bool>(program->outputs().size() * operands, false)};
+    auto effect = out.effects.begin();
+    for (const fused::OutputSpec& output : program->outputs()) {
+      const fused::ExprId root = pool.substitute(program->pool(), output.expr, same);
+      std::vector<bool> moves(root + 1, false);
+      moves[root] = true;
+      for (fused::ExprId id = root; id >= 0; --id) {  // users before arguments
+        std::int32_t operand = 0;
+        if (!moves[id] || pool.is_constant(id)) continue;
+        if (pool.is_operand(id, &operand)) {
+          effect[operand] = true;
+          continue;
+        }
+        const std::vector<fused::ExprId> args(pool.args(id).begin(), pool.args(id).end());
+        for (std::size_t a = 0; a < args.size(); ++a) {
+          if (pool.partial(pool.prim(id), static_cast<int>(a), args, id) != fused::kZero) moves[args[a]] = true;
+        }
+      }
+      effect += static_cast<std::ptrdiff_t>(operands);
+    }
+    return out;
+  });
+  return {derived, &derived->effects};
+}
+
 std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
                                                   const std::vector<bool>& wanted, const std::vector<bool>& given,
                                                   std::size_t most_outputs) {
@@ -249,27 +280,6 @@ ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
   return gradients;
 }
 
-std::vector<bool> FusedBackward::effective_edges(std::size_t output) {
-  std::vector<bool> wanted;
-  for (const ag::Edge& edge : next_edges()) wanted.push_back(edge.is_valid());
-  std::vector<at::Tensor> operands;
-  {
-    std::lock_guard lock(mutex_);
-    for (const ag::SavedVariable& saved : operands_) operands.push_back(saved.unpack());
-  }
-  try {
-    std::vector<bool> given(program_->outputs().size(), false);
-    given[output] = true;
-    const auto derived = vjp_program(program_, operands, wanted, given, most_outputs(operands));
-    wanted.assign(wanted.size(), false);
-    for (const DerivedProgram::Part& part : derived->parts) {
-      for (std::int32_t i : part.results) wanted[i] = true;
-    }
-  } catch (const c10::NotImplementedError&) {  // a partial without a formula may be anything
-  }
-  return wanted;
-}
-
 void FusedBackward::release_variables() {
   std::lock_guard lock(mutex_);
   for (ag::SavedVariable& saved : operands_) saved.reset_data();
@@ -306,6 +316,34 @@ void set_tangents(const std::shared_ptr<const fused::Program>& program, at::Tens
   }
 }
 
+// A result requires grad if it changes with an operand that does.
+void set_histories(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
+                   std::vector<at::Tensor>& results) {
+  const auto effect = effects(program);
+  std::vector<bool> requires_grad;
+  for (std::size_t j = 0; j < results.size(); ++j) {
+    bool any = false;
+    for (std::size_t i = 0; i < operands.size(); ++i) {
+      any = any || ((*effect)[j * operands.size() + i] && operands[i].requires_grad());
+    }
+    requires_grad.push_back(any && at::isFloatingType(results[j].scalar_type()));
+  }
+  if (std::ranges::find(requires_grad, true) == requires_grad.end()) return;
+  auto node = common::make_node<FusedBackward>();
+  for (const at::Tensor& operand : operands) {
+    node->add_next_edge(at::isFloatingType(operand.scalar_type()) ? ag::impl::gradient_edge(operand) : ag::Edge());
+    node->operands_.emplace_back(operand, /*is_output=*/false);
+  }
+  node->program_ = program;
+  for (std::size_t j = 0; j < results.size(); ++j) {
+    if (requires_grad[j]) {
+      ag::set_history(results[j], node);
+    } else {
+      node->add_input_metadata(ag::Node::undefined_input());
+    }
+  }
+}
+
 std::vector<at::Tensor> fused_autograd(at::TensorList operands, std::string_view text) {
   bool requires_grad = false, tangents = false;
   for (const at::Tensor& operand : operands) {
@@ -316,21 +354,7 @@ std::vector<at::Tensor> fused_autograd(at::TensorList operands, std::string_view
   if (!requires_grad && !tangents) return below_autograd(operands, text);
   std::shared_ptr<const fused::Program> program = load(text);
   std::vector<at::Tensor> results = below_autograd(operands, text);
-  if (requires_grad) {
-    auto node = common::make_node<FusedBackward>();
-    for (const at::Tensor& operand : operands) {
-      node->add_next_edge(at::isFloatingType(operand.scalar_type()) ? ag::impl::gradient_edge(operand) : ag::Edge());
-      node->operands_.emplace_back(operand, /*is_output=*/false);
-    }
-    node->program_ = program;
-    for (const at::Tensor& result : results) {
-      if (at::isFloatingType(result.scalar_type())) {
-        ag::set_history(result, node);
-      } else {
-        node->add_input_metadata(ag::Node::undefined_input());
-      }
-    }
-  }
+  if (requires_grad) set_histories(program, operands, results);
   if (tangents) set_tangents(program, operands, results);
   return results;
 }

@@ -17,9 +17,6 @@ struct FusedBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& cotangents) override;
   std::string name() const override { return "wengert::FusedBackward"; }
   void release_variables() override;
-  // The edges that receive anything from an output: an operand of which the nest only takes the sign, say, receives nothing.
-  std::vector<bool> effective_edges(std::size_t output);
-
   std::vector<torch::autograd::SavedVariable> operands_;
   std::shared_ptr<const fused::Program> program_;
 };
@@ -31,8 +28,14 @@ struct DerivedProgram {
     std::vector<std::int32_t> operands;  // which of the tensors that there are
     std::vector<std::int32_t> results;   // per output of the text: of which operand (vjp) or output (jvp) of the program
   };
-  std::vector<Part> parts;  // what is in none is zero
+  std::vector<Part> parts;    // what is in none is zero
+  std::vector<bool> effects;  // answers effects(), which has no parts
 };
+
+// Whether an output changes with an operand at all: one of which the nest only takes the sign, say, changes nothing.  Element
+// output * operands + operand.
+std::shared_ptr<const std::vector<bool>> effects(const std::shared_ptr<const fused::Program>& program);
+
 // For each operand in `wanted` the gradient reduced to that operand's sizes, of at most `most_outputs` a program.  There are the
 // program's operands, then the cotangents of the outputs in `given`.
 std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
@@ -42,7 +45,7 @@ std::shared_ptr<const DerivedProgram> vjp_program(const std::shared_ptr<const fu
 std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fused::Program>& program, at::TensorList operands,
                                                   const std::vector<bool>& given);
 
-// What the two have made is kept; and to keep it no longer.
+// What these have made is kept; and to keep it no longer.
 std::size_t derived_bytes();
 void forget_derived();
 
