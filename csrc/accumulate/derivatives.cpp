@@ -290,7 +290,8 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
                                  Mode mode, bool batched, bool none_is_zero) {
   const ops::GraphStream stream = stream_of(outputs, inputs);
   stream.given(cotangents);
-  std::vector<at::Tensor> results = gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true).results;
+  std::vector<at::Tensor> results =
+      gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true).results;
   stream.returned(results);
   return results;
 }
@@ -351,7 +352,10 @@ std::map<std::string, std::int64_t> counters() {
 }
 
 std::map<std::string, std::int64_t> cache_bytes() {
-  return {{"plans", plan_cache().bytes()}, {"programs", fused::interned_bytes()}, {"derived programs", ops::derived_bytes()}, {"kernels", ops::kernel_bytes()}};
+  return {{"plans", plan_cache().bytes()},
+          {"programs", fused::interned_bytes()},
+          {"derived programs", ops::derived_bytes()},
+          {"kernels", ops::kernel_bytes()}};
 }
 
 void clear_caches() {

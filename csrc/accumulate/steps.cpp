@@ -15,6 +15,7 @@ std::atomic<std::int64_t> matmul_count{0}, call_count{0}, take_count{0};
 
 // A view's base is one more tensor on the same storage.
 bool owns_its_memory(const at::Tensor& tensor) {
+  if (!tensor.has_storage()) return true;  // inside the legacy vmap, which has copied
   const c10::Storage& storage = tensor.storage();
   if (tensor.use_count() != 1 || !storage.resizable()) return false;
   return tensor.is_view() ? tensor._base().use_count() == 1 && storage.use_count() == 2 : storage.use_count() == 1;

@@ -387,7 +387,8 @@ ExprId ExprPool::through_masks(ExprId value, ExprId factor, std::unordered_map<E
   return done.emplace(factor, result).first->second;
 }
 
-// The same select, marked: a node of its own, as a select of the same values in the forward computation masks nothing that arrives.
+// The same select, marked: a node of its own, as a select of the same values in the forward computation masks nothing that
+// arrives.
 ExprId ExprPool::passed(ExprId select) {
   Node node = nodes_[select];
   if (node.kind != Kind::apply || node.prim != Prim::where || node.masks) return select;

@@ -358,7 +358,7 @@ struct Op<Prim::softplus> : Ternary {
     return where(gt(x, a[2]), r.one(), where(eq(x, a[2]), sigmoid(a[2]), sigmoid(x)));
   }
 };
-// scale * exp(rate * x) below 0.  At 0 the slope is that of the negative side, but PyTorch's second derivative there is 0.  Above,
+// scale * exp(rate * x) below 0.  At 0 the slope is that of the negative side, but PyTorch's second derivative there is 0. Above,
 // the exponential would overflow and a derivative of the selected slope be 0 * inf: it is not evaluated there.
 template <class E>
 E elu_slope(E x, E scale, E rate, E positive) {
@@ -379,9 +379,7 @@ struct Op<Prim::elu> : Arity<4> {
 template <>
 struct Op<Prim::selu> : Unary {
   WENGERT_VALUE(T x) { return Op<Prim::elu>::value(x, T(kSeluAlpha * kSeluScale), T(kSeluScale), T(1)); }
-  WENGERT_PARTIAL(int, const E* a, E r) {
-    return elu_slope(a[0], r.num(kSeluAlpha * kSeluScale), r.one(), r.num(kSeluScale));
-  }
+  WENGERT_PARTIAL(int, const E* a, E r) { return elu_slope(a[0], r.num(kSeluAlpha * kSeluScale), r.one(), r.num(kSeluScale)); }
 };
 template <>
 struct Op<Prim::celu> : Binary {

@@ -1,5 +1,5 @@
-"""Derivatives at zeros of both signs, kinks, ties, under- and overflow, infinities and nan: every function with a reader, up to the
-third order, by every public function, against PyTorch's counterpart of each."""
+"""Derivatives at zeros of both signs, kinks, ties, under- and overflow, infinities and nan: every function with a reader, up to
+the third order, by every public function, against PyTorch's counterpart of each."""
 
 import warnings
 
@@ -9,13 +9,14 @@ import wengert
 from support.extremes import AROUND, BINARY, GRID, KEPT, ORDER, POINTS, UNARY, agreement, forms, points, sizes
 
 REVERSE = [name for name in ORDER if name not in ("jacrev", "jacfwd", "func.hessian")]
-# These run other formulas in PyTorch (forward mode, decompositions); where those disagree with reverse mode, ours are reverse mode's.
 PRODUCTS = [name for name in REVERSE if name not in ("jacobian", "hessian")]
 MASKED = [
     *("elu", "selu", "celu", "norm of two", "norm 3", "std of same", "std of two", "normalize of equal", "pairwise eps 0"),
     *("0.0 ** x", "zeros ** x", "x ** x", "x ** -1", "x ** 0.5", "atan2 self", "atan2 0", "relu then sqrt", "where log", "sinc"),
     *("copysign -1", "masked_fill", "where", "softplus", "hardswish", "remainder 1.5", "abs", "cosine of same"),
 ]
+# These run other formulas in PyTorch (forward mode, decompositions); where those disagree with reverse mode, ours are those
+# of reverse mode.
 SAME = {"jacrev": "jacobian", "jacfwd": "jacobian", "func.hessian": "hessian"}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 

@@ -1,5 +1,5 @@
-"""Elementwise functions (reductions over short rows among them), the points at which their derivatives are compared with PyTorch's,
-and all public functions that give such derivatives, element by element."""
+"""Elementwise functions (reductions over short rows among them), the points at which their derivatives are compared with
+PyTorch's, and all public functions that give such derivatives, element by element."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ INF, NAN = float("inf"), float("nan")
 # 0 of both signs, subnormal, tiny, kinks and thresholds, saturation, overflow of exp and of squares, infinite, nan
 POINTS = [
     0.0, -0.0, 1e-320, -1e-320, 1e-200, -1e-200, 1e-30, -1e-8, 1e-8, 0.25, -0.25, 0.5, -0.5, 0.9, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0,
-    3.0, -3.0, 6.0, -6.0, 10.0, -10.0, 19.9, 20.0, 20.1, -20.0, 40.0, -40.0, 88.8, -88.8, 104.0, -104.0, 710.0, -710.0, 746.0, -746.0,
-    1e4, -1e4, 1e30, -1e30, 1e200, -1e200, INF, -INF, NAN,
+    3.0, -3.0, 6.0, -6.0, 10.0, -10.0, 19.9, 20.0, 20.1, -20.0, 40.0, -40.0, 88.8, -88.8, 104.0, -104.0, 710.0, -710.0,
+    746.0, -746.0, 1e4, -1e4, 1e30, -1e30, 1e200, -1e200, INF, -INF, NAN,
 ]  # fmt: skip
-# Where the two differ by rounding alone, but by much of a result that cancels, underflows or overflows on the way; where PyTorch's
-# value is nan for an overflow that ours does not have; and what is outside a function's domain.
+# Left out: where the two differ by rounding alone, but by much of a result that cancels, underflows or overflows on the way;
+# where PyTorch's is nan for an overflow that ours does not have; and what is outside a function's domain.
 KEPT = {
     **dict.fromkeys("digamma lgamma special.psi special.gammaln mvlgamma".split(), lambda x: x > -0.4),  # poles
     **dict.fromkeys("prod cumprod".split(), lambda x: (x == 0) | (x.abs() > 1e-9) & (x.abs() < 1e9)),
@@ -29,15 +29,24 @@ KEPT = {
     "tanhshrink": lambda x: x.abs() > 1e-3,
     "gelu": lambda x: ~x.isfinite() | (x.abs() < 5),
     "gelu tanh": lambda x: x.abs() < 5,
-    "log_softmax of two": lambda x: x != 40,
+    **dict.fromkeys(("softmax of two", "log_softmax of two", "logsumexp of two"), lambda x: (x.abs() < 15) | (x.abs() > 80)),
+    "hypot 0": lambda x: (x == 0) | (x.abs() > 1e-9),
+    "norm 0.5": lambda x: (x == 0) | (x.abs() > 1e-9) & (x.abs() < 1e9),
     "prelu": lambda x: x != 0,  # the second derivative takes the other side there
     "0 xlogy": lambda x: x.abs() > 1e-9,
     "atan2 relu": lambda x: ~x.isfinite() | (x.abs() < 1e9),
     "rms_norm": lambda x: ~x.isfinite() | (x.abs() < 1e9),
 }
 # both arguments run over these
-GRID = [0.0, -0.0, 1e-4, 0.5, 1.0, -1.0, 2.0, -2.0, 3.0, -2.5, 100.0, NAN]
-SINGLE = {1e-320: 1e-44, -1e-320: -1e-44, 1e-200: 1e-30, -1e-200: -1e-30, 1e200: 1e25, -1e200: -1e25}  # what float32 takes instead
+GRID = [0.0, -0.0, 0.5, 1.0, -1.0, 2.0, -2.0, 3.0, -2.5, 100.0, NAN]
+SINGLE = {
+    1e-320: 1e-44,
+    -1e-320: -1e-44,
+    1e-200: 1e-30,
+    -1e-200: -1e-30,
+    1e200: 1e25,
+    -1e200: -1e25,
+}  # in float32
 
 
 def points(values, dtype):
