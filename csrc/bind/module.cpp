@@ -137,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
   static const py::object coupled = py::exception<accumulate::CoupledSamples>(m, "CoupledSamples", unsupported);
   py::register_exception_translator([](std::exception_ptr thrown) {  // asked before the one above
     try {
-      std::rethrow_exception(thrown);
+      if (thrown) std::rethrow_exception(thrown);
     } catch (const accumulate::CoupledSamples& error) {
       const py::object value = coupled(error.what());
       value.attr("node") = error.node;

@@ -11,9 +11,10 @@
 // happens to be 0, the formula says num(0).
 //
 // NOTE [Order]
-// What arrives at a node passes the steps of its factor in their order: v * (select(c, a, zero()) * b) is select(c, v * a, zero())
-// * b.  The values are the same, but a derivative in v then ends at the mask, as in PyTorch: the second derivatives of a norm at 0
-// are finite in a direction (hvp), though its Hessian is not.  Selects that what arrives has passed are marked, as one in the
+// What arrives at a node passes the steps of its factor in their order: v * (select(c, a, zero()) * b) is select(c, v * a,
+// zero())
+// * b.  The values are the same, but a derivative in v then ends at the mask, as in PyTorch: the second derivatives of a norm at
+// 0 are finite in a direction (hvp), though its Hessian is not.  Selects that what arrives has passed are marked, as one in the
 // forward computation is not to mask v.  v * (1 / b) is v / b, which does not overflow at a subnormal b; reciprocal(b) stands
 // where PyTorch multiplies by one.
 #pragma once

@@ -1,5 +1,6 @@
 // Reductions: new loops run over the reduced axes; softmax and its kin are a diagonal plus an outer product.
 #include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 
 #include <cmath>
@@ -24,6 +25,14 @@ Reduction geometry(const Site& s) {
     for (int a = 0; a < rank; ++a) axes.push_back(a);
   }
   return reduction(s.x(), axes, s.integer(0) != 0);
+}
+
+// The table's own derivative is PyTorch's graph of quotients, whose terms are stored before they cancel: in half precision they
+// overflow where the products themselves do not.
+void tabulate_products(Take& k) {
+  const bool half = at::isReducedFloatingType(k.node().outputs[0].dtype);
+  if (half && at::GradMode::is_enabled()) throw Unsupported("a second derivative of a product in half precision");
+  tabulate(k, 1);
 }
 
 void take_axes(Take& k, bool keepdim, const std::vector<std::int64_t>& axes) {
@@ -369,14 +378,14 @@ void add_reductions(Table& t) {
       "ProdBackward0",
       [](Take& k, const gen::ProdBackward0&) {
         k.integer(std::int64_t{0});
-        tabulate(k, 1);
+        tabulate_products(k);
       },
       table_over_input);
   t.add<gen::ProdBackward1>(
       "ProdBackward1",
       [](Take& k, const gen::ProdBackward1& n) {
         take_axes(k, n.keepdim, std::vector{n.dim});
-        tabulate(k, 1);
+        tabulate_products(k);
       },
       table_over_input);
   add_norms(t);

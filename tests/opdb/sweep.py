@@ -26,7 +26,7 @@ import wengert
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from report import OpReport, compare, compare_either, where_undefined, without_spread_nan
+from agreement import OpReport, compare, compare_either, where_undefined, without_spread_nan
 from samples import (
     ELEMENTS,
     UNDEFINED,

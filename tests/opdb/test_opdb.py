@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from report import OpReport
+from agreement import OpReport
 from sweep import LARGEST_JACOBIAN
 
 SWEEP = pathlib.Path(__file__).with_name("sweep.py")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.func
 import wengert
-from report import OpReport, compare_either
+from agreement import OpReport, compare_either
 from support.compare import Outcome, leaves
 from torch.autograd import functional as torch_functional
 

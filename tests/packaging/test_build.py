@@ -340,7 +340,7 @@ def test_a_sanitized_build_watches_a_part_and_takes_the_rest_from_the_normal_one
     own = [name for name in link if name.startswith(f"/out/normal-{kind}/")]
     assert len(link) == len(build["sources"](False)) and 0 < len(own) < len(link)
     assert all(f"build {name}: " in text for name in own) and not any(f"build {name}: " in text for name in set(link) - set(own))
-    assert {name for name in link if name not in own} <= {word for word in normal.split()}
+    assert {name for name in link if name not in own} <= set(normal.split())
     assert f"-fsanitize={kind}" in re.search(r"^base = .*$", text, re.MULTILINE).group()
     assert f"-fsanitize={kind}" in re.search(r"^link = .*$", text, re.MULTILINE).group()
     monkeypatch.setenv("WENGERT_SANITIZE", "memory")
