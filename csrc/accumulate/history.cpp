@@ -51,22 +51,22 @@ class Silenced : c10::WarningHandler {
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
-// The inputs, and, once a walk has found them, the other leaves that the outputs and cotangents lead to.
+// The inputs.  Other leaves do not count: between here and them lie nodes that are not on the tape, so that nobody has looked
+// whether they would run code of the user's, and that no key tells apart.
 class EndEdges {
  public:
-  explicit EndEdges(const Question& question) : question_(question) {
-    for (const at::Tensor& input : question.inputs) add(edge_of(input));
+  explicit EndEdges(const Question& question) {
+    for (const at::Tensor& input : question.inputs) {
+      const Edge edge = edge_of(input);
+      if (edge.is_valid()) numbers_.try_emplace({edge.function.get(), edge.input_nr}, static_cast<std::int32_t>(edges_.size()));
+      edges_.push_back(edge);
+    }
   }
 
-  const Edge& at(std::int32_t end) {
-    if (end >= std::ssize(edges_)) find_others();
-    static const Edge none;
-    return end < std::ssize(edges_) ? edges_[end] : none;
-  }
+  const Edge& at(std::int32_t end) const { return edges_[end]; }
 
   // Those the tensor leads to.
-  std::set<std::int32_t> reached_from(const at::Tensor& tensor) {
-    find_others();
+  std::set<std::int32_t> reached_from(const at::Tensor& tensor) const {
     std::set<std::int32_t> found;
     walk({edge_of(tensor)}, [&](const Edge& edge) {
       const auto end = numbers_.find({edge.function.get(), edge.input_nr});
@@ -78,7 +78,7 @@ class EndEdges {
   }
 
   // Those of the ends that receive a gradient from the tensors: a node need not give one for everything it leads to.
-  std::vector<std::int32_t> receiving(const std::vector<at::Tensor>& tensors, const std::vector<std::int32_t>& ends) {
+  std::vector<std::int32_t> receiving(const std::vector<at::Tensor>& tensors, const std::vector<std::int32_t>& ends) const {
     const Silenced silenced;
     autograd::variable_list ones;
     for (const at::Tensor& tensor : tensors) ones.push_back(at::ones_like(tensor));
@@ -100,11 +100,6 @@ class EndEdges {
   }
 
  private:
-  void add(const Edge& edge) {
-    if (edge.is_valid()) numbers_.try_emplace({edge.function.get(), edge.input_nr}, static_cast<std::int32_t>(edges_.size()));
-    edges_.push_back(edge);
-  }
-
   // Calls f with every edge that can be arrived at; goes on beyond those where it says so.
   template <class F>
   static void walk(std::vector<Edge> stack, F f) {
@@ -122,27 +117,8 @@ class EndEdges {
     }
   }
 
-  void find_others() {
-    if (complete_) return;
-    complete_ = true;
-    std::vector<Edge> roots;
-    for (const at::TensorList& list : {question_.outputs, question_.cotangents}) {
-      for (const at::Tensor& tensor : list) {
-        if (tensor.defined()) roots.push_back(edge_of(tensor));
-      }
-    }
-    walk(std::move(roots), [&](const Edge& edge) {
-      if (numbers_.contains({edge.function.get(), edge.input_nr})) return false;
-      const bool leaf = typeid(*edge.function) == typeid(autograd::AccumulateGrad);
-      if (leaf) add(edge);
-      return !leaf;
-    });
-  }
-
-  const Question& question_;
   std::vector<Edge> edges_;
   std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> numbers_;
-  bool complete_ = false;
 };
 
 // PyTorch's answers, or none where it cannot give them: ours are then taken as they are.
@@ -182,7 +158,7 @@ Counterparts by_pairs(const std::vector<std::vector<at::Tensor>>& rows, std::siz
 }  // namespace
 
 History::History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours) {
-  EndEdges edges(question);
+  const EndEdges edges(question);
   std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;
   for (std::size_t r = 0; r < theirs.size(); ++r) {
     std::set<std::int32_t> wanted;
@@ -225,7 +201,7 @@ void History::apply(const Question& question, std::vector<at::Tensor>& results) 
   }
   for (const std::int32_t r : detached_) results[r] = results[r].detach();
   if (groups_.empty()) return;
-  EndEdges edges(question);
+  const EndEdges edges(question);
   for (const Group& group : groups_) {
     std::vector<at::Tensor> loose;
     for (const std::int32_t r : group.results) loose.push_back(results[r]);

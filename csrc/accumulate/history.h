@@ -7,7 +7,8 @@
 // once for every structure: for the first row of each result, whose graph is that of the other rows too.  Results whose
 // graph leads to fewer tensors than PyTorch's are tied to the missing ones (ops::tether); one that leads nowhere, where PyTorch's
 // requires no grad, or where PyTorch has none, is detached.  What PyTorch decides by values, such as the gradient of a product
-// with two zeros, can so only be missing among what is zero.
+// with two zeros, can so only be missing among what is zero.  Only inputs count: what a result leads to beside them follows from
+// the operations that made it, which may be fewer than PyTorch's.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>
@@ -28,7 +29,7 @@ namespace wengert::accumulate {
 // as one tensor.
 using Counterparts = std::vector<std::vector<at::Tensor>>;
 
-// What was asked for.  Graphs of results end at the inputs, or at leaves that are not inputs.
+// What was asked for.
 struct Question {
   at::TensorList outputs, inputs, cotangents;
   at::TensorList
@@ -43,7 +44,7 @@ class History {
  private:
   struct Group {
     std::vector<std::int32_t> results;
-    std::vector<std::int32_t> ends;  // inputs first, then other leaves in the order of a walk
+    std::vector<std::int32_t> ends;  // inputs
   };
   std::vector<std::int32_t> absent_, detached_;
   std::vector<Group> groups_;

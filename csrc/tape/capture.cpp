@@ -52,6 +52,7 @@ void check_custom(const autograd::Node& fn) {
 
 void read_meta(const autograd::InputMetadata& metadata, Meta& meta) {
   meta.shape.clear();
+  meta.complex = false;
   if (metadata.was_default_constructed()) {  // an output the op left undefined: nothing refers to it
     meta.dtype = at::ScalarType::Undefined;
     return;

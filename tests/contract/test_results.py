@@ -134,3 +134,43 @@ def test_vectorised_with_an_empty_output_among_others(hooked):
     inputs = torch.rand(4, dtype=D), torch.rand((), dtype=D)
     got = wengert.jacobian(fn, inputs, vectorize=True)
     assert_same(got, torch_functional.jacobian(fn, inputs, vectorize=True), "vectorised")
+
+
+class Refuses(torch.autograd.Function):
+    """Its backward is nobody's business but that of who differentiates in what it was made from."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        raise AssertionError("a backward that PyTorch does not run")
+
+
+@pytest.mark.parametrize("made", ["custom function", "hooks"])
+def test_create_graph_runs_nothing_above_captured_tensors(made):
+    """What is differentiated bends (relu), so that PyTorch is asked for its history."""
+    seen = []
+    w, x = torch.rand(3, dtype=D, requires_grad=True), torch.rand(3, dtype=D, requires_grad=True)
+    if made == "custom function":
+        h = Refuses.apply(w)
+    else:
+        h = w * 2
+        h.register_hook(lambda g: seen.append("h"))
+        w.register_hook(lambda g: seen.append("w"))
+    wengert.clear_caches()
+    jacobian = wengert.jacobian(lambda x: torch.relu(x + h), x, create_graph=True)
+    assert_same(torch.autograd.grad(jacobian.sum(), x)[0], torch.zeros_like(x), "derivative of the Jacobian")
+    wengert.grad(torch.relu(x + h).sum(), x, create_graph=True)
+    wengert.hessian(lambda x: torch.relu(x + h).square().sum(), x, create_graph=True)
+    assert not seen
+
+
+def test_history_does_not_depend_on_what_ran_before():
+    a, b, x = (torch.rand(3, dtype=D, requires_grad=True) for _ in range(3))
+    wengert.clear_caches()
+    for h in (a.sin(), b * a, a * b):
+        jacobian = wengert.jacobian(lambda x, h=h: torch.relu(x + h), x, create_graph=True)
+        assert jacobian.requires_grad
+        assert_same(torch.autograd.grad(jacobian.sum(), x)[0], torch.zeros_like(x), "derivative of the Jacobian")

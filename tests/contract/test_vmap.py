@@ -1,5 +1,9 @@
 """Functions whose operators vmap rewrites, repeats or cannot run: derivatives are those of PyTorch's own order of things."""
 
+import gc
+import types
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -352,3 +356,19 @@ def test_the_watch_ends_with_an_interrupt():
         func.vmap(func.jacrev(f))(TIES)
     assert_same(func.vmap(func.jacrev(torch.sin))(TIES), torch.diag_embed(TIES.cos()), tol=Tolerance())
     assert wengert._native.C.end_vmap_watch() == ""
+
+
+def test_what_is_known_of_methods_leaves_with_their_objects():
+    class Scale:
+        pass
+
+    def once():
+        owner = Scale()
+        owner.weight = 2.0
+        owner.f = types.MethodType(lambda self, x: (x * owner.weight).sin(), owner)
+        func.vmap(func.jacrev(owner.f))(torch.rand(4, 3))
+        return weakref.ref(owner)
+
+    owners = [once() for _ in range(3)]
+    gc.collect()
+    assert not any(owner() for owner in owners)

@@ -108,20 +108,19 @@ class Verdict:
             raise Refused("a function whose graph has changed")
 
 
-_verdicts: dict[tuple[int, Any], tuple[weakref.ref[Any], Verdict]] = {}
+# By object, as an object may be unhashable or equal to others: its own verdict, and those of its methods.
+_verdicts: dict[int, tuple[weakref.ref[Any], Verdict, weakref.WeakKeyDictionary[Any, Verdict]]] = {}
 
 
 def verdict_of(func: Any) -> Verdict:
-    """The verdict on a function, kept as long as the function (or the object it is a method of) lives."""
+    """The verdict on a function, kept as long as the function (and the object it is a method of) lives."""
     owner, method = (func.__self__, func.__func__) if type(func) is MethodType else (func, None)
-    key = (id(owner), method)
+    key = id(owner)
     entry = _verdicts.get(key)
-    if entry is not None and entry[0]() is owner:
-        return entry[1]
-    verdict = Verdict()
     try:
-        reference = weakref.ref(owner, lambda _: _verdicts.pop(key, None))
+        if entry is None or entry[0]() is not owner:
+            reference = weakref.ref(owner, lambda _: _verdicts.pop(key, None))
+            entry = _verdicts[key] = (reference, Verdict(), weakref.WeakKeyDictionary())
+        return entry[1] if method is None else entry[2].setdefault(method, Verdict())
     except TypeError:  # watched every time
-        return verdict
-    _verdicts[key] = (reference, verdict)
-    return verdict
+        return Verdict()
