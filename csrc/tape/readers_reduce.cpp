@@ -92,10 +92,8 @@ Pullback spread(const Site& s, bool is_std) {
   if (!f.complete()) return opaque();
   ExprId expr = f.constant(2 / freedom);
   if (is_std) {
-    // PyTorch masks after every division, also in its derivatives: what is masked has to stay finite to any order.
-    const ExprId equal = f.compare(Prim::eq, result, f.constant(0));
-    const ExprId slope = s.pool.div(kOne, s.pool.mul(f.select(equal, kOne, result), f.constant(2)));
-    expr = s.pool.mul(s.pool.pull(kOne, f.select(equal, kZero, slope)), expr);
+    const ExprId slope = s.pool.div(kOne, s.pool.mul(result, f.constant(2)));
+    expr = s.pool.mul(s.pool.pull(kOne, f.select(f.compare(Prim::eq, result, f.constant(0)), kZero, slope)), expr);
   }
   return f.finish(s.pool.mul(expr, s.pool.sub(self, mean)), std::move(r.loops), std::move(r.axes));
 }
