@@ -119,10 +119,11 @@ void compare(const Planned& found, const Planned& made) {
 }
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
-std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request, Mode mode, at::TensorList cotangents) {
+std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request, Mode mode, at::TensorList cotangents,
+                                        const std::vector<torch::autograd::Edge>& ends) {
   common::Key& key = tape.signature;
   common::KeyWriter writer(key);
-  if (mode != Mode::plain) sign_edges(tape, writer);
+  if (mode != Mode::plain) sign_edges(tape, ends, writer);
   writer.room(5);
   writer.put(mode);
   writer.put(request.seed);
@@ -155,11 +156,15 @@ std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request
 struct Answer {
   std::vector<at::Tensor> results;
   std::shared_ptr<const Planned> planned;
-  bool custom = false;  // user code took part, which is not asked twice
+  bool custom = false;                      // user code took part, which is not asked twice
+  std::vector<torch::autograd::Edge> ends;  // of the results' histories, where they have one
 };
 
-Answer run(tape::Tape& tape, const Request& request, at::TensorList cotangents, Mode mode, bool keep_graph) {
-  Answer answer{.results = {}, .planned = plan_for(tape, request, mode, cotangents), .custom = tape.custom};
+Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::TensorList cotangents, Mode mode,
+           bool keep_graph) {
+  Answer answer{.results = {}, .planned = nullptr, .custom = tape.custom, .ends = {}};
+  if (mode != Mode::plain) answer.ends = ends(tape, inputs, cotangents);
+  answer.planned = plan_for(tape, request, mode, cotangents, answer.ends);
   const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
   const auto run_plan = [&] {
     Calls calls(tape);
@@ -208,14 +213,18 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
 Answer jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
   const bool one_row = std::ranges::all_of(outputs, [](const at::Tensor& output) { return output.numel() <= 1; });
   tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, one_row);
-  return run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, {}, mode, /*keep_graph=*/true);
+  return run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, inputs, {}, mode, /*keep_graph=*/true);
 }
 
 // With the history that PyTorch's results have.
 void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Question& question,
               Counterparts (*ask)(const Question&, bool), bool option) {
-  if (mode == Mode::plain || answer.custom) return;
-  const auto find = [&] { return std::make_unique<History>(question, ask(question, option), answer.results); };
+  if (mode == Mode::plain) return;
+  const auto find = [&] {
+    if (!answer.custom) return std::make_unique<History>(question, ask(question, option), answer.results, true);
+    const std::size_t width = mode == Mode::at_once ? question.inputs.size() : answer.results.size();
+    return std::make_unique<History>(question, own_columns(answer.results, width), answer.results, false);
+  };
   memo.get(find).apply(question, answer.results);
 }
 
@@ -238,7 +247,7 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
   const ops::GraphStream stream = stream_of(outputs, inputs);
   Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
-  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = outputs};
+  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = outputs, .ends = answer.ends};
   complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
@@ -248,7 +257,7 @@ TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mo
   if (!same_batch(outputs, inputs)) throw tape::Unsupported("tensors without a common batch axis in front");
   const ops::GraphStream stream = stream_of(outputs, inputs);
   Answer answer = jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, mode, true);
-  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = {}};
+  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = {}, .ends = answer.ends};
   complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
@@ -277,8 +286,8 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
     }
     request.cotangents.push_back(std::move(cotangent));
   }
-  Answer answer = run(tape, request, given, mode, retain_graph || batched);
-  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = cotangents, .rows = {}};
+  Answer answer = run(tape, request, inputs, given, mode, retain_graph || batched);
+  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = cotangents, .rows = {}, .ends = answer.ends};
   if (history) complete(answer, mode, answer.planned->history, question, gradient_rows, batched);
   if (!retain_graph) tape::release(tape);
   return answer;
@@ -317,7 +326,7 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
     }
   }
   answer.results = std::move(blocks);
-  const Question question{.outputs = output, .inputs = inputs, .cotangents = {}, .rows = inputs};
+  const Question question{.outputs = output, .inputs = inputs, .cotangents = {}, .rows = inputs, .ends = answer.ends};
   complete(answer, mode, answer.planned->second, question, hessian_rows, mode == Mode::at_once);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());

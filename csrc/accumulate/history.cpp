@@ -1,6 +1,7 @@
 #include "accumulate/history.h"
 
 #include <ATen/Functions.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/engine.h>
@@ -39,27 +40,43 @@ std::vector<bool> onwards(const Edge& edge) {
   return all;
 }
 
-// What PyTorch warns of it warns of in the user's own calls.
-class Silenced : c10::WarningHandler {
+// What PyTorch warns of it warns of in the user's own calls, and what it saves meanwhile is nothing to the user's hooks.
+class Unnoticed : c10::WarningHandler {
  public:
-  Silenced() : guard_(this) {}
+  Unnoticed() : guard_(this), without_hooks_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
+  ~Unnoticed() override { at::SavedTensorDefaultHooks::set_tracing(without_hooks_); }
+  Unnoticed(const Unnoticed&) = delete;
+  Unnoticed& operator=(const Unnoticed&) = delete;
 
  private:
   void process(const c10::Warning&) override {}
   c10::WarningUtils::WarningHandlerGuard guard_;
+  bool without_hooks_;
 };
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
-// The inputs.  Other leaves do not count: between here and them lie nodes that are not on the tape, so that nobody has looked
-// whether they would run code of the user's, and that no key tells apart.
+// The number of the first of equal ends, for each; -1 for what does not require grad.
+std::vector<std::int32_t> numbered(const std::vector<Edge>& ends) {
+  std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> first;
+  std::vector<std::int32_t> numbers;
+  for (const Edge& end : ends) {
+    const auto number = static_cast<std::int32_t>(numbers.size());
+    numbers.push_back(end.is_valid() ? first.try_emplace({end.function.get(), end.input_nr}, number).first->second : -1);
+  }
+  return numbers;
+}
+
+// Hooks would see a gradient that nobody asked for.
+bool has_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
+
 class EndEdges {
  public:
-  explicit EndEdges(const Question& question) {
-    for (const at::Tensor& input : question.inputs) {
-      const Edge edge = edge_of(input);
-      if (edge.is_valid()) numbers_.try_emplace({edge.function.get(), edge.input_nr}, static_cast<std::int32_t>(edges_.size()));
-      edges_.push_back(edge);
+  explicit EndEdges(const std::vector<Edge>& ends) : edges_(ends) {
+    const std::vector<std::int32_t> numbers = numbered(ends);
+    for (std::size_t k = 0; k < ends.size(); ++k) {
+      if (numbers[k] == static_cast<std::int32_t>(k))
+        numbers_.emplace(std::pair(ends[k].function.get(), ends[k].input_nr), numbers[k]);
     }
   }
 
@@ -79,23 +96,26 @@ class EndEdges {
 
   // Those of the ends that receive a gradient from the tensors: a node need not give one for everything it leads to.
   std::vector<std::int32_t> receiving(const std::vector<at::Tensor>& tensors, const std::vector<std::int32_t>& ends) const {
-    const Silenced silenced;
+    std::vector<std::int32_t> out, asked;
+    for (const std::int32_t end : ends) (has_hooks(*at(end).function) ? out : asked).push_back(end);
+    if (asked.empty()) return out;
+    const Unnoticed unnoticed;
     autograd::variable_list ones;
-    for (const at::Tensor& tensor : tensors) ones.push_back(at::ones_like(tensor));
-    autograd::edge_list to;
-    for (const std::int32_t end : ends) to.push_back(at(end));
-    std::vector<std::int32_t> out;
-    if (to.empty()) return out;
-    autograd::edge_list from;
-    for (const at::Tensor& tensor : tensors) from.push_back(edge_of(tensor));
+    autograd::edge_list from, to;
+    for (const at::Tensor& tensor : tensors) {
+      ones.push_back(at::ones_like(tensor));
+      from.push_back(edge_of(tensor));
+    }
+    for (const std::int32_t end : asked) to.push_back(at(end));
     try {
       const auto found = autograd::Engine::get_default_engine().execute(from, ones, /*keep_graph=*/true, /*create_graph=*/false,
                                                                         /*accumulate_grad=*/false, to);
-      for (std::size_t k = 0; k < ends.size(); ++k) {
-        if (found[k].defined()) out.push_back(ends[k]);
+      for (std::size_t k = 0; k < asked.size(); ++k) {
+        if (found[k].defined()) out.push_back(asked[k]);
       }
     } catch (const c10::Error&) {  // there is no derivative of this derivative
     }
+    std::ranges::sort(out);
     return out;
   }
 
@@ -117,7 +137,7 @@ class EndEdges {
     }
   }
 
-  std::vector<Edge> edges_;
+  const std::vector<Edge>& edges_;
   std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> numbers_;
 };
 
@@ -125,7 +145,7 @@ class EndEdges {
 template <class F>
 Counterparts asked(const Question& question, F f) {
   if (!std::ranges::all_of(question.inputs, [](const at::Tensor& input) { return input.requires_grad(); })) return {};
-  const Silenced silenced;
+  const Unnoticed unnoticed;
   const autograd::AutoGradMode with_grad(true);
   try {
     return f();
@@ -157,8 +177,8 @@ Counterparts by_pairs(const std::vector<std::vector<at::Tensor>>& rows, std::siz
 
 }  // namespace
 
-History::History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours) {
-  const EndEdges edges(question);
+History::History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm) {
+  const EndEdges edges(question.ends);
   std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;
   for (std::size_t r = 0; r < theirs.size(); ++r) {
     std::set<std::int32_t> wanted;
@@ -185,7 +205,7 @@ History::History(const Question& question, const Counterparts& theirs, const std
   for (const auto& [missing, results] : groups) {
     std::vector<at::Tensor> rows;
     for (const std::int32_t r : results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
-    std::vector<std::int32_t>& same = confirmed[edges.receiving(rows, missing)];
+    std::vector<std::int32_t>& same = confirmed[confirm ? edges.receiving(rows, missing) : missing];
     same.insert(same.end(), results.begin(), results.end());
   }
   for (auto& [ends, results] : confirmed) groups_.push_back({.results = results, .ends = ends});
@@ -200,13 +220,11 @@ void History::apply(const Question& question, std::vector<at::Tensor>& results) 
     results[r] = at::zeros(shape, input.options());
   }
   for (const std::int32_t r : detached_) results[r] = results[r].detach();
-  if (groups_.empty()) return;
-  const EndEdges edges(question);
   for (const Group& group : groups_) {
     std::vector<at::Tensor> loose;
     for (const std::int32_t r : group.results) loose.push_back(results[r]);
     std::vector<Edge> to;
-    for (const std::int32_t end : group.ends) to.push_back(edges.at(end));
+    for (const std::int32_t end : group.ends) to.push_back(question.ends[end]);
     std::vector<at::Tensor> tied = ops::tether(loose, to);
     for (std::size_t k = 0; k < tied.size(); ++k) results[group.results[k]] = std::move(tied[k]);
   }
@@ -258,11 +276,36 @@ Counterparts hessian_rows(const Question& question, bool at_once) {
   });
 }
 
-void sign_edges(const tape::Tape& tape, common::KeyWriter& key) {
+Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t width) {
+  std::vector<std::vector<at::Tensor>> rows;
+  for (auto row = results.begin(); row != results.end(); row += static_cast<std::ptrdiff_t>(width))
+    rows.emplace_back(row, row + static_cast<std::ptrdiff_t>(width));
+  return by_pairs(rows, width, /*at_once=*/true);
+}
+
+std::vector<Edge> ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents) {
+  std::vector<Edge> out;
+  for (const at::Tensor& input : inputs) out.push_back(edge_of(input));
+  for (const at::Tensor& cotangent : cotangents) out.push_back(edge_of(cotangent));
+  for (const tape::Node& node : tape.nodes) {
+    const auto on_tape = [](const tape::Value& value) { return value.node >= 0; };
+    if (std::ranges::none_of(node.inputs, on_tape)) continue;  // an input itself
+    for (std::size_t k = 0; k < node.inputs.size(); ++k) {
+      const Edge& edge = node.fn->next_edge(k);
+      if (edge.is_valid() && !on_tape(node.inputs[k])) out.push_back(edge);
+    }
+  }
+  return out;
+}
+
+void sign_edges(const tape::Tape& tape, const std::vector<Edge>& ends, common::KeyWriter& key) {
   for (const tape::Node& node : tape.nodes) {
     key.room(node.fn->num_outputs());
     for (const Edge& edge : node.fn->next_edges()) key.put(edge.is_valid());
   }
+  const std::vector<std::int32_t> numbers = numbered(ends);
+  key.room(key.length(numbers));
+  key.put(numbers);
 }
 
 }  // namespace wengert::accumulate

@@ -7,8 +7,9 @@
 // once for every structure: for the first row of each result, whose graph is that of the other rows too.  Results whose
 // graph leads to fewer tensors than PyTorch's are tied to the missing ones (ops::tether); one that leads nowhere, where PyTorch's
 // requires no grad, or where PyTorch has none, is detached.  What PyTorch decides by values, such as the gradient of a product
-// with two zeros, can so only be missing among what is zero.  Only inputs count: what a result leads to beside them follows from
-// the operations that made it, which may be fewer than PyTorch's.
+// with two zeros, can so only be missing among what is zero.  A history ends at the inputs, the cotangents and the captured
+// tensors: where edges leave the tape.  Between those and their leaves lies what nobody has looked at, which is neither run nor
+// told apart by a key.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>
@@ -34,17 +35,22 @@ struct Question {
   at::TensorList outputs, inputs, cotangents;
   at::TensorList
       rows;  // result i * inputs + j is the derivative of rows[i] in inputs[j]; none: result j is of the shape of inputs[j]
+  const std::vector<torch::autograd::Edge>& ends;
 };
+
+// Where histories end: the edges of the inputs, of the cotangents, and those that leave the tape.
+std::vector<torch::autograd::Edge> ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents);
 
 class History {
  public:
-  History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours);
+  // With `confirm`, an end counts as reached only where a gradient arrives, which takes running the nodes on the way.
+  History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm);
   void apply(const Question& question, std::vector<at::Tensor>& results) const;
 
  private:
   struct Group {
     std::vector<std::int32_t> results;
-    std::vector<std::int32_t> ends;  // inputs
+    std::vector<std::int32_t> ends;
   };
   std::vector<std::int32_t> absent_, detached_;
   std::vector<Group> groups_;
@@ -64,8 +70,11 @@ class HistoryMemo {
 Counterparts jacobian_rows(const Question& question, bool at_once);
 Counterparts gradient_rows(const Question& question, bool batched);
 Counterparts hessian_rows(const Question& question, bool at_once);
+// Our own results, those that PyTorch computes as one tensor together.
+Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t width);
 
-// Which edges lead to something that requires grad, which decides what formulas touch: continues a signature.
-void sign_edges(const tape::Tape& tape, common::KeyWriter& key);
+// Which edges lead to something that requires grad, which decides what formulas touch, and which ends are the same: continues a
+// signature.
+void sign_edges(const tape::Tape& tape, const std::vector<torch::autograd::Edge>& ends, common::KeyWriter& key);
 
 }  // namespace wengert::accumulate

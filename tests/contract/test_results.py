@@ -174,3 +174,33 @@ def test_history_does_not_depend_on_what_ran_before():
         jacobian = wengert.jacobian(lambda x, h=h: torch.relu(x + h), x, create_graph=True)
         assert jacobian.requires_grad
         assert_same(torch.autograd.grad(jacobian.sum(), x)[0], torch.zeros_like(x), "derivative of the Jacobian")
+
+
+def test_asking_for_a_history_saves_nothing_through_the_users_hooks():
+    counts = []
+    for _ in range(2):  # PyTorch is asked the first time
+        if not counts:
+            wengert.clear_caches()
+        x = torch.rand(3, dtype=D, requires_grad=True)
+        y = torch.relu(x)
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+            wengert.jacobian(y, x, create_graph=True)
+        counts.append(len(packed))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("fn", [torch.relu, torch.exp, lambda z: torch.fmod(z, 0.7), lambda z: (z - 1).abs()])
+def test_results_lead_to_captured_leaves_where_pytorchs_do(fn, vectorize):
+    x, w = torch.rand(3, dtype=D), torch.rand(3, dtype=D, requires_grad=True)
+    f = lambda x: fn(x * w)
+    g = lambda x: fn(x * w).sum()
+    for name, function in (("jacobian", f), ("hessian", g)):
+        ours, theirs = (
+            getattr(module, name)(function, x, create_graph=True, vectorize=vectorize) for module in (wengert, torch_functional)
+        )
+        assert ours.requires_grad == theirs.requires_grad
+        if theirs.requires_grad:
+            found, expected = (torch.autograd.grad(t.sum(), w, allow_unused=True)[0] for t in (ours, theirs))
+            assert_same(found, expected, f"derivative of the {name} in what was captured")
