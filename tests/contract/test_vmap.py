@@ -312,6 +312,66 @@ def test_a_function_that_changes_is_not_taken_for_what_it_was():
         assert_same(*(g(TIES[:2]) for g in mapped))
 
 
+def square(x):
+    m = x.reshape(2, 2)
+    return m @ m.mT + 2 * torch.eye(2, dtype=x.dtype)
+
+
+# torch.func disagrees with its own row loop about all of them.
+MISTAKEN = {
+    "slogdet": lambda x: torch.linalg.slogdet(square(x))[1],
+    "det": lambda x: torch.linalg.det(square(x)),
+    "solve": lambda x: torch.linalg.solve(square(x), x[:2]).square().sum(),
+    "huber at the kink": lambda x: F.huber_loss(x, torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("form", ["hessian", "jacfwd"])
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_a_call_does_not_depend_on_the_calls_before_it(name, form):
+    """Strides are part of a graph's structure: every other call has a graph that has not been watched before."""
+    f = MISTAKEN[name]
+    mapped, loop = func.vmap(getattr(func, form)(f)), torch.autograd.functional
+    loop = loop.hessian if form == "hessian" else loop.jacobian
+    before = Calls.now()
+    for k in range(5):
+        x = torch.linspace(-2, 2.5 + k // 2, 12, dtype=torch.float64).reshape(4, 3).t()
+        x = x.round() if "kink" in name else x
+        x = x.contiguous() if k % 2 else x
+        expected = torch.stack([loop(f, sample) for sample in x])
+        for _ in range(2):
+            assert_same(mapped(x), expected, f"call {k}")
+    calls = Calls.now() - before
+    assert calls.native == 10 and not calls.fallback
+
+
+def test_a_function_whose_graph_never_stays_the_same_is_watched_every_time():
+    runs = []
+
+    def f(x):
+        runs.append(1)
+        for _ in runs:
+            x = x.sin()
+        return x
+
+    mapped = func.vmap(func.jacrev(f))
+    for _ in range(20):
+        mapped(TIES)
+    assert len(runs) < 30  # nine of them were found to be unknown and ran again
+
+
+def test_random_numbers_are_drawn_once_where_the_function_runs_again():
+    now = {}
+    f = lambda x: x * torch.rand(4, dtype=x.dtype) * (2 if now["twice"] else x)
+    mapped = [m.vmap(m.jacrev(f), randomness="different") for m in (func, torch.func)]
+    for now["twice"] in (False, True, False):
+        results = []
+        for g in mapped:
+            torch.manual_seed(3)
+            results.append(g(TIES))
+        assert_same(*results)
+
+
 def test_what_has_been_watched_runs_natively_for_any_batch_size():
     f = lambda x: x.sin() * x.prod()
     before = Calls.now()

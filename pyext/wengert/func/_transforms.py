@@ -237,10 +237,16 @@ class Transform(Wrapped):
         verdict = verdict_of(self.func)
         shapes = tuple([x.shape if isinstance(x, Tensor) else None for x in flat])
         run = functools.partial(self.run, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
-        out, watched = verdict.run(run, shapes)
-        result = self.derive_batch(out, leaves, inner_dims, grad_mode)
-        verdict.confirm(shapes, watched)
-        return result, leaves.refused
+        watched = not verdict.knows(shapes)
+        random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
+        while True:
+            out = verdict.run(run, watched)
+            result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+            if verdict.confirm(shapes, watched):
+                return result, leaves.refused
+            watched, leaves.refused = True, None
+            if random is not None:
+                random.restore()
 
     def _map(
         self, flat: list[Any], spec: TreeSpec, dims: Sequence[int | None], kwargs: dict[str, Any], randomness: str

@@ -59,7 +59,6 @@ class BatchedTransform(Wrapped):
         verdict = None
         if reason is None:
             grad_mode = torch.is_grad_enabled()
-            random = None if self.randomness == "error" else _random_state(flat)  # the function may run again
             torch._C._set_grad_enabled(True)
             random = None if self.randomness == "error" else _random_state(flat)  # the function may run again
             try:

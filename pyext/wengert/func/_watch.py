@@ -4,7 +4,8 @@ PyTorch's ``vmap(jacrev(f))`` records `f` one sample at a time, as it were, and 
 the mapped `f` leaves.  The two agree but for operators that vmap rewrites (see NOTE [Operators that vmap rewrites] in the
 engine), autograd Functions with a vmap rule of their own, and functions that ask whether a tensor requires grad.  So a function
 is watched on its first run with inputs of certain shapes.  Later runs are compared by the structure of their graph, which
-costs nothing; a graph that nobody has watched counts for nothing either.
+costs nothing.  A graph that nobody has watched counts for nothing either: the function runs again then, watched, within the same
+call, since what a call returns must not depend on the calls before it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .._engine import Refused
 from .._native import C
 
 _MOST_SHAPES = 64  # that one function's verdict remembers
+_MOST_STRUCTURES = 8  # for inputs of the same shapes; with more, every run is watched
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
 
 
@@ -83,29 +85,34 @@ class Verdict:
         if self.reason is not None:
             raise Rewritten(self.reason)
 
-    def run(self, run: Callable[[], Any], shapes: Any) -> tuple[Any, bool]:
-        """What the function returns, and whether it was watched; raises Refused where PyTorch has to evaluate it."""
+    def knows(self, shapes: Any) -> bool:
+        """Whether a run with inputs of these shapes need not be watched."""
+        return 0 < len(self.seen.get(shapes, ())) <= _MOST_STRUCTURES
+
+    def run(self, run: Callable[[], Any], watched: bool) -> Any:
+        """What the function returns; raises Rewritten where PyTorch has to evaluate it."""
         self.refuse()
         C.take_structures()
-        if shapes in self.seen:
-            return run(), False
+        if not watched:
+            return run()
         with Watch() as watch:
             out = run()
         self.reason = watch.reason
         self.refuse()
-        return out, True
+        return out
 
-    def confirm(self, shapes: Any, watched: bool) -> None:
-        """After the derivative: remembers a graph that was watched; raises Refused for one that has never been."""
+    def confirm(self, shapes: Any, watched: bool) -> bool:
+        """After the derivative: whether this graph has been watched, now (which is remembered) or before."""
         structure = C.take_structures()
-        if watched:
-            if structure:
-                if len(self.seen) >= _MOST_SHAPES:
-                    self.seen.clear()
-                self.seen.setdefault(shapes, set()).add(structure)
-        elif structure not in self.seen.get(shapes, ()):
-            self.seen.pop(shapes, None)  # the next run is watched
-            raise Refused("a function whose graph has changed")
+        if not watched:
+            return structure in self.seen.get(shapes, ())
+        if structure:
+            if shapes not in self.seen and len(self.seen) >= _MOST_SHAPES:
+                self.seen.clear()
+            known = self.seen.setdefault(shapes, set())
+            if len(known) <= _MOST_STRUCTURES:
+                known.add(structure)
+        return True
 
 
 # By object, as an object may be unhashable or equal to others: its own verdict, and those of its methods.
