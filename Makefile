@@ -59,9 +59,9 @@ asan: build/address/stamp
 	  $(BIN)/python -m pytest -p no:cacheprovider -n $(TEST_JOBS) --dist worksteal $(ASAN_TESTS)
 
 tsan: build/thread/stamp
-	$(SANITIZED) PYTHONPATH=$(CURDIR)/build/thread LD_PRELOAD="$(call RUNTIME,tsan)" WENGERT_THREAD_ROUNDS=10 \
+	$(SANITIZED) PYTHONPATH=$(CURDIR)/build/thread LD_PRELOAD="$(call RUNTIME,tsan)" WENGERT_THREAD_ROUNDS=60 \
 	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/threads/tsan.supp:halt_on_error=0:exitcode=66 \
-	  $(BIN)/python -m pytest -p no:cacheprovider $(TSAN_TESTS)
+	  $(BIN)/python -m pytest -p no:cacheprovider --capture=no $(TSAN_TESTS)
 
 build/address/stamp build/thread/stamp: build/%/stamp: $(STAMPS)/build $(shell find pyext/wengert -name '*.py' ! -name _build_info.py)
 	WENGERT_SANITIZE=$* WENGERT_CUDA=0 $(BIN)/python setup.py --quiet build --build-base build/$*/base --build-lib build/$*
