@@ -87,8 +87,9 @@ def rounding(case: Any, order: int) -> float:
     from judge import moves
 
     derivative = torch.autograd.functional.jacobian if order == 1 else torch.autograd.functional.hessian
+    evaluated = [case.xs, *case.samples] if "samples" in vars(case) else [case.xs]
     try:
-        return 100 * moves(lambda xs: derivative(case.f if order == 1 else case.scalar, xs), case.xs)
+        return 100 * max(moves(lambda xs: derivative(case.f if order == 1 else case.scalar, xs), xs) for xs in evaluated)
     except RuntimeError:
         return 0.0
 
