@@ -104,8 +104,8 @@ bool may_retry(const std::exception& error) {
 }
 
 // The function form for one plain tensor in and one out, which is most calls, without going through Python for every step:
-// `derive` of `func` at `input`.  None: nothing has been done yet.  A pair (leaf, output): `func` has run, and the rest has to
-// be done with more care.
+// `derive` of `func` at `input`.  None: nothing has been done yet.  A triple (leaf, output, reason): `func` has run, and the rest
+// has to be done with more care, or by PyTorch for that reason.
 template <class Derive>
 py::object of_function(const py::object& func, const py::object& input, const Derive& derive) {
   if (!THPVariable_CheckExact(input.ptr()) || at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||
@@ -118,14 +118,17 @@ py::object of_function(const py::object& func, const py::object& input, const De
   const py::object argument = py::cast(leaf);
   const py::object output = py::reinterpret_steal<py::object>(PyObject_CallOneArg(func.ptr(), argument.ptr()));
   if (!output) throw py::error_already_set();
+  py::object reason = py::none();
   if (THPVariable_CheckExact(output.ptr())) {
     try {
       const accumulate::TensorRows rows = derive({THPVariable_Unpack(output.ptr())}, {leaf});
       if (rows[0][0].defined()) return py::cast(rows[0][0]);
-    } catch (const wengert::tape::Unsupported&) {  // met again, and counted, where PyTorch takes over
+    } catch (const accumulate::CoupledSamples&) {  // met again where it is known what to do about them
+    } catch (const wengert::tape::Unsupported& error) {
+      reason = py::str(error.what());
     }
   }
-  return py::make_tuple(argument, output);
+  return py::make_tuple(argument, output, reason);
 }
 
 }  // namespace
@@ -164,6 +167,13 @@ PYBIND11_MODULE(_C, m) {
     return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
       if (ys[0].numel() == 0) throw wengert::tape::Unsupported("an output without elements");
       return released([&] { return accumulate::jacobian(ys, xs, accumulate::Mode::plain); });
+    });
+  });
+  m.def("hessian_of", [](const py::object& func, const py::object& input) {
+    return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
+      if (ys[0].numel() != 1) throw wengert::tape::Unsupported("an output of several elements");
+      if (xs[0].numel() == 0) throw wengert::tape::Unsupported("an input without elements");
+      return released([&] { return accumulate::hessian(ys[0], xs, accumulate::Mode::plain); });
     });
   });
   m.def("batch_jacobian_of", [](const py::object& func, const py::object& input) {

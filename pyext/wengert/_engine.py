@@ -60,7 +60,7 @@ def fresh_leaves(inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor
 def of_function(name: str, method: Callable[..., Any], func: Callable[..., Any], inputs: Any, create_graph: bool) -> Any:
     """The function form in one native call, counted under `name`: the result where it is one plain tensor of one.
 
-    None where nothing has been done; a pair (leaf, output) for `values` where the function has run all the same.
+    None where nothing has been done; a triple (leaf, output, reason) for `values` where the function has run all the same.
     """
     if create_graph or type(inputs) is not Tensor:
         return None
@@ -71,14 +71,15 @@ def of_function(name: str, method: Callable[..., Any], func: Callable[..., Any],
 
 
 def values(
-    name: str, func: Callable[..., Any], inputs: Any, create_graph: bool, begun: tuple[Tensor, Any] | None
-) -> tuple[bool, tuple[Tensor, ...], Any]:
-    """Whether a tuple of inputs was given, fresh leaves of their values, and what the function gives for them."""
+    name: str, func: Callable[..., Any], inputs: Any, create_graph: bool, begun: tuple[Tensor, Any, str | None] | None
+) -> tuple[bool, tuple[Tensor, ...], Any, str | None]:
+    """Whether a tuple of inputs was given, fresh leaves of their values, what the function gives for them, and why the
+    engine has refused that already."""
     if begun is not None:
-        return False, (begun[0],), begun[1]
+        return False, (begun[0],), begun[1], begun[2]
     is_tuple, given = as_tuple(inputs, "inputs", name)
     leaves = fresh_leaves(given, create_graph)
-    return is_tuple, leaves, func(*leaves)
+    return is_tuple, leaves, func(*leaves), None
 
 
 def count_fallback(name: str, reason: str) -> None:

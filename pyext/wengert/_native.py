@@ -71,7 +71,7 @@ class _Disabled:
     def jacobian_of(func: Any, inputs: Any) -> None:
         """None of the work is done."""
 
-    batch_jacobian_of = jacobian_of
+    hessian_of = batch_jacobian_of = jacobian_of
 
     jacobian = hessian = batch_jacobian = grad = explain = None  # never called: every call is refused before
 

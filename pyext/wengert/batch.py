@@ -45,13 +45,13 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
     begun = _engine.of_function("batch_jacobian", C.batch_jacobian_of, func, inputs, create_graph)
     if type(begun) is Tensor:
         return begun
-    reason = _engine.refusal()
+    refusal = _engine.refusal() if begun is None else None
     grad_mode = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs, outputs = _engine.values("batch_jacobian", func, inputs, create_graph, begun)
+        is_inputs_tuple, inputs, outputs, reason = _engine.values("batch_jacobian", func, inputs, create_graph, begun)
         is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "batch_jacobian")
-        blocks = _blocks(outputs, inputs, create_graph, reason)
+        blocks = _blocks(outputs, inputs, create_graph, refusal or reason)
         return _nest(blocks, is_outputs_tuple, is_inputs_tuple)  # type: ignore[arg-type]
     finally:
         torch._C._set_grad_enabled(grad_mode)

@@ -69,17 +69,19 @@ def jacobian(
     if isinstance(func, _COMPUTED):
         _reject_function_options(strict, vectorize, strategy)
         return _graph_jacobian(func, inputs, create_graph, allow_unused)
-    reason = "forward-mode strategy" if strategy != "reverse-mode" else _refusal()
-    if reason is not None:
-        _engine.count_fallback("jacobian", reason)
-        return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
-    begun = None if strict else _engine.of_function("jacobian", C.jacobian_of, func, inputs, create_graph)
+    plain = strategy == "reverse-mode" and not strict
+    begun = _engine.of_function("jacobian", C.jacobian_of, func, inputs, create_graph) if plain else None
     if type(begun) is Tensor:
         return begun
+    if begun is None:
+        reason = "forward-mode strategy" if strategy != "reverse-mode" else _refusal()
+        if reason is not None:
+            _engine.count_fallback("jacobian", reason)
+            return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs, outputs = _engine.values("jacobian", func, inputs, create_graph, begun)
+        is_inputs_tuple, inputs, outputs, reason = _engine.values("jacobian", func, inputs, create_graph, begun)
         is_outputs_tuple, outputs = _engine.as_tuple(outputs, "outputs of the user-provided function", "jacobian")
         if strict:
             _check_requires_grad(outputs, "outputs", strict)
@@ -88,18 +90,24 @@ def jacobian(
                     "torch.autograd.functional.jacobian: `strict=True` and `vectorized=True` are not supported together. "
                     "Please either set `strict=False` or `vectorize=False`."
                 )
-        blocks = _blocks(outputs, inputs, create_graph, strict, vectorize)
+        blocks = _blocks(outputs, inputs, create_graph, strict, vectorize, reason)
         return _nest(blocks, is_outputs_tuple, is_inputs_tuple)
     finally:
         _set_grad_enabled(grad_mode)
 
 
 def _blocks(
-    outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool, strict: bool, vectorize: bool = False
+    outputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    create_graph: bool,
+    strict: bool,
+    vectorize: bool = False,
+    reason: str | None = None,
 ) -> list[list[Tensor]]:
-    """Blocks without gaps, with the complaints of strict mode."""
+    """Blocks without gaps, with the complaints of strict mode; by PyTorch if there is a reason."""
     # Which PyTorch refuses, but for one among others under vmap.
-    reason = None if (any if vectorize else all)(out.numel() for out in outputs) else "an output without elements"
+    if not (any if vectorize else all)(out.numel() for out in outputs):
+        reason = "an output without elements"
     options = {"reason": reason, "vectorize": vectorize, "none_is_zero": not strict}
     blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, **options)
     for i, (row, out) in enumerate(zip(blocks, outputs)):
@@ -165,16 +173,19 @@ def hessian(
     if isinstance(func, _COMPUTED):
         _reject_function_options(strict, vectorize, outer_jacobian_strategy)
         return _graph_hessian(func, inputs, create_graph, allow_unused)
-    reason = "forward-mode strategy" if outer_jacobian_strategy != "reverse-mode" else _refusal()
-    if reason is not None or (strict and vectorize):
-        _engine.count_fallback("hessian", reason or "strict and vectorize together")
-        return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)
-    is_inputs_tuple, inputs = _engine.as_tuple(inputs, "inputs", "hessian")
+    plain = outer_jacobian_strategy == "reverse-mode" and not strict
+    begun = _engine.of_function("hessian", C.hessian_of, func, inputs, create_graph) if plain else None
+    if type(begun) is Tensor:
+        return begun
+    if begun is None:
+        reason = "forward-mode strategy" if outer_jacobian_strategy != "reverse-mode" else _refusal()
+        if reason is not None or (strict and vectorize):
+            _engine.count_fallback("hessian", reason or "strict and vectorize together")
+            return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        inputs = _engine.fresh_leaves(inputs, create_graph)
-        out = func(*inputs)
+        is_inputs_tuple, inputs, out, reason = _engine.values("hessian", func, inputs, create_graph, begun)
         is_out_tuple, outputs = _engine.as_tuple(out, "outputs of the user-provided function", "hessian")
         if strict:
             _check_requires_grad(outputs, "outputs", strict)
@@ -187,7 +198,8 @@ def hessian(
             _check_requires_grad(gradient, "jacobian", strict)
             blocks = _blocks(tuple(gradient), inputs, create_graph, True)
         else:
-            reason = None if all(x.numel() for x in inputs) else "an input without elements"
+            if not all(x.numel() for x in inputs):
+                reason = "an input without elements"
             found = _engine.hessian("hessian", out, inputs, create_graph, reason=reason, vectorize=vectorize)
             blocks = _fill(found, inputs, inputs)
         return _nest(blocks, is_inputs_tuple, is_inputs_tuple)
@@ -246,10 +258,14 @@ def _graph_arguments(outputs: Any, inputs: Any, name: str) -> tuple[bool, tuple[
     is_inputs_tuple, inputs = _engine.as_tuple(tuple(inputs) if type(inputs) is list else inputs, "inputs", name)
     if not inputs:
         raise RuntimeError("`inputs` argument to `grad()` cannot be empty.")
-    if not any(out.requires_grad for out in outputs):
+    for out in outputs:  # loops, as generators cost a small graph some percent
+        if out.requires_grad:
+            break
+    else:
         raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
-    if not all(x.requires_grad for x in inputs):
-        raise RuntimeError("One of the differentiated Tensors does not require grad")
+    for x in inputs:
+        if not x.requires_grad:
+            raise RuntimeError("One of the differentiated Tensors does not require grad")
     return is_outputs_tuple, outputs, is_inputs_tuple, inputs
 
 
