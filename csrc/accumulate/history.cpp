@@ -70,6 +70,17 @@ std::vector<std::int32_t> numbered(const std::vector<Edge>& ends) {
 // Hooks would see a gradient that nobody asked for.
 bool has_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
 
+// Ends that a tensor's graph leads to, and whether a gradient is certain to arrive at each.
+struct Reach {
+  std::set<std::int32_t> ends;
+  bool certain = true;
+};
+
+// Whether a gradient goes on along every edge of `onwards`: nodes of PyTorch may give none, even for their only edge.
+bool feeds_all(const autograd::Node& fn) {
+  return dynamic_cast<const ops::FusedBackward*>(&fn) != nullptr || dynamic_cast<const ops::TetherBackward*>(&fn) != nullptr;
+}
+
 class EndEdges {
  public:
   explicit EndEdges(const std::vector<Edge>& ends) : edges_(ends) {
@@ -83,15 +94,18 @@ class EndEdges {
   const Edge& at(std::int32_t end) const { return edges_[end]; }
 
   // Those the tensor leads to.
-  std::set<std::int32_t> reached_from(const at::Tensor& tensor) const {
-    std::set<std::int32_t> found;
+  Reach reached_from(const at::Tensor& tensor) const {
+    Reach reach;
     walk({edge_of(tensor)}, [&](const Edge& edge) {
       const auto end = numbers_.find({edge.function.get(), edge.input_nr});
-      if (end == numbers_.end()) return true;
-      found.insert(end->second);
+      if (end == numbers_.end()) {
+        reach.certain = reach.certain && feeds_all(*edge.function);
+        return true;
+      }
+      reach.ends.insert(end->second);
       return false;
     });
-    return found;
+    return reach;
   }
 
   // Those of the ends that receive a gradient from the tensors: a node need not give one for everything it leads to.
@@ -175,15 +189,35 @@ Counterparts by_pairs(const std::vector<std::vector<at::Tensor>>& rows, std::siz
   return out;
 }
 
+// What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them.
+std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
+  std::vector<std::set<std::int32_t>> out(tensors.size());
+  std::map<std::set<std::int32_t>, std::vector<std::size_t>> uncertain;
+  for (std::size_t r = 0; r < tensors.size(); ++r) {
+    if (!tensors[r].defined()) continue;
+    Reach reach = edges.reached_from(tensors[r]);
+    if (confirm && !reach.certain && !reach.ends.empty()) uncertain[reach.ends].push_back(r);
+    out[r] = std::move(reach.ends);
+  }
+  for (const auto& [ends, alike] : uncertain) {
+    std::vector<at::Tensor> group;
+    for (const std::size_t r : alike) group.push_back(tensors[r]);
+    const std::vector<std::int32_t> found = edges.receiving(group, {ends.begin(), ends.end()});
+    for (const std::size_t r : alike) out[r] = {found.begin(), found.end()};
+  }
+  return out;
+}
+
 }  // namespace
 
 History::History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm) {
   const EndEdges edges(question.ends);
+  const std::vector<std::set<std::int32_t>> reached = ends_of(edges, ours, confirm);
   std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;
   for (std::size_t r = 0; r < theirs.size(); ++r) {
     std::set<std::int32_t> wanted;
     for (const at::Tensor& tensor : theirs[r]) {
-      if (requires_grad(tensor)) wanted.merge(edges.reached_from(tensor));
+      if (requires_grad(tensor)) wanted.merge(edges.reached_from(tensor).ends);
     }
     const bool has = std::ranges::any_of(theirs[r], requires_grad);
     const std::int32_t result = static_cast<std::int32_t>(r);
@@ -191,14 +225,13 @@ History::History(const Question& question, const Counterparts& theirs, const std
       if (!has || question.rows.empty()) continue;
       absent_.push_back(result);
     }
-    const std::set<std::int32_t> reached = ours[r].defined() ? edges.reached_from(ours[r]) : std::set<std::int32_t>();
     if (!has) {
       const bool none = std::ranges::none_of(theirs[r], [](const at::Tensor& tensor) { return tensor.defined(); });
-      if (ours[r].requires_grad() && (none || reached.empty())) detached_.push_back(result);
+      if (ours[r].requires_grad() && (none || reached[r].empty())) detached_.push_back(result);
       continue;
     }
     std::vector<std::int32_t> missing;
-    std::ranges::set_difference(wanted, reached, std::back_inserter(missing));
+    std::ranges::set_difference(wanted, reached[r], std::back_inserter(missing));
     if (!missing.empty() || !ours[r].defined() || !ours[r].requires_grad()) groups[missing].push_back(result);
   }
   std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> confirmed;

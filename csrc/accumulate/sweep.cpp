@@ -90,13 +90,13 @@ class Sweep {
       for (std::size_t o = 0; o < states.size(); ++o) {
         pullbacks[e].push_back(
             states[o].reached ? tape::describe(tape_, node, static_cast<int>(o), static_cast<int>(active[e]), builder_.pool())
-                              : tape::Pullback{.kind = tape::Kind::zero, .terms = {}, .local = {}});
+                              : tape::Pullback{.kind = tape::Kind::none, .terms = {}, .local = {}});
         tape::Pullback& pullback = pullbacks[e].back();
         // With one row there is nothing to keep tied, and one call serves all inputs.
         if (pullback.kind == tape::Kind::local && single_row) pullback.kind = tape::Kind::opaque;
         opaque[e] = opaque[e] || pullback.kind == tape::Kind::opaque;
         costly[o] = costly[o] || pullback.kind == tape::Kind::local || contracts(pullback);
-        uses += pullback.kind == tape::Kind::zero ? 0 : std::max<std::size_t>(1, pullback.terms.size());
+        uses += pullback.kind <= tape::Kind::zero ? 0 : std::max<std::size_t>(1, pullback.terms.size());
       }
     }
     for (std::size_t o = 0; o < states.size(); ++o) {
@@ -106,11 +106,13 @@ class Sweep {
     const bool was_tied = watch_batch_ && coupling_node_.empty() && all_tied(states);
     for (std::size_t e = 0; e < active.size(); ++e) {
       const tape::Value target = node.inputs[active[e]];
+      const auto arrives = [](const tape::Pullback& pullback) { return pullback.kind != tape::Kind::none; };
+      if (!std::ranges::any_of(pullbacks[e], arrives)) continue;
       lists_[target.node][target.output].reached = true;
       if (opaque[e]) continue;
       for (std::size_t o = 0; o < states.size(); ++o) {
         const tape::Pullback& pullback = pullbacks[e][o];
-        if (pullback.kind == tape::Kind::zero) continue;
+        if (pullback.kind <= tape::Kind::zero) continue;
         for (Block& block : states[o].list.blocks()) {
           if (pullback.kind == tape::Kind::local) {
             deliver(call_local(n, o, active[e], pullback.local, block), target);
@@ -357,6 +359,7 @@ class Sweep {
       for (const tape::Pullback& pullback : edge) kind = std::max(kind, pullback.kind);
     }
     switch (kind) {
+      case tape::Kind::none:
       case tape::Kind::zero:
         row.kind = "zero";
         break;
@@ -398,8 +401,7 @@ class Sweep {
   }
   static bool is_read(const std::vector<std::vector<tape::Pullback>>& pullbacks) {
     return std::ranges::all_of(pullbacks, [](const std::vector<tape::Pullback>& edge) {
-      return std::ranges::all_of(
-          edge, [](const tape::Pullback& p) { return p.kind == tape::Kind::zero || p.kind == tape::Kind::terms; });
+      return std::ranges::all_of(edge, [](const tape::Pullback& p) { return p.kind <= tape::Kind::terms; });
     });
   }
   void watch_coupling(const tape::Node& node, const std::vector<std::size_t>& active, bool read) {

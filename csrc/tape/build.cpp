@@ -12,6 +12,12 @@ using fused::Prim;
 
 Pullback opaque() { return {}; }
 
+Pullback none() {
+  Pullback result;
+  result.kind = Kind::none;
+  return result;
+}
+
 Pullback zero() {
   Pullback result;
   result.kind = Kind::zero;

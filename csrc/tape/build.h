@@ -11,6 +11,7 @@ namespace wengert::tape {
 using Axes = std::vector<AxisMap>;
 
 Pullback opaque();
+Pullback none();
 Pullback zero();
 Pullback identity();
 Pullback terms(std::vector<Term> list);

@@ -80,7 +80,8 @@ struct Local {
 };
 
 enum class Kind : std::uint8_t {
-  zero,    // this input does not receive a derivative from this output
+  none,    // this input does not receive a gradient from this output, as PyTorch's None says
+  zero,    // the gradient is zero
   terms,   // sum of the terms; an empty term is the identity
   local,   // linear; call the node, tied axes stay tied
   opaque,  // call the node with everything it has

@@ -60,6 +60,9 @@ struct Printer {
   }
   void pullback(const Pullback& pullback) {
     switch (pullback.kind) {
+      case Kind::none:
+        out << "none";
+        return;
       case Kind::zero:
         out << "zero";
         return;

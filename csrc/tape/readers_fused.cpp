@@ -26,6 +26,7 @@ void read_fused(Take& k, const ops::FusedBackward& n) {
 
 Pullback describe_fused(const Site& s) {
   const fused::Program& program = *s.node.program;
+  if (!(*ops::effects(s.node.program))[s.output * program.operands() + s.input]) return none();
   const fused::OutputSpec& output = program.outputs()[s.output];
   const int rank = program.rank();
   std::vector<std::int64_t> loops;

@@ -204,3 +204,34 @@ def test_results_lead_to_captured_leaves_where_pytorchs_do(fn, vectorize):
         if theirs.requires_grad:
             found, expected = (torch.autograd.grad(t.sum(), w, allow_unused=True)[0] for t in (ours, theirs))
             assert_same(found, expected, f"derivative of the {name} in what was captured")
+
+
+WEIGHT = torch.linspace(-1, 1, 3, dtype=D).reshape(1, 1, 3)
+PIECEWISE_LINEAR = {  # with nodes that have an edge to x in their second derivative, but give nothing along it
+    "convolution": lambda x, z: torch.relu(F.conv1d(x[None, None], WEIGHT)) + z[:2].sum(),
+    "pooled convolution": lambda x, z: F.max_pool1d(torch.relu(F.conv1d(x[None, None], WEIGHT, padding=1)), 2) * z[0],
+    "minimum": lambda x, z: torch.minimum(x.log_softmax(0).square(), z),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_zeros_and_none_of_derivatives_of_derivatives(name):
+    """Where PyTorch's gradient of a result is None ours is, whoever computes it, and zeros where it gives zeros."""
+    x, z = (torch.randn(4, dtype=D).requires_grad_() for _ in range(2))
+    f = PIECEWISE_LINEAR[name]
+
+    def pattern(result, grad):
+        if not result.requires_grad:
+            return None
+        return [g is not None for g in grad(result.sum(), (x, z), retain_graph=True, allow_unused=True)]
+
+    def results(jacobian, hessian, grad):
+        jacobians = jacobian(f, (x, z), create_graph=True)
+        hessians = hessian(lambda x, z: f(x, z).square().sum(), (x, z), create_graph=True)
+        return [*jacobians, *(block for row in hessians for block in row), *grad(f(x, z).sum(), (x, z), create_graph=True)]
+
+    theirs = results(torch_functional.jacobian, torch_functional.hessian, torch.autograd.grad)
+    ours = results(wengert.jacobian, wengert.hessian, wengert.grad)
+    for k, (a, b) in enumerate(zip(ours, theirs)):
+        expected = pattern(b, torch.autograd.grad)
+        assert [pattern(a, torch.autograd.grad), pattern(a, wengert.grad), pattern(b, wengert.grad)] == [expected] * 3, k

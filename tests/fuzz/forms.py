@@ -294,14 +294,12 @@ def _mapped(case: Case, name: str, f: Callable[..., Any], per_sample: Callable[.
         in_dims = (None,) + (0,) * (len(batch) - 1)
         batch = (samples[0][0], *batch[1:])
         samples = [(samples[0][0], *s[1:]) for s in samples]
-    chunk_size = 2 if case.content % 3 == 1 else None
-    got = Outcome.of(
-        lambda: wengert.func.vmap(getattr(wengert.func, name)(f, case.argnums), in_dims, chunk_size=chunk_size)(*batch)
-    )
+    options = {"in_dims": in_dims, "chunk_size": 2 if case.content % 3 == 1 else None}
+    got = Outcome.of(lambda: wengert.func.vmap(getattr(wengert.func, name)(f, case.argnums), **options)(*batch))
     loop = Outcome.of(lambda: [torch.stack(parts) for parts in zip(*(leaves(per_sample(f, s)) for s in samples))])
     if got.error is None and loop.error is None and case.tol.agrees(leaves(got.value), loop.value):
         return
-    peer = Outcome.of(lambda: torch.func.vmap(getattr(torch.func, name)(f, case.argnums), in_dims)(*batch))
+    peer = Outcome.of(lambda: torch.func.vmap(getattr(torch.func, name)(f, case.argnums), **options)(*batch))
     if got.error is not None:
         if peer.error is None:
             raise Mismatch(f"vmap({name}): {got.describe()} where PyTorch returned") from got.error
