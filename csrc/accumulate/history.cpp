@@ -189,14 +189,16 @@ Counterparts by_pairs(const std::vector<std::vector<at::Tensor>>& rows, std::siz
   return out;
 }
 
-// What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them.
+// What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them; only leaves
+// are tried, since a pass to what lies behind another end would run that end's node, which nobody has looked at.
 std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
   std::vector<std::set<std::int32_t>> out(tensors.size());
   std::map<std::set<std::int32_t>, std::vector<std::size_t>> uncertain;
   for (std::size_t r = 0; r < tensors.size(); ++r) {
     if (!tensors[r].defined()) continue;
     Reach reach = edges.reached_from(tensors[r]);
-    if (confirm && !reach.certain && !reach.ends.empty()) uncertain[reach.ends].push_back(r);
+    const auto is_leaf = [&](std::int32_t end) { return edges.at(end).function->num_outputs() == 0; };
+    if (confirm && !reach.certain && std::ranges::all_of(reach.ends, is_leaf)) uncertain[reach.ends].push_back(r);
     out[r] = std::move(reach.ends);
   }
   for (const auto& [ends, alike] : uncertain) {

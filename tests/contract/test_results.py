@@ -184,7 +184,7 @@ def test_asking_for_a_history_saves_nothing_through_the_users_hooks():
         x = torch.rand(3, dtype=D, requires_grad=True)
         y = torch.relu(x)
         packed = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, packed=packed: packed.append(t) or t, lambda t: t):
             wengert.jacobian(y, x, create_graph=True)
         counts.append(len(packed))
     assert counts[0] == counts[1]
