@@ -68,7 +68,7 @@ def _blocks(
         try:
             blocks = native(outputs, inputs, create_graph, check=True)
         except CoupledSamples as error:
-            met = error
+            met = error.with_traceback(None)  # which holds this frame: a cycle, with the graph and the blocks in it
         except Refused as error:
             reason = str(error)
     if blocks is None:

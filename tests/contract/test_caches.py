@@ -1,10 +1,13 @@
 """What is kept between calls stays within its bounds, can be dropped at any time, and changes no result."""
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import pytest
 import torch
@@ -75,6 +78,46 @@ def test_clearing_while_other_threads_compute():
     stop.set()
     cleaner.join()
     assert not wrong, wrong[0]
+
+
+FORMS = {
+    "jacobian": wengert.jacobian,
+    "hessian": lambda fn, x: wengert.hessian(lambda x: fn(x).sum(), x),
+    "batch_jacobian": wengert.batch_jacobian,
+    "vmap": lambda fn, x: wengert.func.vmap(wengert.func.jacrev(fn))(x),
+    "jacrev": lambda fn, x: wengert.func.jacrev(fn)(x),
+    "vjp": lambda fn, x: wengert.vjp(fn, x, x),
+}
+FUNCTIONS = {
+    "independent": torch.sin,
+    "coupled": lambda x: x - x.mean(0),
+    "seemingly coupled": lambda x: x + 0 * x.amax(0),
+}
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_no_graph_waits_for_the_cycle_collector(form, fn):
+    seen = []
+
+    def watched(x):
+        y = fn(x)
+        seen.append(weakref.ref(y))
+        return y
+
+    def call():
+        with contextlib.suppress(ValueError):  # of samples that are coupled
+            form(watched, torch.rand(3, 2, dtype=D))
+
+    call()  # what PyTorch imports at first use leaves cycles of its own
+    gc.collect()
+    gc.disable()
+    try:
+        seen.clear()
+        call()
+        assert seen and all(y() is None for y in seen)
+    finally:
+        gc.enable()
 
 
 LIMITED = """
