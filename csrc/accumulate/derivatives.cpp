@@ -120,7 +120,7 @@ void compare(const Planned& found, const Planned& made) {
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
 std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request, Mode mode, at::TensorList cotangents,
-                                        const std::vector<torch::autograd::Edge>& ends) {
+                                        const Edges& ends) {
   common::Key& key = tape.signature;
   common::KeyWriter writer(key);
   if (mode != Mode::plain) sign_edges(tape, ends, writer);
@@ -156,8 +156,8 @@ std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request
 struct Answer {
   std::vector<at::Tensor> results;
   std::shared_ptr<const Planned> planned;
-  bool custom = false;                      // user code took part, which is not asked twice
-  std::vector<torch::autograd::Edge> ends;  // of the results' histories, where they have one
+  bool custom = false;  // user code took part, which is not asked twice
+  Edges ends;           // of the results' histories, where they have one
 };
 
 Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::TensorList cotangents, Mode mode,
@@ -217,15 +217,28 @@ Answer jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, Mode 
 }
 
 // With the history that PyTorch's results have.
-void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Question& question,
-              Counterparts (*ask)(const Question&, bool), bool option) {
+struct Asked {
+  Question::Of of;
+  at::TensorList outputs, inputs, cotangents;
+};
+void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& asked, at::TensorList rows) {
   if (mode == Mode::plain) return;
+  std::shared_ptr<Question> question;
+  if (!answer.custom) {
+    question = std::make_shared<Question>(memo.structure());
+    question->of = asked.of;
+    question->at_once = mode == Mode::at_once;
+    question->outputs = edges_of(asked.outputs);
+    question->inputs = edges_of(asked.inputs);
+    question->cotangents = asked.cotangents.vec();
+    question->ends = answer.ends;
+  }
   const auto find = [&] {
-    if (!answer.custom) return std::make_unique<History>(question, ask(question, option), answer.results, true);
-    const std::size_t width = mode == Mode::at_once ? question.inputs.size() : answer.results.size();
-    return std::make_unique<History>(question, own_columns(answer.results, width), answer.results, false);
+    const std::size_t width = mode == Mode::at_once ? asked.inputs.size() : answer.results.size();
+    const Counterparts theirs = question ? question->counterparts() : own_columns(answer.results, width);
+    return std::make_unique<History>(answer.ends, theirs, answer.results, question != nullptr);
   };
-  memo.get(find).apply(question, answer.results);
+  memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, question);
 }
 
 // See NOTE [Streams].
@@ -247,8 +260,7 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
   const ops::GraphStream stream = stream_of(outputs, inputs);
   Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
-  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = outputs, .ends = answer.ends};
-  complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
+  complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, outputs);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
@@ -257,8 +269,7 @@ TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mo
   if (!same_batch(outputs, inputs)) throw tape::Unsupported("tensors without a common batch axis in front");
   const ops::GraphStream stream = stream_of(outputs, inputs);
   Answer answer = jacobians(check ? Seed::batch_tied : Seed::batch_summed, outputs, inputs, mode, true);
-  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = {}, .rows = {}, .ends = answer.ends};
-  complete(answer, mode, answer.planned->history, question, jacobian_rows, mode == Mode::at_once);
+  complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, {});
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
@@ -287,8 +298,8 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
     request.cotangents.push_back(std::move(cotangent));
   }
   Answer answer = run(tape, request, inputs, given, mode, retain_graph || batched);
-  const Question question{.outputs = outputs, .inputs = inputs, .cotangents = cotangents, .rows = {}, .ends = answer.ends};
-  if (history) complete(answer, mode, answer.planned->history, question, gradient_rows, batched);
+  const auto of = batched ? Question::Of::batched_gradient : Question::Of::gradient;
+  if (history) complete(answer, mode, answer.planned->history, {of, outputs, inputs, cotangents}, {});
   if (!retain_graph) tape::release(tape);
   return answer;
 }
@@ -326,8 +337,7 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
     }
   }
   answer.results = std::move(blocks);
-  const Question question{.outputs = output, .inputs = inputs, .cotangents = {}, .rows = inputs, .ends = answer.ends};
-  complete(answer, mode, answer.planned->second, question, hessian_rows, mode == Mode::at_once);
+  complete(answer, mode, answer.planned->second, {Question::Of::hessian, output, inputs, {}}, inputs);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }

@@ -119,17 +119,28 @@ class DifferentiableRun : public Run<DifferentiableRun> {
     for (std::size_t k = 0; k < loops.size(); ++k) loops[k] = k;
     std::vector<at::Tensor> operands, values;
     for (const Read& read : step.operands) operands.push_back(read_window(made(read.slot), read, step.extents, loops));
-    if (operands.empty()) {
-      for (const auto& output : step.program->outputs()) {
-        double value = 0;
-        step.program->pool().is_constant(output.expr, &value);
-        values.push_back(
-            at::full(Shape(loops.size(), 1), value, at::TensorOptions().dtype(to_aten(output.dtype)).device(tape_.device)));
-      }
+    if (operands.empty()) {  // which leaves it to say what extents and which device
+      values = numbers(step);
     } else {
       values = ops::fused(operands, step.text);
     }
     for (std::size_t i = 0; i < step.targets.size(); ++i) put(step.targets[i], step.extents, values[i]);
+  }
+
+  // What a program without operands gives: constants, and what is made of them where folding would not be exact.
+  std::vector<at::Tensor> numbers(const Evaluate& step) const {
+    std::vector<at::Tensor> values;
+    std::vector<ops::OutputView> views;
+    for (const fused::OutputSpec& output : step.program->outputs()) {
+      Shape sizes = step.extents;
+      for (std::size_t k = 0; k < sizes.size(); ++k) {
+        if ((output.reduced >> k & 1) != 0) sizes[k] = 1;
+      }
+      values.push_back(at::empty(sizes, at::TensorOptions().dtype(to_aten(output.dtype)).device(tape_.device)));
+      views.push_back({values.back().mutable_data_ptr(), output.dtype, values.back().strides().data(), false});
+    }
+    ops::evaluate(tape_.device, *step.program, step.extents, {}, views);
+    return values;
   }
 
   // Adds the value (one axis per loop, size 1 = replicated or summed) into its slot.

@@ -3,19 +3,19 @@
 #include <ATen/Functions.h>
 #include <ATen/SavedTensorHooks.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <set>
-#include <typeinfo>
+#include <tuple>
 
+#include "common/node_ptr.h"
 #include "ops/fused_autograd.h"
-#include "ops/tether.h"
+#include "tape/custom.h"
 
 namespace wengert::accumulate {
 
@@ -26,16 +26,14 @@ using autograd::Edge;
 
 Edge edge_of(const at::Tensor& tensor) { return tensor.requires_grad() ? autograd::impl::gradient_edge(tensor) : Edge(); }
 
-// The edges on which a cotangent of this output may go on; all, but for our own nodes, which compute several results at once.
+// The edges on which a cotangent of this output may go on; all, but for those of
+// wengert::fused, which computes several results at once.
 std::vector<bool> onwards(const Edge& edge) {
   autograd::Node& fn = *edge.function;
   std::vector<bool> all(fn.num_outputs(), true);
   if (const auto* fused = dynamic_cast<const ops::FusedBackward*>(&fn)) {
     const auto effect = ops::effects(fused->program_);
     for (std::size_t k = 0; k < all.size(); ++k) all[k] = (*effect)[edge.input_nr * all.size() + k];
-  }
-  if (dynamic_cast<ops::TetherBackward*>(&fn) != nullptr) {
-    for (std::uint32_t k = 0; k < fn.num_inputs(); ++k) all[k] = k == edge.input_nr;
   }
   return all;
 }
@@ -57,7 +55,7 @@ class Unnoticed : c10::WarningHandler {
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 // The number of the first of equal ends, for each; -1 for what does not require grad.
-std::vector<std::int32_t> numbered(const std::vector<Edge>& ends) {
+std::vector<std::int32_t> numbered(const Edges& ends) {
   std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> first;
   std::vector<std::int32_t> numbers;
   for (const Edge& end : ends) {
@@ -83,7 +81,7 @@ bool feeds_all(const autograd::Node& fn) {
 
 class EndEdges {
  public:
-  explicit EndEdges(const std::vector<Edge>& ends) : edges_(ends) {
+  explicit EndEdges(const Edges& ends) : edges_(ends) {
     const std::vector<std::int32_t> numbers = numbered(ends);
     for (std::size_t k = 0; k < ends.size(); ++k) {
       if (numbers[k] == static_cast<std::int32_t>(k))
@@ -151,36 +149,123 @@ class EndEdges {
     }
   }
 
-  const std::vector<Edge>& edges_;
+  const Edges& edges_;
   std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> numbers_;
 };
 
-// PyTorch's answers, or none where it cannot give them: ours are then taken as they are.
-template <class F>
-Counterparts asked(const Question& question, F f) {
-  if (!std::ranges::all_of(question.inputs, [](const at::Tensor& input) { return input.requires_grad(); })) return {};
-  const Unnoticed unnoticed;
-  const autograd::AutoGradMode with_grad(true);
-  try {
-    return f();
-  } catch (const c10::Error&) {
-    return {};
+const ops::TetherBackward* with_origin(const autograd::Node& fn) {
+  const auto* tether = dynamic_cast<const ops::TetherBackward*>(&fn);
+  return tether != nullptr && tether->source.origin ? tether : nullptr;
+}
+
+// Of every node met from some edges on, whether it leads to one of the others; not through results of ours unless `through`.
+class Ways {
+ public:
+  Ways(const Edges& from, const Edges& to, bool through) : to_(to), through_(through) {
+    for (const Edge& edge : from) arrives_ = meet(edge) || arrives_;
   }
+  bool arrive() const { return arrives_; }
+  bool lead(autograd::Node* fn) const { return leads_.at(fn); }
+  template <class F>
+  void each_node(F f) const {
+    for (const auto& [fn, leads] : leads_) f(*fn, leads);
+  }
+
+ private:
+  bool is_end(const Edge& edge) const { return std::ranges::find(to_, edge) != to_.end(); }
+
+  bool meet(const Edge& root) {
+    if (!root.is_valid()) return false;
+    struct Frame {
+      autograd::Node* fn;
+      std::uint32_t edge;
+    };
+    std::vector<Frame> stack;
+    const auto enter = [&](autograd::Node* fn) {
+      if (leads_.try_emplace(fn, false).second && (through_ || with_origin(*fn) == nullptr)) stack.push_back({fn, 0});
+    };
+    enter(root.function.get());
+    while (!stack.empty()) {
+      Frame& frame = stack.back();
+      autograd::Node* fn = frame.fn;
+      if (frame.edge < fn->num_outputs()) {
+        const Edge& edge = fn->next_edge(frame.edge++);
+        if (edge.is_valid()) enter(edge.function.get());  // which may move the frame
+        continue;
+      }
+      leads_[fn] = std::ranges::any_of(fn->next_edges(), [&](const Edge& edge) {
+        return edge.is_valid() && (is_end(edge) || leads_.at(edge.function.get()));
+      });
+      stack.pop_back();
+    }
+    return is_end(root) || leads_.at(root.function.get());
+  }
+
+  const Edges& to_;
+  bool through_, arrives_ = false;
+  std::map<autograd::Node*, bool> leads_;
+};
+
+autograd::variable_list run_engine(const Edges& from, const autograd::variable_list& cotangents, const Edges& to) {
+  return autograd::Engine::get_default_engine().execute(from, cotangents, /*keep_graph=*/true, /*create_graph=*/true,
+                                                        /*accumulate_grad=*/false, to);
 }
 
-// The gradient of the tensor's first element.
-std::vector<at::Tensor> first_row(const at::Tensor& tensor, at::TensorList inputs) {
-  if (!requires_grad(tensor) || tensor.numel() == 0) return std::vector<at::Tensor>(inputs.size());
-  return autograd::grad({tensor.reshape(-1)[0]}, inputs.vec(), {}, true, true, true);
+// What PyTorch has in the place of the results of earlier calls, asked for once each.
+using Known = std::map<const Question*, Counterparts>;
+Counterparts answer(const Question& question, Known& known);
+
+// What PyTorch computes, with what it has computed in the place of results of ours.  Values do not count, only histories do.
+autograd::variable_list gradient(const Edges& from, const autograd::variable_list& cotangents, const Edges& to, Known& known) {
+  const Ways all(from, to, true), own(from, to, false);
+  all.each_node([](autograd::Node& fn, bool leads) {
+    TORCH_CHECK(!leads || !(tape::is_custom(fn) || has_hooks(fn)), "code of the user's");
+  });
+  Edges results;
+  std::vector<const ops::TetherBackward*> tethers;
+  own.each_node([&](autograd::Node& fn, bool) {
+    if (const auto* tether = with_origin(fn); tether != nullptr && all.lead(&fn)) {
+      tethers.push_back(tether);
+      results.emplace_back(common::share(&fn), 0);
+    }
+  });
+  if (results.empty()) return run_engine(from, cotangents, to);
+  autograd::variable_list sums = own.arrive() ? run_engine(from, cotangents, to) : autograd::variable_list(to.size());
+  const autograd::variable_list arriving = run_engine(from, cotangents, results);
+  for (std::size_t k = 0; k < tethers.size(); ++k) {
+    if (!arriving[k].defined()) continue;
+    const ops::Source& source = tethers[k]->source;
+    const auto* question = static_cast<const Question*>(source.origin.get());
+    auto theirs = known.find(question);
+    if (theirs == known.end()) theirs = known.emplace(question, answer(*question, known)).first;
+    for (const at::Tensor& tensor : theirs->second[source.result]) {
+      if (!requires_grad(tensor)) continue;
+      const at::Tensor cotangent = arriving[k].sum().to(tensor.scalar_type()).expand(tensor.sizes());  // it may be a row of many
+      const autograd::variable_list parts = gradient({edge_of(tensor)}, {cotangent}, to, known);
+      for (std::size_t j = 0; j < to.size(); ++j) {
+        if (parts[j].defined()) sums[j] = sums[j].defined() ? sums[j] + parts[j] : parts[j];
+      }
+    }
+  }
+  return sums;
 }
 
-Counterparts by_pairs(const std::vector<std::vector<at::Tensor>>& rows, std::size_t width, bool at_once) {
+// The gradient of the first element of what the edge stands for.
+autograd::variable_list first_row(const Edge& edge, const Edges& to, Known& known) {
+  if (!edge.is_valid()) return autograd::variable_list(to.size());
+  const at::Tensor cotangent = edge.function->input_metadata(edge.input_nr).zeros_like();
+  if (cotangent.numel() == 0) return autograd::variable_list(to.size());
+  cotangent.view(-1).select(0, 0).fill_(1);
+  return gradient({edge}, {cotangent}, to, known);
+}
+
+Counterparts by_pairs(const std::vector<autograd::variable_list>& rows, std::size_t width, bool at_once) {
   Counterparts out;
-  for (const std::vector<at::Tensor>& row : rows) {
+  for (const autograd::variable_list& row : rows) {
     for (std::size_t j = 0; j < width; ++j) {
       out.emplace_back();
       if (at_once) {  // one tensor for each input, which is split
-        for (const std::vector<at::Tensor>& other : rows) out.back().push_back(other[j]);
+        for (const autograd::variable_list& other : rows) out.back().push_back(other[j]);
       } else {
         out.back().push_back(row[j]);
       }
@@ -210,12 +295,52 @@ std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::ve
   return out;
 }
 
+Counterparts answer(const Question& question, Known& known) {
+  using Of = Question::Of;
+  const auto& [outputs, inputs, cotangents] = std::tie(question.outputs, question.inputs, question.cotangents);
+  TORCH_CHECK(std::ranges::all_of(inputs, &Edge::is_valid), "inputs that do not require grad");
+  std::vector<autograd::variable_list> rows;
+  if (question.of == Of::jacobian) {
+    for (const Edge& output : outputs) rows.push_back(first_row(output, inputs, known));
+  } else if (question.of == Of::hessian) {
+    for (const at::Tensor& tensor : first_row(outputs[0], inputs, known))
+      rows.push_back(first_row(tensor.defined() ? edge_of(tensor) : Edge(), inputs, known));
+  } else {
+    const bool batched = question.of == Of::batched_gradient;
+    Edges from;
+    autograd::variable_list given;
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      if (!outputs[i].is_valid()) continue;
+      const bool has = i < cotangents.size() && cotangents[i].defined();
+      TORCH_CHECK(!batched || (has && cotangents[i].size(0) != 0), "a batch without a first row");
+      from.push_back(outputs[i]);
+      given.push_back(!has      ? outputs[i].function->input_metadata(outputs[i].input_nr).zeros_like().fill_(1)
+                      : batched ? cotangents[i].select(0, 0)
+                                : cotangents[i]);
+    }
+    rows.push_back(gradient(from, given, inputs, known));
+  }
+  return by_pairs(rows, inputs.size(), question.at_once);
+}
+
 }  // namespace
 
-History::History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm) {
-  const EndEdges edges(question.ends);
+Counterparts Question::counterparts() const {
+  const Unnoticed unnoticed;
+  const autograd::AutoGradMode with_grad(true);
+  Known known;
+  try {
+    return answer(*this, known);
+  } catch (const c10::Error&) {  // ours are then taken as they are
+    return {};
+  }
+}
+
+History::History(const Edges& ends, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm)
+    : ties_(ours.size()) {
+  const EndEdges edges(ends);
   const std::vector<std::set<std::int32_t>> reached = ends_of(edges, ours, confirm);
-  std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;
+  std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;  // of results that lack the same
   for (std::size_t r = 0; r < theirs.size(); ++r) {
     std::set<std::int32_t> wanted;
     for (const at::Tensor& tensor : theirs[r]) {
@@ -223,47 +348,48 @@ History::History(const Question& question, const Counterparts& theirs, const std
     }
     const bool has = std::ranges::any_of(theirs[r], requires_grad);
     const std::int32_t result = static_cast<std::int32_t>(r);
-    if (!ours[r].defined()) {
-      if (!has || question.rows.empty()) continue;
-      absent_.push_back(result);
-    }
+    if (!ours[r].defined() && has) absent_.push_back(result);
     if (!has) {
       const bool none = std::ranges::none_of(theirs[r], [](const at::Tensor& tensor) { return tensor.defined(); });
-      if (ours[r].requires_grad() && (none || reached[r].empty())) detached_.push_back(result);
+      if (requires_grad(ours[r]) && (none || reached[r].empty())) detached_.push_back(result);
       continue;
     }
     std::vector<std::int32_t> missing;
     std::ranges::set_difference(wanted, reached[r], std::back_inserter(missing));
-    if (!missing.empty() || !ours[r].defined() || !ours[r].requires_grad()) groups[missing].push_back(result);
+    if (!missing.empty() || !requires_grad(ours[r])) groups[missing].push_back(result);
   }
-  std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> confirmed;
   for (const auto& [missing, results] : groups) {
     std::vector<at::Tensor> rows;
     for (const std::int32_t r : results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
-    std::vector<std::int32_t>& same = confirmed[confirm ? edges.receiving(rows, missing) : missing];
-    same.insert(same.end(), results.begin(), results.end());
+    const std::vector<std::int32_t> confirmed = confirm ? edges.receiving(rows, missing) : missing;
+    for (const std::int32_t r : results) ties_[r] = {.any = true, .ends = confirmed};
   }
-  for (auto& [ends, results] : confirmed) groups_.push_back({.results = results, .ends = ends});
 }
 
-void History::apply(const Question& question, std::vector<at::Tensor>& results) const {
-  for (const std::int32_t r : absent_) {
-    const std::int64_t width = std::ssize(question.inputs);
-    const at::Tensor& input = question.inputs[r % width];
-    std::vector<std::int64_t> shape = question.rows[r / width].sizes().vec();
-    shape.insert(shape.end(), input.sizes().begin(), input.sizes().end());
-    results[r] = at::zeros(shape, input.options());
+void History::apply(std::vector<at::Tensor>& results, const Edges& ends, at::TensorList rows, at::TensorList inputs,
+                    const std::shared_ptr<const ops::Origin>& origin) const {
+  if (!rows.empty()) {
+    for (const std::int32_t r : absent_) {
+      const at::Tensor& input = inputs[r % std::ssize(inputs)];
+      std::vector<std::int64_t> shape = rows[r / std::ssize(inputs)].sizes().vec();
+      shape.insert(shape.end(), input.sizes().begin(), input.sizes().end());
+      results[r] = at::zeros(shape, input.options());
+    }
   }
   for (const std::int32_t r : detached_) results[r] = results[r].detach();
-  for (const Group& group : groups_) {
-    std::vector<at::Tensor> loose;
-    for (const std::int32_t r : group.results) loose.push_back(results[r]);
-    std::vector<Edge> to;
-    for (const std::int32_t end : group.ends) to.push_back(question.ends[end]);
-    std::vector<at::Tensor> tied = ops::tether(loose, to);
-    for (std::size_t k = 0; k < tied.size(); ++k) results[group.results[k]] = std::move(tied[k]);
+  for (std::size_t r = 0; r < results.size(); ++r) {
+    if (!results[r].defined() || !(ties_[r].any || (origin && results[r].requires_grad()))) continue;
+    Edges to;
+    for (const std::int32_t end : ties_[r].ends) to.push_back(ends[end]);
+    results[r] = ops::tether(results[r], to, {.origin = origin, .result = static_cast<std::int64_t>(r)});
   }
 }
+
+HistoryMemo::HistoryMemo()
+    : structure_([] {
+        static std::atomic<std::int64_t> made = 0;
+        return made++;
+      }()) {}
 
 const History& HistoryMemo::get(const std::function<std::unique_ptr<History>()>& find) const {
   {
@@ -276,41 +402,6 @@ const History& HistoryMemo::get(const std::function<std::unique_ptr<History>()>&
   return *history_;
 }
 
-Counterparts jacobian_rows(const Question& question, bool at_once) {
-  return asked(question, [&] {
-    std::vector<std::vector<at::Tensor>> rows;
-    for (const at::Tensor& output : question.outputs) rows.push_back(first_row(output, question.inputs));
-    return by_pairs(rows, question.inputs.size(), at_once);
-  });
-}
-
-Counterparts gradient_rows(const Question& question, bool batched) {
-  return asked(question, [&] {
-    std::vector<at::Tensor> outputs, cotangents;
-    for (std::size_t i = 0; i < question.outputs.size(); ++i) {
-      if (!question.outputs[i].requires_grad()) continue;
-      const bool given = i < question.cotangents.size() && question.cotangents[i].defined();
-      if (batched && (!given || question.cotangents[i].size(0) == 0)) return Counterparts();
-      outputs.push_back(question.outputs[i]);
-      cotangents.push_back(!given ? at::Tensor() : batched ? question.cotangents[i].select(0, 0) : question.cotangents[i]);
-    }
-    Counterparts out;
-    for (at::Tensor& gradient : autograd::grad(outputs, question.inputs.vec(), cotangents, true, true, true)) {
-      out.push_back({std::move(gradient)});
-    }
-    return out;
-  });
-}
-
-Counterparts hessian_rows(const Question& question, bool at_once) {
-  return asked(question, [&] {
-    std::vector<std::vector<at::Tensor>> rows;
-    for (const at::Tensor& gradient : first_row(question.outputs[0], question.inputs))
-      rows.push_back(first_row(gradient, question.inputs));
-    return by_pairs(rows, question.inputs.size(), at_once);
-  });
-}
-
 Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t width) {
   std::vector<std::vector<at::Tensor>> rows;
   for (auto row = results.begin(); row != results.end(); row += static_cast<std::ptrdiff_t>(width))
@@ -318,13 +409,23 @@ Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t wid
   return by_pairs(rows, width, /*at_once=*/true);
 }
 
-std::vector<Edge> ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents) {
-  std::vector<Edge> out;
-  for (const at::Tensor& input : inputs) out.push_back(edge_of(input));
+Edges edges_of(at::TensorList tensors) {
+  Edges out;
+  for (const at::Tensor& tensor : tensors) out.push_back(edge_of(tensor));
+  return out;
+}
+
+Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents) {
+  Edges out = edges_of(inputs);
   for (const at::Tensor& cotangent : cotangents) out.push_back(edge_of(cotangent));
+  std::set<const ops::Origin*> origins;
   for (const tape::Node& node : tape.nodes) {
     const auto on_tape = [](const tape::Value& value) { return value.node >= 0; };
     if (std::ranges::none_of(node.inputs, on_tape)) continue;  // an input itself
+    if (const auto* tether = with_origin(*node.fn); tether != nullptr && origins.insert(tether->source.origin.get()).second) {
+      const Edges& theirs = tether->source.origin->ends;
+      out.insert(out.end(), theirs.begin(), theirs.end());
+    }
     for (std::size_t k = 0; k < node.inputs.size(); ++k) {
       const Edge& edge = node.fn->next_edge(k);
       if (edge.is_valid() && !on_tape(node.inputs[k])) out.push_back(edge);
@@ -333,7 +434,7 @@ std::vector<Edge> ends(const tape::Tape& tape, at::TensorList inputs, at::Tensor
   return out;
 }
 
-void sign_edges(const tape::Tape& tape, const std::vector<Edge>& ends, common::KeyWriter& key) {
+void sign_edges(const tape::Tape& tape, const Edges& ends, common::KeyWriter& key) {
   for (const tape::Node& node : tape.nodes) {
     key.room(node.fn->num_outputs());
     for (const Edge& edge : node.fn->next_edges()) key.put(edge.is_valid());

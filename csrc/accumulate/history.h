@@ -18,63 +18,73 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "common/key.h"
+#include "ops/tether.h"
 #include "tape/tape.h"
 
 namespace wengert::accumulate {
 
+using Edges = std::vector<torch::autograd::Edge>;
 // PyTorch's counterpart of each of our results: the tensors whose graphs decide.  Several where PyTorch computes several results
 // as one tensor.
 using Counterparts = std::vector<std::vector<at::Tensor>>;
 
-// What was asked for.
-struct Question {
-  at::TensorList outputs, inputs, cotangents;
-  at::TensorList
-      rows;  // result i * inputs + j is the derivative of rows[i] in inputs[j]; none: result j is of the shape of inputs[j]
-  const std::vector<torch::autograd::Edge>& ends;
+// What was asked for, and is asked of PyTorch: by edges, as tensors may be written to afterwards.
+struct Question : ops::Origin {
+  enum class Of : std::uint8_t { jacobian, gradient, batched_gradient, hessian };
+
+  using Origin::Origin;
+  // PyTorch's answer.  Empty where it has none.
+  Counterparts counterparts() const;
+
+  Of of = Of::jacobian;
+  bool at_once = false;  // PyTorch computes one tensor for each input, which is split
+  Edges outputs, inputs;
+  std::vector<at::Tensor> cotangents;  // of gradients: for each output, undefined for ones
 };
 
-// Where histories end: the edges of the inputs, of the cotangents, and those that leave the tape.
-std::vector<torch::autograd::Edge> ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents);
+// Where histories end: the edges of the inputs, of the cotangents, those that leave the tape, and the ends of results of ours.
+Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents);
+Edges edges_of(at::TensorList tensors);
 
 class History {
  public:
   // With `confirm`, an end counts as reached only where a gradient arrives, which takes running the nodes on the way.
-  History(const Question& question, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm);
-  void apply(const Question& question, std::vector<at::Tensor>& results) const;
+  History(const Edges& ends, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm);
+
+  // Result i * inputs + j is the derivative of rows[i] in inputs[j]; where there are no rows, results that are missing stay so.
+  void apply(std::vector<at::Tensor>& results, const Edges& ends, at::TensorList rows, at::TensorList inputs,
+             const std::shared_ptr<const ops::Origin>& origin) const;
 
  private:
-  struct Group {
-    std::vector<std::int32_t> results;
+  struct Ties {
+    bool any = false;  // whether PyTorch's requires grad, where ours lacks something
     std::vector<std::int32_t> ends;
   };
   std::vector<std::int32_t> absent_, detached_;
-  std::vector<Group> groups_;
+  std::vector<Ties> ties_;  // by result
 };
 
 // The history for one structure, found at its first use.
 class HistoryMemo {
  public:
+  HistoryMemo();
   const History& get(const std::function<std::unique_ptr<History>()>& find) const;
+  std::int64_t structure() const { return structure_; }
 
  private:
+  const std::int64_t structure_;
   mutable std::mutex mutex_;
   mutable std::unique_ptr<const History> history_;
 };
 
-// PyTorch's first rows.  Empty where it must not be asked, as code of the user's would run.
-Counterparts jacobian_rows(const Question& question, bool at_once);
-Counterparts gradient_rows(const Question& question, bool batched);
-Counterparts hessian_rows(const Question& question, bool at_once);
-// Our own results, those that PyTorch computes as one tensor together.
+// Our own results as counterparts, those together that PyTorch computes as one tensor.
 Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t width);
 
 // Which edges lead to something that requires grad, which decides what formulas touch, and which ends are the same: continues a
 // signature.
-void sign_edges(const tape::Tape& tape, const std::vector<torch::autograd::Edge>& ends, common::KeyWriter& key);
+void sign_edges(const tape::Tape& tape, const Edges& ends, common::KeyWriter& key);
 
 }  // namespace wengert::accumulate

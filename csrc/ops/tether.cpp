@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <utility>
+
 #include "common/node_ptr.h"
 
 namespace wengert::ops {
@@ -19,16 +21,13 @@ ag::variable_list TetherBackward::apply(ag::variable_list&& cotangents) {
   return gradients;
 }
 
-std::vector<at::Tensor> tether(at::TensorList results, const std::vector<ag::Edge>& to) {
+at::Tensor tether(const at::Tensor& result, const std::vector<ag::Edge>& to, Source source) {
   auto node = common::make_node<TetherBackward>();
-  for (const at::Tensor& result : results)
-    node->add_next_edge(result.requires_grad() ? ag::impl::gradient_edge(result) : ag::Edge());
+  node->source = std::move(source);
+  node->add_next_edge(result.requires_grad() ? ag::impl::gradient_edge(result) : ag::Edge());
   for (const ag::Edge& edge : to) node->add_next_edge(edge);
-  std::vector<at::Tensor> tied;
-  for (const at::Tensor& result : results) {
-    tied.push_back(result.detach());
-    ag::set_history(tied.back(), node);
-  }
+  at::Tensor tied = result.detach();
+  ag::set_history(tied, node);
   return tied;
 }
 

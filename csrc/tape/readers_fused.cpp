@@ -58,14 +58,20 @@ Pullback describe_fused(const Site& s) {
   }
 }
 
-// Results pass through to where they came from, one by one; the other edges receive zeros.
-Pullback describe_tether(const Site& s) { return s.input == s.output ? identity() : zero(); }
+// What PyTorch has in the place of the result decides about the history of what becomes of it.
+void read_tether(Take& k, const ops::TetherBackward& n) {
+  k.integer(n.source.origin ? n.source.origin->structure : -1);
+  k.integer(n.source.result);
+}
+
+// The result passes through to where it came from; the other edges receive zeros.
+Pullback describe_tether(const Site& s) { return s.input == 0 ? identity() : zero(); }
 
 }  // namespace
 
 void add_fused(Table& t) {
   t.add<ops::FusedBackward>("wengert::FusedBackward", read_fused, describe_fused);
-  t.add<ops::TetherBackward>("wengert::TetherBackward", describe_tether);
+  t.add<ops::TetherBackward>("wengert::TetherBackward", read_tether, describe_tether);
 }
 
 }  // namespace wengert::tape

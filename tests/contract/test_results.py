@@ -1,5 +1,8 @@
 """What a result is, beside its numbers: memory of its own, contiguous, resizable."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,18 +179,49 @@ def test_history_does_not_depend_on_what_ran_before():
         assert_same(torch.autograd.grad(jacobian.sum(), x)[0], torch.zeros_like(x), "derivative of the Jacobian")
 
 
+def packed_by(call):
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        call()
+    return len(packed)
+
+
 def test_asking_for_a_history_saves_nothing_through_the_users_hooks():
-    counts = []
-    for _ in range(2):  # PyTorch is asked the first time
-        if not counts:
-            wengert.clear_caches()
-        x = torch.rand(3, dtype=D, requires_grad=True)
-        y = torch.relu(x)
-        packed = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, packed=packed: packed.append(t) or t, lambda t: t):
-            wengert.jacobian(y, x, create_graph=True)
-        counts.append(len(packed))
-    assert counts[0] == counts[1]
+    x = torch.rand(3, dtype=D, requires_grad=True)
+    y = torch.relu(x)
+    wengert.clear_caches()
+    first, second = (packed_by(lambda: wengert.jacobian(y, x, create_graph=True)) for _ in range(2))
+    assert first == second  # PyTorch is asked the first time
+
+
+def test_histories_of_derivatives_taken_one_after_the_other():
+    """Ours are of one structure, PyTorch's are not: its derivative of relu leads to x, that of a product with a mask does not."""
+    mask = torch.tensor([1.0, 0.0, 1.0], dtype=D)
+    for f, leads in ((torch.relu, True), (lambda x: x * mask, False), (torch.relu, True)):
+        x, v = torch.rand(3, dtype=D, requires_grad=True), torch.rand(3, dtype=D, requires_grad=True)
+        for grad in (wengert.grad, torch.autograd.grad):
+            first, = grad(f(x), x, v, create_graph=True)
+            second, = grad(first, v, torch.ones(3, dtype=D), create_graph=True)
+            third, = grad(2 * first, v, torch.ones(3, dtype=D), create_graph=True)
+            assert second.requires_grad == third.requires_grad == leads
+            if leads:
+                assert_same(torch.autograd.grad(second.sum() + third.sum(), x)[0], torch.zeros(3, dtype=D))
+
+
+class Mark:
+    pass
+
+
+def test_what_a_result_remembers_leaves_with_it():
+    x = torch.rand(3, dtype=D, requires_grad=True)
+    y = torch.relu(x)
+    y.grad_fn.metadata["mark"] = mark = Mark()
+    mark = weakref.ref(mark)
+    first, = wengert.grad(y.sum(), x, create_graph=True)
+    second, = wengert.grad(first.sum(), x, create_graph=True)
+    del y, first, second
+    gc.collect()
+    assert mark() is None
 
 
 @pytest.mark.parametrize("vectorize", [False, True])

@@ -49,12 +49,12 @@ SECOND_ELEMENTS = 50  # where a Jacobian is differentiated once more, or taken f
 
 
 def differentiated(derivative: Callable[..., Any], f: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> Any:
-    """Of a derivative taken with create_graph: which parts require grad, and the gradient of a weighted sum with its None."""
+    """A derivative taken with create_graph: its parts, which require grad, and the gradient of a weighted sum with its None."""
     xs = tuple(x.clone().requires_grad_() for x in inputs)
     parts = list(tensors_of(derivative(f, xs, create_graph=True)))
     live = tuple(t for t in parts if t.requires_grad)
     gradient = torch.autograd.grad(scalar_of(lambda *_: live)(), xs, allow_unused=True) if live else ()
-    return [t.requires_grad for t in parts], gradient
+    return [t.detach() for t in parts], [t.requires_grad for t in parts], gradient
 
 
 def sweep_op(op: Any, full: bool, share: int) -> OpReport:

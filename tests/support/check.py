@@ -11,6 +11,7 @@ Each *mode* compares one promise of the public interface with torch's own result
     products      vjp, jvp, vhp, hvp
     gradient      wengert.grad, plain and with is_grads_batched
     create_graph  differentiate the Jacobian and the Hessian again
+    history       what results taken with create_graph lead to (support.histories)
     strided       the same with inputs that are strided, transposed windows of larger storage
     float32       aggregate bounds (relative L2, signed bias) against float64
     gradcheck     gradcheck and gradgradcheck through our results (slow: ask for it)
@@ -31,6 +32,7 @@ from torch.autograd import functional as torch_functional
 from torch.torch_version import TorchVersion
 
 from support.compare import Outcome, Tolerance, assert_same, assert_same_call, leaves
+from support.histories import as_tuple, assert_same_histories, weights_like
 
 DEVICE = torch.device(os.environ.get("WENGERT_TEST_DEVICE", "cpu"))
 BEFORE_2_13 = TorchVersion(torch.__version__) < "2.13"  # signatures and texts compared are those of 2.13
@@ -45,6 +47,7 @@ MODES = (
     "products",
     "gradient",
     "create_graph",
+    "history",
     "strided",
     "float32",
 )
@@ -110,16 +113,6 @@ def strided(inputs: Inputs) -> Inputs:
         return view.requires_grad_()
 
     return _convert(inputs, window)
-
-
-def as_tuple(x: Any) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else (x,)
-
-
-def weights_like(t: torch.Tensor) -> torch.Tensor:
-    """Fixed, irregular weights: a sum with them hides no entry and cancels no symmetry."""
-    k = torch.arange(t.numel(), dtype=torch.float64, device=t.device)
-    return torch.cos(1.7 * k + 0.3).add(0.25).to(t.dtype).reshape(t.shape)
 
 
 def weighted_sum(tree: Any) -> torch.Tensor:
@@ -314,7 +307,6 @@ def _check_create_graph(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
             continue
         result = ours(f, xs, create_graph=True)
         assert_same(result, reference.value, f"{name} create_graph", tol)
-        assert_same_history(result, reference.value, active, f"{name} create_graph")
         expected = Outcome.of(lambda: _second_derivative(reference.value, active)).value
         if expected is None:  # torch has no derivative of this derivative
             continue
@@ -325,18 +317,8 @@ def _check_create_graph(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
             assert_same(again, tuple(expected), "wengert.grad of our own Jacobian", tol)
 
 
-def assert_same_history(ours: Any, theirs: Any, inputs: Sequence[torch.Tensor], where: str) -> None:
-    """Ours require grad exactly where torch's do, and lead to the same inputs."""
-    for k, (a, b) in enumerate(zip(leaves(ours), leaves(theirs))):
-        assert a.requires_grad == b.requires_grad, f"{where}[{k}]: requires_grad is {a.requires_grad}, torch's {b.requires_grad}"
-        if not b.requires_grad:
-            continue
-        expected = Outcome.of(lambda: torch.autograd.grad(b.sum(), inputs, retain_graph=True, allow_unused=True))
-        if expected.error is not None:  # torch has no derivative of this derivative
-            continue
-        found = torch.autograd.grad(a.sum(), inputs, retain_graph=True, allow_unused=True)
-        absent = [[g is None for g in gradients] for gradients in (found, expected.value)]
-        assert absent[0] == absent[1], f"{where}[{k}]: which gradients are None: {absent[0]}, torch's {absent[1]}"
+def _check_history(fn: Function, inputs: Inputs, tol: Tolerance) -> None:
+    assert_same_histories(fn, scalarised, as_tuple(inputs), tol)
 
 
 def _second_derivative(tree: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -412,6 +394,7 @@ _CHECKS: dict[str, Callable[[Function, Inputs, Tolerance], None]] = {
     "products": _check_products,
     "gradient": _check_gradient,
     "create_graph": _check_create_graph,
+    "history": _check_history,
     "strided": _check_strided,
     "gradcheck": _check_gradcheck,
 }
