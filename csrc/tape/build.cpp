@@ -179,6 +179,13 @@ Pullback local(const Site& site, const std::vector<std::pair<int, int>>& tied) {
   return result;
 }
 
+Pullback leading(const Site& s, int count) {
+  const auto rank = [](const Shape& shape) { return static_cast<int>(shape.size()); };
+  std::vector<std::pair<int, int>> tied;
+  for (int a = 0; a < std::min({count, rank(s.x()), rank(s.y())}); ++a) tied.emplace_back(a, a);
+  return local(s, tied);
+}
+
 Pullback local_batch(const Site& site, int y_core, int x_core) {
   std::vector<std::pair<int, int>> tied;
   int y_axis = static_cast<int>(site.y().size()) - y_core - 1;

@@ -66,6 +66,8 @@ std::vector<int> wrapped_axes(std::span<const std::int64_t> axes, std::int64_t r
 
 // A node that carries some axes along.  `tied` pairs (output axis, input axis) are kept where the extents agree.
 Pullback local(const Site& site, const std::vector<std::pair<int, int>>& tied);
+// The first `count` axes, as far as both sides have them.
+Pullback leading(const Site& site, int count);
 // All but the last `y_core` axes of the output and the last `x_core` axes of the input are batch axes, aligned from the right.
 Pullback local_batch(const Site& site, int y_core, int x_core);
 

@@ -145,6 +145,7 @@ void add_matmul(Table& table);
 void add_index(Table& table);
 void add_shape(Table& table);
 void add_local(Table& table);
+void add_normalization(Table& table);
 void add_losses(Table& table);
 void add_inplace(Table& table);
 void add_fused(Table& table);

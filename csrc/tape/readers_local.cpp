@@ -34,24 +34,6 @@ void add_scan(Table& t, const char* name) {
   t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
 }
 
-Pullback leading(const Site& s, int count) {
-  std::vector<std::pair<int, int>> tied;
-  for (int a = 0; a < std::min({count, rank(s.x()), rank(s.y())}); ++a) tied.emplace_back(a, a);
-  return local(s, tied);
-}
-
-// Edge 0 is the data, the others are parameters, which every sample meets.
-Pullback normalized(const Site& s) {  // ints: number of normalised axes
-  if (s.input != 0 || s.output != 0) return opaque();
-  return leading(s, rank(s.x()) - static_cast<int>(s.integer(0)));
-}
-Pullback batch_norm(const Site& s) {  // ints: training
-  if (s.input != 0 || s.output != 0) return opaque();
-  if (s.integer(0) != 0) return local(s, {{1, 1}});
-  return leading(s, rank(s.x()));
-}
-Pullback by_sample(const Site& s) { return s.input == 0 && s.output == 0 ? leading(s, 1) : opaque(); }
-
 // y[b, o, h..] = sum over c, i..  x[b, c, stride * h + dilation * i ..] * w[o, c, i..]  + bias[o]
 // ints: stride.., dilation..; slot 0: the padded data, where structure in the weights is wanted.
 Pullback convolution(const Site& s) {
@@ -92,20 +74,6 @@ void take_convolution(Take& k, const N& n) {
 // Of the older ops and of the backward's backward only the data's batch is known.
 Pullback convolution_of_data(const Site& s) { return s.input == 0 ? leading(s, 1) : opaque(); }
 
-template <class N>
-void add_batch_norm(Table& t, const char* name) {
-  t.add<N>(
-      name,
-      [](Take& k, const N& n) {
-        if constexpr (requires { n.training; }) {
-          k.integer(n.training);
-        } else {
-          k.integer(std::int64_t{0});
-        }
-      },
-      batch_norm);
-}
-
 // Pooling, padding and resizing work on the last axes of each channel.
 template <int Core>
 Pullback by_channel(const Site& s) {
@@ -130,11 +98,6 @@ Pullback max_pool(const Site& s) {
 template <int Core>
 Pullback backward_by_channel(const Site& s) {
   return s.input == 0 ? by_channel<Core>(s) : zero();
-}
-
-// The gradient of the data follows sample by sample from grad_output (and from the data, where the op is not linear in it).
-Pullback normalized_backward(const Site& s) {  // ints: number of normalised axes
-  return s.output == 0 && s.input < 2 ? leading(s, rank(s.x()) - static_cast<int>(s.integer(0))) : opaque();
 }
 
 template <class N, int Core>
@@ -176,24 +139,6 @@ void add_linear_algebra(Table& t) {
   t.add<gen::LinalgSolveExBackward0>(
       "LinalgSolveExBackward0",
       [](Take& k, const gen::LinalgSolveExBackward0& n) { k.integer(k.unpack(n.LU_, /*is_result=*/true).dim()); }, solution);
-}
-
-void add_normalizations(Table& t) {
-  t.add<gen::NativeLayerNormBackward0>(
-      "NativeLayerNormBackward0",
-      [](Take& k, const gen::NativeLayerNormBackward0& n) { k.integer(std::ssize(n.normalized_shape)); }, normalized);
-  t.add<gen::FusedRmsNormBackward0>(
-      "FusedRmsNormBackward0", [](Take& k, const gen::FusedRmsNormBackward0& n) { k.integer(std::ssize(n.normalized_shape)); },
-      normalized);
-  t.add<gen::NativeGroupNormBackward0>("NativeGroupNormBackward0", by_sample);
-  t.add<gen::NativeLayerNormBackwardBackward0>(
-      "NativeLayerNormBackwardBackward0",
-      [](Take& k, const gen::NativeLayerNormBackwardBackward0& n) { k.integer(std::ssize(n.normalized_shape)); },
-      normalized_backward);
-  add_batch_norm<gen::NativeBatchNormBackward0>(t, "NativeBatchNormBackward0");
-  add_batch_norm<gen::NativeBatchNormLegitBackward0>(t, "NativeBatchNormLegitBackward0");
-  add_batch_norm<gen::NativeBatchNormLegitBackward1>(t, "NativeBatchNormLegitBackward1");
-  add_batch_norm<gen::NativeBatchNormLegitNoTrainingBackward0>(t, "NativeBatchNormLegitNoTrainingBackward0");
 }
 
 void add_images(Table& t) {
@@ -258,7 +203,6 @@ void add_local(Table& t) {
   t.add<gen::CumminBackward0>(
       "CumminBackward0", [](Take& k, const gen::CumminBackward0& n) { k.integer(n.dim); },
       [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
-  add_normalizations(t);
   add_images(t);
   add_linear_algebra(t);
 }

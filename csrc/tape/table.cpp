@@ -19,6 +19,7 @@ const Table& table() {
     add_index(table);
     add_shape(table);
     add_local(table);
+    add_normalization(table);
     add_losses(table);
     add_inplace(table);
     add_fused(table);
