@@ -148,6 +148,30 @@ def _(r):
     return f, r(2, 4, 3)
 
 
+@zoo.case("parameters of norms", skip=("func", "forward"))  # which miss what mean and deviation depend on
+def _(r):
+    x, moved = r(3, 4, 2), r(3, 4, 2)
+
+    def f(a, w, b, v):
+        x1 = x + a * moved
+        parts = [F.layer_norm(x1, (4, 2), w.unsqueeze(1) * v, b.unsqueeze(1) * v), F.group_norm(x1, 2, w, b), F.rms_norm(x1, (2,), v)]
+        return torch.stack(parts).sin()
+
+    return f, (r(1), r(4), r(4), r(2))
+
+
+@zoo.case("parameters of a batch norm, training", skip=("func", "forward", "value"))
+def _(r):
+    x, moved = r(3, 4, 2), r(3, 4, 2)
+    return lambda a, w, b: F.batch_norm(x + a * moved, None, None, w, b, training=True).sin(), (r(1), r(4), r(4))
+
+
+@zoo.case("parameters of a batch norm, evaluation")
+def _(r):
+    x, mean, variance = r(3, 4, 2), r(4), r.positive(4)
+    return lambda a, w, b: F.batch_norm(x * a, mean, variance, w, b).sin(), (r(3, 1, 2), r(4), r(4))
+
+
 @zoo.case("attention block")
 def _(r):
     wq, wk, wv, wo = (r(4, 4) * 0.5 for _ in range(4))

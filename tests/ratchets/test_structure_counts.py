@@ -75,6 +75,14 @@ def layer_norm(x):
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 
+def layer_norm_weights(w):
+    return torch.nn.functional.layer_norm(rows(5, 4), (4,), w)
+
+
+def batch_norm(x):
+    return torch.nn.functional.batch_norm(x, rows(4), 1 + rows(4).square(), rows(4))
+
+
 def gather(x):
     return x[torch.tensor([2, 0, 5, 5, 1])] * 2
 
@@ -114,6 +122,8 @@ CASES = {
     "residual mlp": (J, residual_mlp, rows(5, 4), Counts(blocks=2, losses=0, launches=3, matmuls=0, node_calls=0)),
     "softmax": (J, softmax, rows(5, 4), Counts(blocks=2, losses=0, launches=2, matmuls=0, node_calls=0)),
     "layer norm": (J, layer_norm, rows(5, 4), Counts(blocks=1, losses=1, launches=2, matmuls=0, node_calls=1)),
+    "norm weights": (J, layer_norm_weights, rows(4), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
+    "batch norm": (J, batch_norm, rows(5, 4), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
     "gather": (J, gather, rows(6), Counts(blocks=1, losses=0, launches=3, matmuls=0, node_calls=0)),
     "convolution": (J, convolution, rows(3, 1, 9), Counts(blocks=1, losses=2, launches=2, matmuls=0, node_calls=1)),
     "kernel": (J, convolution_weights, rows(2, 2, 3), Counts(blocks=1, losses=0, launches=1, matmuls=0, node_calls=0)),
