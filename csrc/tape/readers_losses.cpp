@@ -1,4 +1,5 @@
 // Losses: reductions over all elements unless reduction is none.
+#include <ATen/ExpandUtils.h>
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 
@@ -45,17 +46,17 @@ void add_tabulated_backward(Table& t, const char* name) {
   t.add<N>(name, [](Take& k, const N&) { tabulate(k, 3); }, tabulated);
 }
 
-// slots self, target
+// slots self, target, either of which may be broadcast
 Pullback mse(const Site& s) {
-  for (const int slot : {0, 1}) {
-    if (!s.has(slot) || s.slot(slot).sizes() != at::IntArrayRef(s.x())) return opaque();
-  }
-  if (s.integer(0) == kNoReduction && s.x() != s.y()) return opaque();
-  const Axes axes = own_axes(static_cast<int>(s.x().size()));
+  if (!s.has(0) || !s.has(1)) return opaque();
+  const Shape elements = at::infer_size(s.slot(0).sizes(), s.slot(1).sizes());
+  const bool reduced = s.integer(0) != kNoReduction;
+  if (s.slot(s.input).sizes() != at::IntArrayRef(s.x()) || s.y() != (reduced ? Shape() : elements)) return opaque();
   FactorBuilder f(s);
-  const ExprId own = f.read(s.input, axes), other = f.read(1 - s.input, axes);
-  const double scale = s.integer(0) == kMean ? 2.0 / static_cast<double>(product(s.x())) : 2.0;
-  return over_elements(s, f, s.pool.mul(s.pool.sub(own, other), f.constant(scale)));
+  const auto read = [&](int slot) { return f.read(slot, broadcast(s.slot(slot).sizes(), elements)); };
+  const double scale = s.integer(0) == kMean ? 2.0 / static_cast<double>(product(elements)) : 2.0;
+  const ExprId slope = s.pool.mul(s.pool.sub(read(s.input), read(1 - s.input)), f.constant(scale));
+  return f.finish(slope, reduced ? elements : Shape(), broadcast(s.x(), elements));
 }
 
 // y = scale (self - target) grad_output; slots self, target, grad_output
