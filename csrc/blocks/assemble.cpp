@@ -49,36 +49,51 @@ bool disjoint(const Part& p, const Part& q) {
   return injective(hull, equal);
 }
 
+template <class F>
+void each_affine(Part& part, F f) {
+  for (Coord& coord : part.coords) {
+    f(coord.affine);
+    if (!coord.has_index()) continue;
+    for (Affine& axis : coord.index.axes) f(axis);
+  }
+  for (Read& read : part.value.operands) {
+    for (Affine& axis : read.axes) f(axis);
+  }
+}
+
 void drop_unit_loops(Part& part) {
-  auto each = [&](auto&& f) {
-    for (Coord& coord : part.coords) {
-      f(coord.affine);
-      if (!coord.has_index()) continue;
-      for (Affine& axis : coord.index.axes) f(axis);
-    }
-    for (Read& read : part.value.operands) {
-      for (Affine& axis : read.axes) f(axis);
-    }
-  };
   for (std::size_t k = part.extents.size(); k-- > 0;) {
     if (part.extents[k] != 1) continue;
     part.extents.erase(part.extents.begin() + k);
-    each([k](Affine& affine) { affine.step.erase(affine.step.begin() + k); });
+    each_affine(part, [k](Affine& affine) { affine.step.erase(affine.step.begin() + k); });
   }
+}
+
+// Loops in the order of the array's axes, so that what is computed over them lies as the array does.
+void order_loops(Part& part) {
+  std::vector<std::size_t> order;
+  for (const Coord& coord : part.coords) {
+    for (std::size_t k = 0; k < part.extents.size(); ++k) {
+      if (coord.affine.moves(k) && std::ranges::find(order, k) == order.end()) order.push_back(k);
+    }
+  }
+  for (std::size_t k = 0; k < part.extents.size(); ++k) {
+    if (std::ranges::find(order, k) == order.end()) order.push_back(k);
+  }
+  if (std::ranges::is_sorted(order)) return;
+  const auto permute = [&order](const Shape& old) {
+    Shape out;
+    for (const std::size_t k : order) out.push_back(old[k]);
+    return out;
+  };
+  part.extents = permute(part.extents);
+  each_affine(part, [&](Affine& affine) { affine.step = permute(affine.step); });
 }
 
 // The part with loop k fixed at i.
 Part fixed(const Part& part, std::size_t k, std::int64_t i) {
   Part out = part;
-  auto fix = [k, i](Affine& affine) { affine.start += affine.step[k] * i; };
-  for (Coord& coord : out.coords) {
-    fix(coord.affine);
-    if (!coord.has_index()) continue;
-    for (Affine& axis : coord.index.axes) fix(axis);
-  }
-  for (Read& read : out.value.operands) {
-    for (Affine& axis : read.axes) fix(axis);
-  }
+  each_affine(out, [k, i](Affine& affine) { affine.start += affine.step[k] * i; });
   out.extents[k] = 1;
   drop_unit_loops(out);
   return out;
@@ -120,6 +135,7 @@ std::int32_t Builder::assemble(const Shape& shape, fused::Dtype dtype, std::vect
   for (Part& part : given) {
     if (std::find(part.extents.begin(), part.extents.end(), 0) != part.extents.end() || part.value.expr == fused::kZero) continue;
     drop_unit_loops(part);
+    order_loops(part);
     compact(part.value);
     unroll(part, parts);
   }
