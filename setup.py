@@ -266,7 +266,7 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-    objects = []
+    objects, unwatched = [], []
     for source in sources(gpu is not None):
         rule = "nvcc" if source.endswith(".cu") else "plain" if source.startswith(TORCH_FREE) else "torch"
         needs = f" | {escape(header)}.gch" if rule == "torch" else ""
@@ -277,12 +277,13 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
             more = [word for folder in gpu.includes for word in ("-isystem", folder)]
         name = source.replace("/", "_").removesuffix(".cpp") + ".o"
         if sanitize and not source.startswith(SANITIZED[sanitize]):
-            objects.append(escape(build.with_name(build.name.removesuffix(f"-{sanitize}")) / name))
+            unwatched.append(escape(build.with_name(build.name.removesuffix(f"-{sanitize}")) / name))
             continue
         objects.append(escape(build / name))
         lines.append(f"build {objects[-1]}: {rule} {escape(CSRC / source)}{needs}")
         lines += [f"  more = {quote(more)}"] if more else []
-    lines += [f"build {escape(build / library)}: link {' '.join(objects)}", ""]
+    # Of what headers define the linker takes the first copy: one that counts references unseen would hide who let go of what.
+    lines += [f"build {escape(build / library)}: link {' '.join(objects + unwatched)}", ""]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -126,6 +127,25 @@ def test_the_same_graph_in_many_forms():
         lambda k: wengert.explain(y, x),
         lambda k: (wengert.stats(), wengert.reset_stats()),
     )
+
+
+def test_caches_are_cleared_meanwhile():
+    """Whoever lets go of a plan last frees it, with what others have found out about it."""
+    x = torch.linspace(0.1, 1.0, 6, dtype=torch.float64)
+    wanted = torch.diag(x.cos() * x + x.sin())
+
+    def differentiable(_):
+        live = x.clone().requires_grad_()
+        assert_same(wengert.jacobian(lambda x: x.sin() * x, live, create_graph=True).detach(), wanted)
+
+    def clear(_):
+        time.sleep(0.001)
+        wengert.clear_caches()
+
+    def often(work):  # without a barrier, which would order everything
+        return lambda k: [work(k) for _ in range(20)]
+
+    together(*[often(differentiable)] * 3, often(clear))
 
 
 def test_reports_and_custom_functions():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -126,7 +127,7 @@ def verdict_of(func: Any) -> Verdict:
     entry = _verdicts.get(key)
     try:
         if entry is None or entry[0]() is not owner:
-            reference = weakref.ref(owner, lambda _: _verdicts.pop(key, None))
+            reference = weakref.ref(owner, partial(_verdicts.pop, key))  # no Python code, where a signal could strike
             entry = _verdicts[key] = (reference, Verdict(), weakref.WeakKeyDictionary())
         return entry[1] if method is None else entry[2].setdefault(method, Verdict())
     except TypeError:  # watched every time
