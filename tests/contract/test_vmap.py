@@ -372,6 +372,28 @@ def test_random_numbers_are_drawn_once_where_the_function_runs_again():
         assert_same(*results)
 
 
+@pytest.mark.parametrize("name", ["jacfwd", "hessian", "vmap(jacrev)"])
+def test_random_numbers_of_a_function_that_seeds_itself(name):
+    """It leaves the generator as it found it from the second call on."""
+
+    def f(x):
+        torch.manual_seed(7)
+        return (torch.svd_lowrank(x, q=2)[1] * torch.rand(2, dtype=x.dtype)).sum()
+
+    x = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3).sin()
+    for _ in range(3):
+        for m in (func, torch.func):
+            mapped = m.vmap(m.jacrev(f)) if name.startswith("vmap") else getattr(m, name)(f)
+            with pytest.raises(RuntimeError, match="called random operation"):
+                mapped(x[None] if name.startswith("vmap") else x)
+    torch.manual_seed(11)
+    func.jacfwd(torch.sin)(x[0])
+    assert torch.initial_seed() == 11
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_what_has_been_watched_runs_natively_for_any_batch_size():
     f = lambda x: x.sin() * x.prod()
     before = Calls.now()
