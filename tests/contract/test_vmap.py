@@ -1,6 +1,7 @@
 """Functions whose operators vmap rewrites, repeats or cannot run: derivatives are those of PyTorch's own order of things."""
 
 import gc
+import math
 import types
 import weakref
 
@@ -40,7 +41,6 @@ AT_TIES = {
     "maximum": lambda x: torch.maximum(x, x.flip(0)),
     "norm": lambda x: (x + 1).norm(),
     "infinity norm": lambda x: x.norm(float("inf")),
-    "dist": lambda x: torch.dist(x, x.flip(0)),
     "prod": lambda x: x.prod(),
     "cumprod": lambda x: x.cumprod(0),
     "cummax": lambda x: x.cummax(0).values,
@@ -261,6 +261,33 @@ def test_custom_operators_with_vmap_rules():
         f = lambda x: doubled(x.sin())
         ours = func.vmap(func.jacrev(f))(TIES)
         assert_same(ours, torch.stack([torch.autograd.functional.jacobian(f, s) for s in TIES]))
+
+
+REPEATED = torch.tensor([0, 2, 0])
+# What vmap writes as other operators that have the same derivative everywhere.
+KEPT = {
+    **{f"norm {p}": lambda x, p=p: torch.norm(x, p) for p in (0, 0.5, 1, 1.5, 2, 3, math.inf, -math.inf)},
+    **{f"dist {p}": lambda x, p=p: torch.dist(x, x.flip(0), p) for p in (0.5, 1, 2, 3, math.inf)},
+    "index_copy, copied": lambda x: torch.ones_like(x).index_copy(0, REPEATED, x[:3].sin()),
+    "index_copy, kept": lambda x: x.sin().index_copy(0, REPEATED, torch.ones(3, dtype=x.dtype)),
+    "index_copy, rows": lambda x: x.reshape(2, 2).index_copy(1, REPEATED[:2] // 2, x.reshape(2, 2) ** 2),
+}
+
+
+@pytest.mark.parametrize("form", ["jacrev", "grad", "hessian"])
+@pytest.mark.parametrize("name", KEPT)
+def test_operators_that_vmap_writes_as_others_of_the_same_derivative(name, form):
+    f = KEPT[name] if form == "jacrev" else scalar(KEPT[name])
+    loop = getattr(torch.autograd.functional, "hessian" if form == "hessian" else "jacobian")
+    ours = func.vmap(getattr(func, form)(f))
+    for x in (TIES, TIES.flip(1) - 1, torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(3, 4)):
+        expected = torch.stack([loop(f, s) for s in x])
+        before = Calls.now()
+        got = ours(x)
+        calls = Calls.now() - before
+        assert form == "hessian" or calls.native == 1
+        if calls.native:  # forward mode may be PyTorch's
+            assert_same(got, expected, f"{name}, {form}")
 
 
 LOOPED = {
