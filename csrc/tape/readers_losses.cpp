@@ -46,6 +46,18 @@ void add_tabulated_backward(Table& t, const char* name) {
   t.add<N>(name, [](Take& k, const N&) { tabulate(k, 3); }, tabulated);
 }
 
+// A mean is divided by the elements of one argument or another, depending on the derivative and on vmap: PyTorch knows which.
+template <class N>
+void take_mse(Take& k, const N& n) {
+  if (n.reduction == kMean && k.unpack(n.self_).sizes() != k.unpack(n.target_).sizes())
+    throw Unsupported("the mean squared error of broadcast arguments");
+  k.integer(n.reduction);
+}
+
+double mse_scale(const Site& s, const Shape& elements) {
+  return s.integer(0) == kMean ? 2.0 / static_cast<double>(product(elements)) : 2.0;
+}
+
 // slots self, target, either of which may be broadcast
 Pullback mse(const Site& s) {
   if (!s.has(0) || !s.has(1)) return opaque();
@@ -54,14 +66,13 @@ Pullback mse(const Site& s) {
   if (s.slot(s.input).sizes() != at::IntArrayRef(s.x()) || s.y() != (reduced ? Shape() : elements)) return opaque();
   FactorBuilder f(s);
   const auto read = [&](int slot) { return f.read(slot, broadcast(s.slot(slot).sizes(), elements)); };
-  const double scale = s.integer(0) == kMean ? 2.0 / static_cast<double>(product(elements)) : 2.0;
-  const ExprId slope = s.pool.mul(s.pool.sub(read(s.input), read(1 - s.input)), f.constant(scale));
+  const ExprId slope = s.pool.mul(s.pool.sub(read(s.input), read(1 - s.input)), f.constant(mse_scale(s, elements)));
   return f.finish(slope, reduced ? elements : Shape(), broadcast(s.x(), elements));
 }
 
 // y = scale (self - target) grad_output; slots self, target, grad_output
 Pullback mse_backward(const Site& s) {
-  const double scale = s.integer(0) == kMean ? 2.0 / static_cast<double>(product(s.y())) : 2.0;
+  const double scale = mse_scale(s, s.y());
   FactorBuilder f(s);
   if (s.input != 0) {
     const ExprId g = f.read(2);
@@ -157,7 +168,7 @@ void add_losses(Table& t) {
   t.add<gen::MseLossBackward0>(
       "MseLossBackward0",
       [](Take& k, const gen::MseLossBackward0& n) {
-        k.integer(n.reduction);
+        take_mse(k, n);
         k.slot(n.self_);
         k.slot(n.target_);
       },
@@ -165,7 +176,7 @@ void add_losses(Table& t) {
   t.add<gen::MseLossBackwardBackward0>(
       "MseLossBackwardBackward0",
       [](Take& k, const gen::MseLossBackwardBackward0& n) {
-        k.integer(n.reduction);
+        take_mse(k, n);
         k.slot(n.self_, k.needs(0));
         k.slot(n.target_, k.needs(0));
         k.slot(n.grad_output_, k.needs(1) || k.needs(2));

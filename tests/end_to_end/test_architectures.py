@@ -71,6 +71,15 @@ for _loss in (
         return lambda x: getattr(F, loss)(x, y, reduction="none"), r(4, 3)
 
 
+@zoo.case("mse of a broadcast prediction and target", skip=("func", "forward"))  # PyTorch's rules refuse to broadcast
+def _(r):
+    def f(x, t):
+        mse = torch.ops.aten.mse_loss
+        return torch.stack([mse(x.sin(), t, 1), mse(t.exp(), x, 2), mse(x.exp(), t, 0).square().sum()])
+
+    return f, (r(4, 3), r(3))
+
+
 @zoo.case("conv1d, transposed and pooled")
 def _(r):
     net = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.AvgPool1d(2), nn.ConvTranspose1d(3, 2, 3, stride=2))
