@@ -116,20 +116,14 @@ class Callee {
     for (const std::int32_t slot : results) wanted_.push_back(slot >= 0);
   }
 
-  // What PyTorch's engine makes of the node's result before it reaches the next nodes.  Undefined where it is not wanted, or
-  // where the node gives nothing.
+  // Outside of a pass a node computes all of its gradients, and may fail at one that PyTorch would not have asked for.
   std::vector<at::Tensor> once(torch::autograd::variable_list cotangents) const {
-    torch::autograd::variable_list got = fn_(std::move(cotangents));
-    torch::autograd::validate_outputs(
-        fn_.next_edges(), got, [this](const std::string& what) { return "Function " + fn_.name() + " returned an " + what; });
-    for (std::size_t j = 0; j < got.size(); ++j) {
-      if (!wanted_[j]) {
-        got[j].reset();
-      } else if (got[j].defined() && got[j].layout() != at::kStrided) {
-        throw tape::Unsupported(fn_.name() + " gives a gradient that is not strided");
-      }
+    try {
+      return gradients(std::move(cotangents));
+    } catch (const c10::Error&) {
+      if (wants_all()) throw;
+      throw tape::Unsupported(fn_.name() + " fails where all of its gradients are computed");
     }
-    return got;
   }
 
   std::vector<at::Tensor> batched(const std::vector<at::Tensor>& cotangents, std::int64_t batch) const {
@@ -138,7 +132,7 @@ class Callee {
     VmapLevel level(batch);
     std::vector<at::Tensor> wrapped;
     for (const at::Tensor& cotangent : cotangents) wrapped.push_back(level.wrap(cotangent));
-    std::vector<at::Tensor> results = once(std::move(wrapped));
+    std::vector<at::Tensor> results = gradients(std::move(wrapped));
     for (at::Tensor& result : results) result = level.unwrap(result, batch);
     return results;
   }
@@ -163,6 +157,29 @@ class Callee {
   }
 
  private:
+  // What PyTorch's engine makes of the node's result before it reaches the next nodes.  Undefined where it is not wanted, or
+  // where the node gives nothing.
+  std::vector<at::Tensor> gradients(torch::autograd::variable_list cotangents) const {
+    torch::autograd::variable_list got = fn_(std::move(cotangents));
+    torch::autograd::validate_outputs(
+        fn_.next_edges(), got, [this](const std::string& what) { return "Function " + fn_.name() + " returned an " + what; });
+    for (std::size_t j = 0; j < got.size(); ++j) {
+      if (!wanted_[j]) {
+        got[j].reset();
+      } else if (got[j].defined() && got[j].layout() != at::kStrided) {
+        throw tape::Unsupported(fn_.name() + " gives a gradient that is not strided");
+      }
+    }
+    return got;
+  }
+
+  bool wants_all() const {
+    for (std::size_t j = 0; j < wanted_.size(); ++j) {
+      if (!wanted_[j] && fn_.next_edge(j).is_valid()) return false;
+    }
+    return true;
+  }
+
   torch::autograd::Node& fn_;
   std::vector<bool> wanted_;
 };

@@ -106,6 +106,26 @@ class EndEdges {
     return reach;
   }
 
+  // Those of some ends that a pass can be asked about: leaves that do not lie behind another end, as the pass would run that
+  // end's node, which nobody has looked at.
+  std::vector<std::int32_t> askable(const std::set<std::int32_t>& ends) const {
+    std::set<std::int32_t> leaves;
+    std::vector<Edge> others;
+    for (const std::int32_t end : ends) {
+      if (at(end).function->num_outputs() == 0) {
+        leaves.insert(end);
+      } else {
+        others.push_back(at(end));
+      }
+    }
+    walk(std::move(others), [&](const Edge& edge) {
+      const auto end = numbers_.find({edge.function.get(), edge.input_nr});
+      if (end != numbers_.end()) leaves.erase(end->second);
+      return true;
+    });
+    return {leaves.begin(), leaves.end()};
+  }
+
   // Those of the ends that receive a gradient from the tensors: a node need not give one for everything it leads to.
   std::vector<std::int32_t> receiving(const std::vector<at::Tensor>& tensors, const std::vector<std::int32_t>& ends) const {
     std::vector<std::int32_t> out, asked;
@@ -274,23 +294,24 @@ Counterparts by_pairs(const std::vector<autograd::variable_list>& rows, std::siz
   return out;
 }
 
-// What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them; only leaves
-// are tried, since a pass to what lies behind another end would run that end's node, which nobody has looked at.
+// What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them.
 std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
   std::vector<std::set<std::int32_t>> out(tensors.size());
   std::map<std::set<std::int32_t>, std::vector<std::size_t>> uncertain;
   for (std::size_t r = 0; r < tensors.size(); ++r) {
     if (!tensors[r].defined()) continue;
     Reach reach = edges.reached_from(tensors[r]);
-    const auto is_leaf = [&](std::int32_t end) { return edges.at(end).function->num_outputs() == 0; };
-    if (confirm && !reach.certain && std::ranges::all_of(reach.ends, is_leaf)) uncertain[reach.ends].push_back(r);
+    if (confirm && !reach.certain) uncertain[reach.ends].push_back(r);
     out[r] = std::move(reach.ends);
   }
   for (const auto& [ends, alike] : uncertain) {
     std::vector<at::Tensor> group;
     for (const std::size_t r : alike) group.push_back(tensors[r]);
-    const std::vector<std::int32_t> found = edges.receiving(group, {ends.begin(), ends.end()});
-    for (const std::size_t r : alike) out[r] = {found.begin(), found.end()};
+    const std::vector<std::int32_t> asked = edges.askable(ends), found = edges.receiving(group, asked);
+    for (const std::int32_t end : asked) {
+      if (std::ranges::binary_search(found, end)) continue;
+      for (const std::size_t r : alike) out[r].erase(end);
+    }
   }
   return out;
 }

@@ -37,7 +37,8 @@ at::Tensor normalized(const at::Tensor& data, at::IntArrayRef axes, const at::Te
   const at::Tensor centred = !centres ? data : data - (history ? data.mean(axes, /*keepdim=*/true) : mean);
   if (!history) return centred * inverse;
   const at::Tensor variance = centred.square().mean(axes, /*keepdim=*/true);
-  return centred * (variance + (inverse.pow(-2) - variance).detach()).rsqrt();
+  const at::Tensor eps = at::nan_to_num(inverse.pow(-2) - variance, 0, at::nullopt, at::nullopt);  // of a variance that overflows
+  return centred * (variance + eps.detach()).rsqrt();
 }
 
 std::vector<std::int64_t> last_axes(std::int64_t count) {

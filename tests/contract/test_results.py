@@ -269,3 +269,27 @@ def test_zeros_and_none_of_derivatives_of_derivatives(name):
     for k, (a, b) in enumerate(zip(ours, theirs)):
         expected = pattern(b, torch.autograd.grad)
         assert [pattern(a, torch.autograd.grad), pattern(a, wengert.grad), pattern(b, wengert.grad)] == [expected] * 3, k
+
+
+@pytest.mark.parametrize("fn", [torch.relu, torch.sin])
+def test_captured_leaves_of_a_node_that_is_called(fn):
+    """The gradient of a norm's derivative has an edge to its bias, along which it gives nothing; what follows may."""
+    x, w, b = torch.randn(2, 3, dtype=D), *(torch.rand(3, dtype=D, requires_grad=True) for _ in range(2))
+    f = lambda x: fn(F.layer_norm(x, (3,), w, b)).square()
+    for name, function in (("jacobian", f), ("hessian", lambda x: f(x).sum())):
+        derivatives = []
+        for module in (wengert, torch_functional):
+            result = getattr(module, name)(function, x, create_graph=True)
+            derivatives.append(torch.autograd.grad(result.sin().sum(), (w, b), allow_unused=True))
+        assert_same(*derivatives, f"derivative of the {name} in what was captured")
+
+
+def test_a_node_that_fails_at_a_gradient_that_nobody_wants():
+    """PyTorch's differentiable gradient of a group norm with a bias alone fails where the bias' gradient is wanted."""
+    x, b = torch.randn(2, 2, 3, dtype=D), torch.rand(2, dtype=D, requires_grad=True)
+    f = lambda x: F.group_norm(x, 1, None, b).sin()
+    for create_graph in (False, True):
+        ours, theirs = (module.jacobian(f, x, create_graph=create_graph) for module in (wengert, torch_functional))
+        assert_same(ours, theirs)
+    loss = lambda x: f(x).sum()
+    assert_same(wengert.hessian(loss, x), torch_functional.hessian(loss, x))

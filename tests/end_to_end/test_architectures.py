@@ -163,8 +163,8 @@ def _(r):
 
     def f(a, w, b, v):
         x1 = x + a * moved
-        parts = [F.layer_norm(x1, (4, 2), w.unsqueeze(1) * v, b.unsqueeze(1) * v), F.group_norm(x1, 2, w, b), F.rms_norm(x1, (2,), v)]
-        return torch.stack(parts).sin()
+        layer = F.layer_norm(x1, (4, 2), w.unsqueeze(1) * v, b.unsqueeze(1) * v)
+        return torch.stack([layer, F.group_norm(x1, 2, w, b), F.rms_norm(x1, (2,), v)]).sin()
 
     return f, (r(1), r(4), r(4), r(2))
 

@@ -77,3 +77,16 @@ def test_masks_inside_other_functions(name, around):
     """Finite points: zeros, ties, and where what is masked is infinite."""
     x = points([v for v in POINTS if abs(v) < 1e4], torch.float64)
     check(AROUND[around](UNARY[name]), (x[x.abs() < 700],), PRODUCTS)
+
+
+@pytest.mark.parametrize("large", [1e100, 1e200, -1e200])
+def test_batch_norm_of_data_whose_variance_overflows(large):
+    """The weight meets data / deviation = 0 there, and so do derivatives of what it meets."""
+    x, w, b = (t.double().requires_grad_() for t in (torch.randn(3, 2), torch.rand(2), torch.randn(2)))
+    with torch.no_grad():
+        x[0, 0] = large
+    y = torch.nn.functional.batch_norm(x, None, None, w, b, training=True)
+    theirs = torch.stack([torch.autograd.grad(v, w, create_graph=True)[0] for v in y.flatten()]).reshape(3, 2, 2)
+    ours = wengert.jacobian(y, w, create_graph=True)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (ours, theirs)))
