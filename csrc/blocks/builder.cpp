@@ -315,7 +315,29 @@ void Builder::force_together(std::span<Value* const> values, const Shape& extent
   emit(std::move(step));
 }
 
+Value Builder::take_still(Value& value, const std::vector<bool>& dead) {
+  std::vector<bool> moves;
+  for (const Read& read : value.operands) {
+    bool any = false;
+    for (std::size_t k = 0; k < dead.size(); ++k) any = any || (dead[k] && read.moves(k));
+    moves.push_back(any);
+  }
+  const auto [moving, still] = pool_.split(value.expr, moves);
+  if (still == fused::kOne) return Value{};
+  Value out = import(still, value.operands);
+  value = import(moving, std::move(value.operands));
+  return out;
+}
+
 Value Builder::contract(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
+  // What stands still multiplies the sum: a softmax's p_i would else make a nest over pairs of sum_j v_j p_j.
+  Value still[] = {take_still(value, dead), take_still(factor, dead)};
+  value = sum(std::move(value), std::move(factor), extents, dead, dtype);
+  for (Value& outside : still) multiply(value, std::move(outside), extents, dtype);
+  return value;
+}
+
+Value Builder::sum(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
   // A dead loop along which only one of the two moves is summed there, so that the other stays lazy.
   const std::size_t n = extents.size();
   std::vector<bool> of_value(n), of_factor(n), of_both(n);

@@ -77,6 +77,9 @@ class Builder {
   Plan finish(std::vector<std::int32_t> results, std::vector<Shape> result_shapes) &&;
 
  private:
+  // Leaves what moves along a dead loop, or along none, and returns the factors that stand still along all of them.
+  Value take_still(Value& value, const std::vector<bool>& dead);
+  Value sum(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype);
   Value iota(std::size_t loop, const Shape& extents);
   void sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const;
   void hoist(Value& value, const Value& other, const Shape& extents, fused::Dtype dtype);

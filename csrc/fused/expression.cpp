@@ -329,6 +329,24 @@ ExprId ExprPool::add(ExprId a, ExprId b) {
   const ExprId args[] = {a, b};
   return apply(Prim::add, args);
 }
+
+std::pair<ExprId, ExprId> ExprPool::split(ExprId product, const std::vector<bool>& inside) {
+  const Node node = nodes_[product];  // a copy: nodes_ grows
+  if (node.kind == Kind::apply && node.prim == Prim::mul) {
+    const auto [a, outside_a] = split(node.args[0], inside);
+    const auto [b, outside_b] = split(node.args[1], inside);
+    if (outside_a == kOne && outside_b == kOne) return {product, kOne};
+    return {mul(a, b), mul(outside_a, outside_b)};
+  }
+  if (node.kind == Kind::apply && node.prim == Prim::neg) {
+    const auto [a, outside] = split(node.args[0], inside);
+    return outside == kOne ? std::pair(product, kOne) : std::pair(a, neg(outside));
+  }
+  const std::vector<std::int32_t> read = operands(product);
+  const bool stays = read.empty() || std::ranges::any_of(read, [&](std::int32_t k) { return inside[k]; });
+  return stays ? std::pair(product, kOne) : std::pair(kOne, product);
+}
+
 ExprId ExprPool::sub(ExprId a, ExprId b) {
   const ExprId args[] = {a, b};
   return apply(Prim::sub, args);

@@ -32,6 +32,8 @@ class ExprPool {
   ExprId pull(ExprId value, ExprId factor) { return multiply(value, factor, true); }
   ExprId div(ExprId a, ExprId b);
   ExprId neg(ExprId a);
+  // A product as (what reads an operand k with inside[k], or no operand at all) * (the rest).
+  std::pair<ExprId, ExprId> split(ExprId product, const std::vector<bool>& inside);
 
   // d prim(args) / d args[arg].  `result` is prim(args) itself.  Uses exactly those of args/result that PyTorch's own formula
   // (derivatives.yaml) saves; the others may be kNone.  Returns kZero for a derivative that is identically zero, kNone where the

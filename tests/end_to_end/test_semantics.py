@@ -551,3 +551,16 @@ def test_ignored_classes_stop_what_is_not_finite(reduction):
     y = torch.nn.functional.nll_loss(z, torch.tensor([0, 1, 0, 2]), ignore_index=0, reduction=reduction)
     bad = torch.tensor([math.inf, 1.0, math.nan, 2.0], dtype=torch.float64)[: y.numel()].reshape(y.shape)
     assert_same(wengert.grad(y, z, bad, retain_graph=True), torch.autograd.grad(y, z, bad, retain_graph=True))
+
+
+@pytest.mark.parametrize("spread", [torch.std, lambda x: x.std(unbiased=False), lambda x: torch.std_mean(x)[0]])
+def test_three_derivatives_of_a_spread_of_equal_values(spread):
+    """What is masked at deviation 0 stays masked in every derivative of it."""
+
+    def third(grad):
+        x = torch.full((4,), 3.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        (first,) = grad(spread(x), x, create_graph=True)
+        (second,) = grad(first.square().sum(), x, create_graph=True)
+        return grad(second.square().sum(), x)
+
+    assert_same(third(wengert.grad), third(torch.autograd.grad), "the third derivative")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 import pytest
 import torch
@@ -161,6 +163,25 @@ def counted(derivative, y, x) -> dict[str, int]:
     _C.reset_counters()
     derivative(y, x)
     return _C.counters()
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "largest"),
+    [
+        (softmax, rows(64), 64),
+        (softmax, rows(3, 64), 3 * 64),
+        (lambda x: x.log_softmax(-1), rows(64), 64),
+        (lambda x: rows(5, 64) @ x.softmax(0), rows(64), 5 * 64),
+    ],
+    ids=["one", "rows", "logarithm", "product"],
+)
+def test_what_stands_still_multiplies_a_sum_from_outside(function, x, largest):
+    """The gradient of a softmax takes one pass over its elements, not one for each of them."""
+    x = x.clone().requires_grad_()
+    y = function(x)
+    plan = _C.plan([(y * rows(*y.shape)).sum()], [x], "gradient")
+    nests = [math.prod(map(int, extents.split(", "))) for extents in re.findall(r"evaluate over \(([\d, ]+)\)", plan)]
+    assert nests and max(nests) <= largest, plan
 
 
 @pytest.mark.parametrize("name", [name for name, row in CASES.items() if row[0] is J])
