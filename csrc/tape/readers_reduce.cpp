@@ -239,7 +239,7 @@ Pullback norm(const Site& s) {
   Reduction r = geometry(s);
   FactorBuilder f(s);
   const double order = s.real(0);
-  if (order == 0) return zero();
+  if (order == 0) return none();
   if (std::isinf(order) && !(s.has(0) && s.slot(0).sizes() == at::IntArrayRef(s.x()))) return opaque();
   const ExprId self = f.read(0, r.axes), result = std::isinf(order) || order == 1 ? kOne : f.read(1);
   if (!f.complete()) return opaque();

@@ -179,6 +179,17 @@ def test_history_does_not_depend_on_what_ran_before():
         assert_same(torch.autograd.grad(jacobian.sum(), x)[0], torch.zeros_like(x), "derivative of the Jacobian")
 
 
+@pytest.mark.parametrize("fn", [lambda x: torch.norm(x, 0), lambda x: torch.linalg.vector_norm(x, 0)])
+def test_what_counts_elements_has_no_gradient(fn):
+    x = torch.rand(3, dtype=D, requires_grad=True)
+    for create_graph in (False, True):
+        assert wengert.grad(fn(x), x, allow_unused=True, create_graph=create_graph) == (None,)
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        wengert.grad(fn(x), x)
+    assert_same(wengert.jacobian(fn, x), torch.zeros(3, dtype=D))
+    assert_same(wengert.jacobian(lambda x: fn(x) + x, x), torch.eye(3, dtype=D))
+
+
 def packed_by(call):
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
