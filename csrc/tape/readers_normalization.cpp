@@ -95,7 +95,7 @@ Pullback over_groups(const Site& s) {
 void take_group_norm(Take& k, const gen::NativeGroupNormBackward0& n) {
   take_normalized(k, [&] {
     const at::Tensor data = k.unpack(n.input_), mean = k.unpack(n.result1_, true), inverse = k.unpack(n.result2_, true);
-    const at::Tensor by_group = data.reshape({mean.size(0), mean.size(1), -1});
+    const at::Tensor by_group = data.unflatten(1, {mean.size(1), data.size(1) / mean.size(1)}).flatten(2);
     return normalized(by_group, {-1}, mean.unsqueeze(-1), inverse.unsqueeze(-1)).reshape(data.sizes());
   });
 }

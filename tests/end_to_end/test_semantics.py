@@ -390,6 +390,19 @@ def test_graph_form_of_nothing_has_the_full_shape():
     assert wengert.jacobian(z.sin().sum(0), z).shape == (3, 0, 3)
 
 
+def test_parameters_of_norms_of_nothing():
+    w, b = (randn(4).requires_grad_() for _ in range(2))
+    norms = {
+        "layer": lambda x: torch.nn.functional.layer_norm(x, (4, 2), w[:, None].expand(4, 2), b[:, None].expand(4, 2)),
+        "group": lambda x: torch.nn.functional.group_norm(x, 2, w, b),
+        "batch": lambda x: torch.nn.functional.batch_norm(x, randn(4), randn(4).exp(), w, b, training=False),
+    }
+    for name, norm in norms.items():
+        y = norm(randn(0, 4, 2))
+        for g in wengert.grad(y, (w, b), randn(3, *y.shape), is_grads_batched=True):
+            assert_same(g, torch.zeros(3, 4, dtype=torch.float64, device=DEVICE), name)
+
+
 def test_graph_form_tells_unused_inputs():
     x, z = randn(3).requires_grad_(), randn(2).requires_grad_()
     y = x.exp()
