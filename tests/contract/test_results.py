@@ -254,6 +254,7 @@ def test_results_lead_to_captured_leaves_where_pytorchs_do(fn, vectorize):
 WEIGHT = torch.linspace(-1, 1, 3, dtype=D).reshape(1, 1, 3)
 PIECEWISE_LINEAR = {  # with nodes that have an edge to x in their second derivative, but give nothing along it
     "convolution": lambda x, z: torch.relu(F.conv1d(x[None, None], WEIGHT)) + z[:2].sum(),
+    "summed convolution": lambda x, z: torch.relu(F.conv1d(x[None, None], WEIGHT)).sum(-1) * z[0],
     "pooled convolution": lambda x, z: F.max_pool1d(torch.relu(F.conv1d(x[None, None], WEIGHT, padding=1)), 2) * z[0],
     "minimum": lambda x, z: torch.minimum(x.log_softmax(0).square(), z),
 }
