@@ -106,31 +106,28 @@ class EndEdges {
     return reach;
   }
 
-  // Those of some ends that a pass can be asked about: leaves that do not lie behind another end, as the pass would run that
-  // end's node, which nobody has looked at.
-  std::vector<std::int32_t> askable(const std::set<std::int32_t>& ends) const {
-    std::set<std::int32_t> leaves;
-    std::vector<Edge> others;
+  // Those of some ends that a pass can be asked about: that do not lie behind another, as the pass would run the other's node,
+  // which nobody has looked at.
+  std::vector<std::int32_t> askable(std::set<std::int32_t> ends) const {
+    std::vector<Edge> beyond;
     for (const std::int32_t end : ends) {
-      if (at(end).function->num_outputs() == 0) {
-        leaves.insert(end);
-      } else {
-        others.push_back(at(end));
-      }
+      const autograd::edge_list& next = at(end).function->next_edges();
+      beyond.insert(beyond.end(), next.begin(), next.end());
     }
-    walk(std::move(others), [&](const Edge& edge) {
+    walk(std::move(beyond), [&](const Edge& edge) {
       const auto end = numbers_.find({edge.function.get(), edge.input_nr});
-      if (end != numbers_.end()) leaves.erase(end->second);
+      if (end != numbers_.end()) ends.erase(end->second);
       return true;
     });
-    return {leaves.begin(), leaves.end()};
+    return {ends.begin(), ends.end()};
   }
 
-  // Those of the ends that receive a gradient from the tensors: a node need not give one for everything it leads to.
-  std::vector<std::int32_t> receiving(const std::vector<at::Tensor>& tensors, const std::vector<std::int32_t>& ends) const {
-    std::vector<std::int32_t> out, asked;
-    for (const std::int32_t end : ends) (has_hooks(*at(end).function) ? out : asked).push_back(end);
-    if (asked.empty()) return out;
+  // Those of the ends, to which the tensors lead, that receive no gradient from them all the same, as far as can be asked: a node
+  // need not give one for everything it leads to.
+  std::vector<std::int32_t> deprived(const std::vector<at::Tensor>& tensors, const std::set<std::int32_t>& ends) const {
+    std::vector<std::int32_t> asked = askable(ends);
+    std::erase_if(asked, [&](std::int32_t end) { return has_hooks(*at(end).function); });
+    if (asked.empty()) return {};
     const Unnoticed unnoticed;
     autograd::variable_list ones;
     autograd::edge_list from, to;
@@ -142,13 +139,14 @@ class EndEdges {
     try {
       const auto found = autograd::Engine::get_default_engine().execute(from, ones, /*keep_graph=*/true, /*create_graph=*/false,
                                                                         /*accumulate_grad=*/false, to);
+      std::vector<std::int32_t> out;
       for (std::size_t k = 0; k < asked.size(); ++k) {
-        if (found[k].defined()) out.push_back(asked[k]);
+        if (!found[k].defined()) out.push_back(asked[k]);
       }
+      return out;
     } catch (const c10::Error&) {  // there is no derivative of this derivative
+      return asked;
     }
-    std::ranges::sort(out);
-    return out;
   }
 
  private:
@@ -307,9 +305,7 @@ std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::ve
   for (const auto& [ends, alike] : uncertain) {
     std::vector<at::Tensor> group;
     for (const std::size_t r : alike) group.push_back(tensors[r]);
-    const std::vector<std::int32_t> asked = edges.askable(ends), found = edges.receiving(group, asked);
-    for (const std::int32_t end : asked) {
-      if (std::ranges::binary_search(found, end)) continue;
+    for (const std::int32_t end : edges.deprived(group, ends)) {
       for (const std::size_t r : alike) out[r].erase(end);
     }
   }
@@ -361,7 +357,11 @@ History::History(const Edges& ends, const Counterparts& theirs, const std::vecto
     : ties_(ours.size()) {
   const EndEdges edges(ends);
   const std::vector<std::set<std::int32_t>> reached = ends_of(edges, ours, confirm);
-  std::map<std::vector<std::int32_t>, std::vector<std::int32_t>> groups;  // of results that lack the same
+  struct Group {
+    std::vector<std::int32_t> results;
+    std::set<std::int32_t> wanted;
+  };
+  std::map<std::vector<std::int32_t>, Group> groups;  // of results that lack the same
   for (std::size_t r = 0; r < theirs.size(); ++r) {
     std::set<std::int32_t> wanted;
     for (const at::Tensor& tensor : theirs[r]) {
@@ -377,13 +377,18 @@ History::History(const Edges& ends, const Counterparts& theirs, const std::vecto
     }
     std::vector<std::int32_t> missing;
     std::ranges::set_difference(wanted, reached[r], std::back_inserter(missing));
-    if (!missing.empty() || !requires_grad(ours[r])) groups[missing].push_back(result);
+    if (missing.empty() && requires_grad(ours[r])) continue;
+    Group& group = groups[missing];
+    group.results.push_back(result);
+    group.wanted.merge(wanted);
   }
-  for (const auto& [missing, results] : groups) {
+  for (const auto& [missing, group] : groups) {
     std::vector<at::Tensor> rows;
-    for (const std::int32_t r : results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
-    const std::vector<std::int32_t> confirmed = confirm ? edges.receiving(rows, missing) : missing;
-    for (const std::int32_t r : results) ties_[r] = {.any = true, .ends = confirmed};
+    for (const std::int32_t r : group.results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
+    const std::vector<std::int32_t> deprived = confirm ? edges.deprived(rows, group.wanted) : std::vector<std::int32_t>();
+    std::vector<std::int32_t> ends = missing;
+    std::erase_if(ends, [&](std::int32_t end) { return std::ranges::binary_search(deprived, end); });
+    for (const std::int32_t r : group.results) ties_[r] = {.any = true, .ends = ends};
   }
 }
 

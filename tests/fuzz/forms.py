@@ -115,7 +115,8 @@ def graph(case: Case) -> None:
     if case.program.repeated or not any(t.requires_grad for t in leaves(y)):
         return
     got = wengert.jacobian(y, leaf)
-    case.same(got, case.jacobian.value, "graph form")
+    alike = all(a.stride() == b.stride() for a, b in zip(leaf, case.xs))  # select_scatter writes into what overlaps
+    case.same(got, case.jacobian.value if alike else F.jacobian(case.f, leaf), "graph form")
     kept = overwritten(got)
     case.same(leaves(wengert.jacobian(y, leaf)), kept, "graph form again", exactly=True)
     total = weighted_sum(y)

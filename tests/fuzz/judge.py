@@ -78,6 +78,8 @@ def same_calls(tol: Tolerant, ours: Callable[[], Any], theirs: Callable[[], Any]
         tol.same(got.value, expected.value, where)
         return expected.value
     if got.error is None:
+        if "is not implemented" in str(expected.error):  # a derivative of a derivative that turns out not to be needed
+            return None
         raise Mismatch(f"{where}: returned where PyTorch {expected.describe()}")
     if not same_error(got.error, expected.error):
         raise Mismatch(f"{where}: {got.describe()} where PyTorch {expected.describe()}") from got.error

@@ -482,6 +482,8 @@ def _check_forward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """
     if any(y.dtype is not x.dtype for y in outputs for x in inputs):
         raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
+    if not all(t.numel() for t in (*outputs, *inputs)):
+        raise Refused("a tensor without elements in forward mode")  # which mostly raises
     differs, masks = _engine.forward_mode(outputs)
     if differs:
         raise Refused(f"forward mode through {differs}")
