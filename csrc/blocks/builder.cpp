@@ -330,10 +330,14 @@ Value Builder::take_still(Value& value, const std::vector<bool>& dead) {
 }
 
 Value Builder::contract(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
-  // What stands still multiplies the sum: a softmax's p_i would else make a nest over pairs of sum_j v_j p_j.
-  Value still[] = {take_still(value, dead), take_still(factor, dead)};
+  // What stands still multiplies the sum: a softmax's p_i would else make a nest over pairs of sum_j v_j p_j.  But what a mask
+  // keeps away from the sum may be infinite or nan, so that it stays before the sum too.
+  const auto outside = [&](Value& of) {
+    return pool_.masks(value.expr) || pool_.masks(factor.expr) ? Value{} : take_still(of, dead);
+  };
+  Value still[] = {outside(value), take_still(factor, dead)};
   value = sum(std::move(value), std::move(factor), extents, dead, dtype);
-  for (Value& outside : still) multiply(value, std::move(outside), extents, dtype);
+  for (Value& part : still) multiply(value, std::move(part), extents, dtype);
   return value;
 }
 
@@ -342,10 +346,11 @@ Value Builder::sum(Value value, Value factor, const Shape& extents, const std::v
   const std::size_t n = extents.size();
   std::vector<bool> of_value(n), of_factor(n), of_both(n);
   bool any_value = false, any_factor = false, any_both = false;
+  const bool masked = pool_.masks(factor.expr);
   double repeats = 1;
   for (std::size_t k = 0; k < n; ++k) {
     if (!dead[k]) continue;
-    const bool v = value.moves(k), f = factor.moves(k);
+    const bool f = factor.moves(k), v = value.moves(k) || (f && masked);
     if (v && f) of_both[k] = any_both = true;
     if (v && !f) of_value[k] = any_value = true;
     if (!v && f) of_factor[k] = any_factor = true;

@@ -30,6 +30,7 @@ class ExprPool {
   ExprId mul(ExprId value, ExprId factor) { return multiply(value, factor, nodes_[value].masks); }
   // The same where value is what arrives at a node (kOne: a factor is being written down): masks apply to it, whatever follows.
   ExprId pull(ExprId value, ExprId factor) { return multiply(value, factor, true); }
+  bool masks(ExprId factor) const { return nodes_[factor].masks; }  // what it is multiplied with
   ExprId div(ExprId a, ExprId b);
   ExprId neg(ExprId a);
   // A product as (what reads an operand k with inside[k], or no operand at all) * (the rest).

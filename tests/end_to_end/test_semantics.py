@@ -577,3 +577,21 @@ def test_three_derivatives_of_a_spread_of_equal_values(spread):
         return grad(second.square().sum(), x)
 
     assert_same(third(wengert.grad), third(torch.autograd.grad), "the third derivative")
+
+
+@pytest.mark.parametrize(
+    "after",
+    [lambda s: (s * s.sum()).sum(), lambda s: torch.atan2(s.tanh(), s.tanh().sum()).sum(), lambda s: (s + 1).prod()],
+    ids=["times its sum", "atan2", "prod"],
+)
+def test_a_sum_of_what_is_masked_stays_behind_its_mask(after):
+    """Attention to nothing: the softmax is nan, and what it multiplies is masked before it is summed."""
+    x, v = torch.rand(3, dtype=torch.float64, device=DEVICE), torch.rand(3, dtype=torch.float64, device=DEVICE)
+    nothing = torch.ones(3, dtype=torch.bool, device=DEVICE)
+
+    def f(x):
+        return after(x.exp().masked_fill(nothing, -torch.inf).softmax(0).nan_to_num())
+
+    for name in ("hvp", "vhp"):
+        assert_same(getattr(wengert, name)(f, x, v), getattr(torch.autograd.functional, name)(f, x, v))
+    assert_same(wengert.hessian(f, x), torch.autograd.functional.hessian(f, x))
