@@ -2,6 +2,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/grad_mode.h>
