@@ -332,10 +332,8 @@ Value Builder::take_still(Value& value, const std::vector<bool>& dead) {
 Value Builder::contract(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype) {
   // What stands still multiplies the sum: a softmax's p_i would else make a nest over pairs of sum_j v_j p_j.  But what a mask
   // keeps away from the sum may be infinite or nan, so that it stays before the sum too.
-  const auto outside = [&](Value& of) {
-    return pool_.masks(value.expr) || pool_.masks(factor.expr) ? Value{} : take_still(of, dead);
-  };
-  Value still[] = {outside(value), take_still(factor, dead)};
+  if (pool_.masks(value.expr) || pool_.masks(factor.expr)) return sum(std::move(value), std::move(factor), extents, dead, dtype);
+  Value still[] = {take_still(value, dead), take_still(factor, dead)};
   value = sum(std::move(value), std::move(factor), extents, dead, dtype);
   for (Value& part : still) multiply(value, std::move(part), extents, dtype);
   return value;
