@@ -595,3 +595,10 @@ def test_a_sum_of_what_is_masked_stays_behind_its_mask(after):
     for name in ("hvp", "vhp"):
         assert_same(getattr(wengert, name)(f, x, v), getattr(torch.autograd.functional, name)(f, x, v))
     assert_same(wengert.hessian(f, x), torch.autograd.functional.hessian(f, x))
+
+
+@pytest.mark.parametrize("f", [torch.norm, lambda x: torch.nn.functional.normalize(x, dim=0).sum()], ids=["norm", "normalize"])
+def test_second_products_of_a_norm_at_zero(f):
+    """Finite in a direction, though the Hessian is not."""
+    x, v = torch.zeros(3, dtype=torch.float64, device=DEVICE), torch.rand(3, dtype=torch.float64, device=DEVICE)
+    assert_same(wengert.hvp(f, x, v), torch.autograd.functional.hvp(f, x, v))
