@@ -57,12 +57,13 @@ def fresh_leaves(inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor
     return _grad_preprocess(inputs, create_graph, True)
 
 
-def of_function(name: str, method: Callable[..., Any], func: Callable[..., Any], inputs: Any, create_graph: bool) -> Any:
+def of_function(name: str, method: Callable[..., Any], func: Callable[..., Any], inputs: Any, special: bool) -> Any:
     """The function form in one native call, counted under `name`: the result where it is one plain tensor of one.
 
-    None where nothing has been done; a triple (leaf, output, reason) for `values` where the function has run all the same.
+    None where nothing has been done, as for whatever is `special`; a triple (leaf, output, reason) for `values` where the
+    function has run all the same.
     """
-    if create_graph or type(inputs) is not Tensor:
+    if special or type(inputs) is not Tensor:
         return None
     result = method(func, inputs)
     if type(result) is Tensor:
@@ -80,6 +81,11 @@ def values(
     is_tuple, given = as_tuple(inputs, "inputs", name)
     leaves = fresh_leaves(given, create_graph)
     return is_tuple, leaves, func(*leaves), None
+
+
+def refusal_of(strategy: str) -> str | None:
+    """Why nothing of this moment can run on the engine with the strategy of a function form, or None."""
+    return "forward-mode strategy" if strategy != "reverse-mode" else refusal()
 
 
 def count_fallback(name: str, reason: str) -> None:

@@ -69,12 +69,12 @@ def jacobian(
     if isinstance(func, _COMPUTED):
         _reject_function_options(strict, vectorize, strategy)
         return _graph_jacobian(func, inputs, create_graph, allow_unused)
-    plain = strategy == "reverse-mode" and not strict
-    begun = _engine.of_function("jacobian", C.jacobian_of, func, inputs, create_graph) if plain else None
+    special = create_graph or strict or strategy != "reverse-mode"
+    begun = _engine.of_function("jacobian", C.jacobian_of, func, inputs, special)
     if type(begun) is Tensor:
         return begun
     if begun is None:
-        reason = "forward-mode strategy" if strategy != "reverse-mode" else _refusal()
+        reason = _engine.refusal_of(strategy)
         if reason is not None:
             _engine.count_fallback("jacobian", reason)
             return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
@@ -173,12 +173,12 @@ def hessian(
     if isinstance(func, _COMPUTED):
         _reject_function_options(strict, vectorize, outer_jacobian_strategy)
         return _graph_hessian(func, inputs, create_graph, allow_unused)
-    plain = outer_jacobian_strategy == "reverse-mode" and not strict
-    begun = _engine.of_function("hessian", C.hessian_of, func, inputs, create_graph) if plain else None
+    special = create_graph or strict or outer_jacobian_strategy != "reverse-mode"
+    begun = _engine.of_function("hessian", C.hessian_of, func, inputs, special)
     if type(begun) is Tensor:
         return begun
     if begun is None:
-        reason = "forward-mode strategy" if outer_jacobian_strategy != "reverse-mode" else _refusal()
+        reason = _engine.refusal_of(outer_jacobian_strategy)
         if reason is not None or (strict and vectorize):
             _engine.count_fallback("hessian", reason or "strict and vectorize together")
             return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)
