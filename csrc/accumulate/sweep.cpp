@@ -90,7 +90,7 @@ class Sweep {
       for (std::size_t o = 0; o < states.size(); ++o) {
         pullbacks[e].push_back(
             states[o].reached ? tape::describe(tape_, node, static_cast<int>(o), static_cast<int>(active[e]), builder_.pool())
-                              : tape::Pullback{.kind = tape::Kind::none, .terms = {}, .local = {}});
+                              : tape::Pullback{.kind = tape::Kind::none, .terms = {}, .after = {}, .local = {}});
         tape::Pullback& pullback = pullbacks[e].back();
         // With one row there is nothing to keep tied, and one call serves all inputs.
         if (pullback.kind == tape::Kind::local && single_row) pullback.kind = tape::Kind::opaque;
@@ -113,6 +113,7 @@ class Sweep {
       for (std::size_t o = 0; o < states.size(); ++o) {
         const tape::Pullback& pullback = pullbacks[e][o];
         if (pullback.kind <= tape::Kind::zero) continue;
+        BlockList sum;  // of the terms, where something comes after it
         for (Block& block : states[o].list.blocks()) {
           if (pullback.kind == tape::Kind::local) {
             deliver(call_local(n, o, active[e], pullback.local, block), target);
@@ -120,8 +121,17 @@ class Sweep {
           }
           for (const tape::Term& term : pullback.terms) {
             Block given = uses == 1 ? std::move(block) : block;  // a chain's operands are many, and copied at every node
-            for (Block& pulled : blocks::pull(builder_, std::move(given), term)) deliver(std::move(pulled), target);
+            for (Block& pulled : blocks::pull(builder_, std::move(given), term)) {
+              if (pullback.after.empty()) {
+                deliver(std::move(pulled), target);
+              } else {
+                sum.add(builder_, std::move(pulled));
+              }
+            }
           }
+        }
+        for (Block& block : sum.blocks()) {
+          for (Block& pulled : blocks::pull(builder_, std::move(block), pullback.after)) deliver(std::move(pulled), target);
         }
       }
     }

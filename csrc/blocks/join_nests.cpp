@@ -11,10 +11,14 @@ constexpr std::size_t kMostOutputs = 8;  // of a joined nest: a thread holds the
 constexpr int kMostSideBySide = 256;     // instructions of nests that only read the same
 constexpr std::size_t kMostPassed = 16;  // steps that a nest overtakes
 
+// Which called nodes a value was computed from: a bit for each call, of which the 65th shares that of the first, and so on.
+using Calls = std::uint64_t;
+
 // A step, and what its program became if it is a nest that took in others.
 struct Placed {
   Step step;
   Touched touched;
+  Calls calls = 0;
   std::optional<fused::ExprPool> pool;
   std::vector<fused::OutputSpec> outputs;
 };
@@ -97,7 +101,8 @@ std::vector<fused::OutputSpec> permuted(std::vector<fused::OutputSpec> outputs, 
 
 class Joiner {
  public:
-  Joiner(Plan& plan, const Abilities& abilities) : plan_(plan), abilities_(abilities), readers_(plan.slots.size()) {
+  Joiner(Plan& plan, const Abilities& abilities)
+      : plan_(plan), abilities_(abilities), readers_(plan.slots.size()), calls_(plan.slots.size()) {
     for (std::int32_t result : plan.results) {
       if (result >= 0) ++readers_[result];
     }
@@ -118,20 +123,25 @@ class Joiner {
  private:
   void place(Step step) {
     Touched mine = touched(step);
+    Calls calls = 0;
+    for (std::int32_t slot : mine.read) calls |= calls_[slot];
+    if (std::holds_alternative<CallNode>(step)) calls |= Calls(1) << (calls_made_++ % 64);
+    for (std::int32_t slot : mine.written) calls_[slot] |= calls;
     std::vector<fused::OutputSpec> outputs;
     if (const auto* nest = std::get_if<Evaluate>(&step)) {
       outputs = nest->program->outputs();
       const std::size_t passed = std::min(kMostPassed, placed_.size());
       for (std::size_t back = 1; back <= passed; ++back) {
         Placed& other = placed_[placed_.size() - back];
-        if (std::holds_alternative<Evaluate>(other.step) && take_in(other, *nest, mine)) return;
+        if (std::holds_alternative<Evaluate>(other.step) && take_in(other, *nest, mine, calls)) return;
         if (meet(mine.read, other.touched.written) || meet(mine.written, other.touched.read) ||
             meet(mine.written, other.touched.written)) {
           break;
         }
       }
     }
-    placed_.push_back({.step = std::move(step), .touched = std::move(mine), .pool = {}, .outputs = std::move(outputs)});
+    placed_.push_back(
+        {.step = std::move(step), .touched = std::move(mine), .calls = calls, .pool = {}, .outputs = std::move(outputs)});
   }
 
   // Copies into zeros are written together with the zeros.
@@ -167,7 +177,7 @@ class Joiner {
     return std::nullopt;
   }
 
-  bool take_in(Placed& placed, const Evaluate& given, const Touched& mine) {
+  bool take_in(Placed& placed, const Evaluate& given, const Touched& mine, Calls calls) {
     auto& first = std::get<Evaluate>(placed.step);
     const fused::Program& program = *given.program;
     if (first.program->compute() != program.compute()) return false;
@@ -212,6 +222,9 @@ class Joiner {
       stored += !dropped[o];
     }
     if (stored > kMostOutputs) return false;
+    // A result that is differentiated again leads to what its nest reads, and where it leads to a call whose derivative PyTorch
+    // does not have, that raises.
+    if (stored > second.targets.size() && calls != placed.calls) return false;
 
     if (!placed.pool) placed.pool = first.program->pool();
     std::vector<fused::ExprId> leaves;
@@ -238,6 +251,7 @@ class Joiner {
       if (both || std::ranges::find(placed.touched.written, slot) != placed.touched.written.end()) --readers_[slot];
     }
     placed.touched = touched(placed.step);
+    placed.calls = calls;
     return true;
   }
 
@@ -260,6 +274,8 @@ class Joiner {
   Plan& plan_;
   const Abilities& abilities_;
   std::vector<int> readers_;  // per slot: steps that read it, and results that are it
+  std::vector<Calls> calls_;  // per slot
+  int calls_made_ = 0;
   std::vector<Placed> placed_;
 };
 

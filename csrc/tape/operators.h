@@ -90,6 +90,7 @@ enum class Kind : std::uint8_t {
 struct Pullback {
   Kind kind = Kind::opaque;
   std::vector<Term> terms;
+  Term after;  // applied to the sum of the terms, for formulas that subtract before they multiply
   Local local;
 };
 

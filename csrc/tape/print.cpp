@@ -58,6 +58,12 @@ struct Printer {
     out << "reshape";
     list(reshape.in_shape);
   }
+  void term(const Term& term) {
+    for (std::size_t q = 0; q < term.size(); ++q) {
+      if (q) out << " . ";
+      std::visit([this](const auto& one) { step(one); }, term[q]);
+    }
+  }
   void pullback(const Pullback& pullback) {
     switch (pullback.kind) {
       case Kind::none:
@@ -77,10 +83,11 @@ struct Printer {
         for (std::size_t k = 0; k < pullback.terms.size(); ++k) {
           if (k) out << " + ";
           if (pullback.terms[k].empty()) out << "identity";
-          for (std::size_t q = 0; q < pullback.terms[k].size(); ++q) {
-            if (q) out << " . ";
-            std::visit([this](const auto& one) { step(one); }, pullback.terms[k][q]);
-          }
+          term(pullback.terms[k]);
+        }
+        if (!pullback.after.empty()) {
+          out << ", then ";
+          term(pullback.after);
         }
         return;
     }

@@ -107,7 +107,15 @@ void add_max_pool(Table& t, const char* name) {
 
 // Matrices: batch axes stand before the last two.
 Pullback matrix(const Site& s) { return local_batch(s, 2, 2); }
-Pullback determinant(const Site& s) { return local_batch(s, 0, 2); }
+// An entry of a matrix moves one determinant, so that the node's answer to ones is the whole derivative.  Called batched it would
+// go through singular values, whose own derivative does not exist where two are equal, as those of the identity are.
+Pullback determinant(const Site& s) {
+  if (!s.has(0) || s.slot(0).sizes() != at::IntArrayRef(s.x())) return local_batch(s, 0, 2);
+  Reduction r = reduction(s.x(), {rank(s.x()) - 2, rank(s.x()) - 1}, /*keepdim=*/false);
+  FactorBuilder f(s);
+  const fused::ExprId entry = f.read(0, r.axes);
+  return f.finish(entry, std::move(r.loops), std::move(r.axes));
+}
 // Decompositions give vectors and matrices: whatever follows the batch axes of the input belongs to the matrix.
 Pullback decomposition(const Site& s) { return leading(s, rank(s.x()) - 2); }
 // Solutions of equations: y and the right-hand side are matrices, or vectors where they lack an axis of A.
@@ -117,9 +125,12 @@ Pullback solution(const Site& s) {  // ints: rank of A
 }
 
 void add_linear_algebra(Table& t) {
-  t.add<gen::LinalgDetBackward0>("LinalgDetBackward0", [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
-  t.add<gen::LinalgSlogdetBackward0>("LinalgSlogdetBackward0",
-                                     [](const Site& s) { return s.output < 2 ? determinant(s) : opaque(); });
+  t.add<gen::LinalgDetBackward0>(
+      "LinalgDetBackward0", [](Take& k, const gen::LinalgDetBackward0&) { tabulate(k, 1); },
+      [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
+  t.add<gen::LinalgSlogdetBackward0>(  // gives the sign, which does not move, and the logarithm
+      "LinalgSlogdetBackward0", [](Take& k, const gen::LinalgSlogdetBackward0&) { tabulate(k, 1, 1); },
+      [](const Site& s) { return s.output == 1 ? determinant(s) : opaque(); });
   t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
   t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);
   t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", matrix);

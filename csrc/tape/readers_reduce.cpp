@@ -107,34 +107,32 @@ void take_spread(Take& k, const N& n) {
   k.derived(mean_of(k, self));
 }
 
-// Two terms: y's own coordinate, and a new loop over the axis.  Slot 0 is the result.
-Pullback softmax(const Site& s, bool logarithm) {
+// The derivative of softmax and log_softmax, whose result p or log p is the slot:
+//   softmax:      dy_i = p_i (dx_i - sum_k p_k dx_k)    pulled back:  (v_i - sum_k v_k p_k) p_i
+//   log_softmax:  dy_i = dx_i - sum_k p_k dx_k          pulled back:  v_i - p_i sum_k v_k
+// The difference comes before the product: where probabilities are 0 and 1 it cancels exactly, which rounded products would not.
+Pullback softmax(const Site& s, bool logarithm, int slot) {
   const int rank = static_cast<int>(s.x().size());
   if (rank == 0) return opaque();
   const int axis = wrap_axis(s.integer(0), rank);
   Axes along_loop = own_axes(rank);
   along_loop[axis] = along(rank);
-  FactorBuilder diagonal(s), outer(s);
-  const ExprId own = diagonal.read(0), at_loop = outer.read(0, along_loop);
-  const ExprId at_output = outer.read(0);
-  if (!diagonal.complete()) return opaque();
-  Pullback first, second;
-  if (logarithm) {
-    first = identity();
-    second = outer.finish(s.pool.neg(outer.apply(Prim::exp, at_loop)), {s.x()[axis]}, along_loop);
-  } else {
-    first = diagonal.finish(own);
-    second = outer.finish(s.pool.neg(s.pool.mul(at_output, at_loop)), {s.x()[axis]}, along_loop);
-  }
-  first.terms.push_back(std::move(second.terms[0]));
-  return first;
+  FactorBuilder outer(s), diagonal(s);
+  const ExprId shares = logarithm ? outer.apply(Prim::exp, outer.read(slot, along_loop)) : outer.read(slot);
+  const ExprId factor = logarithm ? kOne : diagonal.read(slot);
+  if (!outer.complete()) return opaque();
+  Pullback result = identity();
+  result.terms.push_back(std::move(outer.finish(s.pool.neg(shares), {s.x()[axis]}, along_loop).terms[0]));
+  if (!logarithm) result.after = std::move(diagonal.finish(factor).terms[0]);
+  return result;
 }
 
 // The ops that softmax's backward is made of; slots grad_output (g), output (o).
 //   softmax:      y = (g - sum_k g_k o_k) o       log_softmax:  y = g - exp(o) sum_k g_k
 Pullback softmax_backward(const Site& s, bool logarithm) {
   const int rank = static_cast<int>(s.x().size());
-  if (rank == 0) return opaque();
+  if (rank == 0 || !s.has(1)) return opaque();
+  if (s.input == 0 && !logarithm) return softmax(s, false, 1);
   const int axis = wrap_axis(s.integer(0), rank);
   const std::vector<std::int64_t> loops = {s.x()[axis]};
   Axes at_loop = own_axes(rank);
@@ -142,20 +140,12 @@ Pullback softmax_backward(const Site& s, bool logarithm) {
   Pullback result = terms({});
   const auto add = [&](Pullback part) { result.terms.push_back(std::move(part.terms.at(0))); };
   if (s.input == 0) {
-    if (!s.has(1)) return opaque();
     FactorBuilder outer(s);
-    const ExprId o = outer.read(1);
-    if (logarithm) {
-      add(identity());
-      add(outer.finish(s.pool.neg(outer.apply(Prim::exp, o)), loops, at_loop));
-    } else {
-      FactorBuilder diagonal(s);
-      add(diagonal.finish(diagonal.read(1)));
-      add(outer.finish(s.pool.neg(s.pool.mul(o, outer.read(1, at_loop))), loops, at_loop));
-    }
+    add(identity());
+    add(outer.finish(s.pool.neg(outer.apply(Prim::exp, outer.read(1))), loops, at_loop));
     return result;
   }
-  if (!s.has(0) || !s.has(1)) return opaque();
+  if (!s.has(0)) return opaque();
   FactorBuilder total(s);
   const ExprId g_loop = total.read(0, at_loop);
   if (logarithm) {
@@ -357,9 +347,9 @@ void add_reductions(Table& t) {
         k.result(n.result0_);
       },
       [](const Site& s) { return s.output == 0 ? spread(s, true) : mean(s); });
-  add_softmax<gen::SoftmaxBackward0>(t, "SoftmaxBackward0", [](const Site& s) { return softmax(s, false); });
-  add_softmax<gen::SafeSoftmaxBackward0>(t, "SafeSoftmaxBackward0", [](const Site& s) { return softmax(s, false); });
-  add_softmax<gen::LogSoftmaxBackward0>(t, "LogSoftmaxBackward0", [](const Site& s) { return softmax(s, true); });
+  add_softmax<gen::SoftmaxBackward0>(t, "SoftmaxBackward0", [](const Site& s) { return softmax(s, false, 0); });
+  add_softmax<gen::SafeSoftmaxBackward0>(t, "SafeSoftmaxBackward0", [](const Site& s) { return softmax(s, false, 0); });
+  add_softmax<gen::LogSoftmaxBackward0>(t, "LogSoftmaxBackward0", [](const Site& s) { return softmax(s, true, 0); });
   t.add<gen::SoftmaxBackwardDataBackward0>("SoftmaxBackwardDataBackward0",
                                            take_softmax_backward<gen::SoftmaxBackwardDataBackward0>,
                                            [](const Site& s) { return softmax_backward(s, false); });

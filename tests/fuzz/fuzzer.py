@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import random
@@ -71,6 +72,9 @@ def check(program: Any, content: int, name: str) -> str | None:
         # Rounding: a result that itself moves as much is not wrong, whoever computed it.
         if error.by is not None and (error.by < 1e-3 or not near_a_kink(case)) and rounding(case, FORMS[name].order) > error.by:
             return None
+        # After an overflow on the way it is the order of the operations that decides between inf, nan and 0.
+        if error.by is not None and not math.isfinite(error.by) and overflowing(case):
+            return None
         return first_line(error)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
@@ -87,11 +91,20 @@ def rounding(case: Any, order: int) -> float:
     from judge import moves
 
     derivative = torch.autograd.functional.jacobian if order == 1 else torch.autograd.functional.hessian
-    evaluated = [case.xs, *case.samples] if "samples" in vars(case) else [case.xs]
     try:
-        return 100 * max(moves(lambda xs: derivative(case.f if order == 1 else case.scalar, xs), xs) for xs in evaluated)
+        return 100 * max(moves(lambda xs: derivative(case.f if order == 1 else case.scalar, xs), xs) for xs in evaluated(case))
     except RuntimeError:
         return 0.0
+
+
+def evaluated(case: Any) -> list[Any]:
+    return [case.xs, *case.samples] if "samples" in vars(case) else [case.xs]
+
+
+def overflowing(case: Any) -> bool:
+    from judge import overflows
+
+    return any(overflows(case.scalar, xs) for xs in evaluated(case))
 
 
 def near_a_kink(case: Any) -> bool:

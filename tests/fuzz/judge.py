@@ -100,6 +100,24 @@ def moves(call: Callable[[tuple[torch.Tensor, ...]], Any], xs: tuple[torch.Tenso
     return worst
 
 
+def overflows(f: Callable[..., torch.Tensor], xs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a number with one element, or its gradient, is computed from numbers that are not finite or whose product is not."""
+    beyond = False
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        nonlocal beyond
+        # The magnitude's square overflows; nan compares as False.
+        beyond = beyond or (t.is_floating_point() and not bool((t.detach().abs() < torch.finfo(t.dtype).max ** 0.5).all()))
+        return t
+
+    leaves = tuple(x.detach().requires_grad_() for x in xs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = f(*leaves)
+        if y.requires_grad:
+            torch.autograd.grad(y, leaves, create_graph=True, allow_unused=True)
+    return beyond
+
+
 def weights(t: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
     """Numbers that weigh every entry differently."""
     k = torch.arange(t.numel(), dtype=FLOAT)
