@@ -260,14 +260,26 @@ std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const bl
     const auto* call = std::get_if<blocks::CallNode>(&other);
     return call != nullptr && call->node == step.node;
   };
-  if (std::ranges::count_if(plan.steps, of_node) == 1) throw nothing;
-  // Another call may well give something, and PyTorch's sum of both would be that.
+  if (std::ranges::count_if(plan.steps, of_node) == 1 &&
+      std::ranges::none_of(nothing.edges, [&](std::size_t edge) { return is_read(step.node, static_cast<int>(edge)); })) {
+    throw nothing;
+  }
+  // Another call, or what is read of another output, may well give something, and PyTorch's sum of both would be that.
   if (!plan.none_is_zero) throw tape::Unsupported("a node that gave no gradient for an input");
   for (const std::size_t j : nothing.edges) {
     const blocks::Slot& slot = plan.slots[step.results[j]];
     results[j] = at::zeros(slot.shape, at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device));
   }
   return results;
+}
+
+bool Calls::is_read(std::int32_t node, int edge) const {
+  fused::ExprPool pool;
+  const tape::Node& of = tape_.nodes[node];
+  for (int output = 0; output < std::ssize(of.outputs); ++output) {
+    if (tape::describe(tape_, of, output, edge, pool).kind == tape::Kind::terms) return true;
+  }
+  return false;
 }
 
 // No custom Function is called after it: nobody will ask for its results again.

@@ -130,7 +130,7 @@ void add_linear_algebra(Table& t) {
       [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
   t.add<gen::LinalgSlogdetBackward0>(  // gives the sign, which does not move, and the logarithm
       "LinalgSlogdetBackward0", [](Take& k, const gen::LinalgSlogdetBackward0&) { tabulate(k, 1, 1); },
-      [](const Site& s) { return s.output == 1 ? determinant(s) : opaque(); });
+      [](const Site& s) { return s.output == 1 ? determinant(s) : none(); });
   t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
   t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);
   t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", matrix);

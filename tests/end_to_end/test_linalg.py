@@ -36,6 +36,11 @@ def _(r):
     return lambda a: torch.linalg.det(a) + torch.linalg.slogdet(spd(a)).logabsdet, r(3, 3, 3)
 
 
+@zoo.case("sign and logarithm of the determinant")
+def _(r):
+    return lambda a: tuple(torch.linalg.slogdet(spd(a))), r(3, 3)
+
+
 @zoo.case("determinants where singular values are equal", skip=("history",))  # torch's vectorised ones lead to nan
 def _(r):
     def at(value, a):

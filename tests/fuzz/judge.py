@@ -101,12 +101,12 @@ def moves(call: Callable[[tuple[torch.Tensor, ...]], Any], xs: tuple[torch.Tenso
 
 
 def overflows(f: Callable[..., torch.Tensor], xs: tuple[torch.Tensor, ...]) -> bool:
-    """Whether a number with one element, or its gradient, is computed from numbers that are not finite or whose product is not."""
+    """Whether a number, or its gradient, is computed from numbers that are not finite or whose squares are not."""
     beyond = False
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         nonlocal beyond
-        # The magnitude's square overflows; nan compares as False.
+        # nan compares as False.
         beyond = beyond or (t.is_floating_point() and not bool((t.detach().abs() < torch.finfo(t.dtype).max ** 0.5).all()))
         return t
 

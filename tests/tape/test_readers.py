@@ -35,8 +35,8 @@ OPERATORS = {
     "reshape": (lambda x: x.reshape(2, 6), "reshape(4,3)"),
     "softmax": (
         lambda x: x.softmax(1),
-        "gather(4,3)[0+1*i0, 0+1*i1] p0=s0[0+1*i0, 0+1*i1]"
-        " + gather(4,3)[0+1*i0, 0+1*i2] over (3) p0=s0[0+1*i0, 0+1*i2] p1=s0[0+1*i0, 0+1*i1]",
+        "identity + gather(4,3)[0+1*i0, 0+1*i2] over (3) p0=s0[0+1*i0, 0+1*i1]"
+        ", then gather(4,3)[0+1*i0, 0+1*i1] p0=s0[0+1*i0, 0+1*i1]",
     ),
     "cumsum ties the other axes": (lambda x: x.cumsum(0), "local(-1,1)"),
     "layer norm ties the batch": (lambda x: F.layer_norm(x, (3,)), "local(0,-1)"),
