@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 #include <typeindex>
 #include <unordered_map>
@@ -20,6 +21,10 @@ namespace wengert::accumulate {
 namespace {
 
 namespace functorch = at::functorch;
+
+// What a called node reads and writes at a time.  A convolution's rows are 2 to 3 times faster in such portions than all at once.
+constexpr double kBytesAtOnce = 2 << 20;
+constexpr std::int64_t kLeastRowsAtOnce = 16;
 
 // One vmap level for the lifetime of the object.
 class VmapLevel {
@@ -137,6 +142,29 @@ class Callee {
     return results;
   }
 
+  // The same, some rows at a time.
+  std::vector<at::Tensor> batched(const std::vector<at::Tensor>& cotangents, std::int64_t batch, std::int64_t rows) const {
+    if (rows >= batch) return batched(cotangents, batch);
+    std::vector<at::Tensor> results(wanted_.size());
+    for (std::int64_t first = 0; first < batch; first += rows) {
+      const std::int64_t count = std::min(rows, batch - first);
+      std::vector<at::Tensor> part;
+      for (const at::Tensor& cotangent : cotangents)
+        part.push_back(cotangent.defined() ? cotangent.narrow(0, first, count) : cotangent);
+      std::vector<at::Tensor> got = batched(part, count);
+      for (std::size_t j = 0; j < got.size(); ++j) {
+        if (!got[j].defined()) continue;
+        if (!results[j].defined()) {
+          std::vector<std::int64_t> shape = got[j].sizes().vec();
+          shape[0] = batch;
+          results[j] = at::zeros(shape, got[j].options());
+        }
+        results[j].narrow(0, first, count).copy_(got[j]);
+      }
+    }
+    return results;
+  }
+
   std::vector<at::Tensor> by_rows(const std::vector<at::Tensor>& cotangents, std::int64_t batch) const {
     std::vector<std::vector<at::Tensor>> rows(wanted_.size());
     for (std::int64_t r = 0; r < batch; ++r) {
@@ -184,6 +212,26 @@ class Callee {
   std::vector<bool> wanted_;
 };
 
+// How many rows go through a node at a time: as many as the caches hold, on the CPU, with what its kernels lay out for them. With
+// a graph every call would be nodes of its own, and code of the user's is not run more often than in PyTorch.
+std::int64_t rows_at_once(const torch::autograd::Node& fn, const std::vector<at::Tensor>& cotangents,
+                          const blocks::CallNode& step, const blocks::Plan& plan, std::int64_t batch) {
+  if (at::GradMode::is_enabled() || tape::is_custom(fn)) return batch;
+  double bytes = 0;
+  for (const at::Tensor& cotangent : cotangents) {
+    if (!cotangent.defined()) continue;
+    if (!cotangent.is_cpu()) return batch;
+    bytes += static_cast<double>(cotangent.numel() * cotangent.element_size());
+  }
+  for (const std::int32_t slot : step.results) {
+    if (slot < 0) continue;
+    const blocks::Slot& result = plan.slots[slot];
+    bytes += static_cast<double>(blocks::numel(result.shape)) * static_cast<double>(c10::elementSize(to_aten(result.dtype)));
+  }
+  const auto parts = static_cast<std::int64_t>(std::ceil(bytes / kBytesAtOnce));
+  return parts <= 1 ? batch : std::max((batch + parts - 1) / parts, kLeastRowsAtOnce);
+}
+
 // Results are undefined where the node gives nothing.
 std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& plan, torch::autograd::Node& fn,
                              std::vector<at::Tensor> cotangents) {
@@ -210,8 +258,9 @@ std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& p
   bool rows = batch == 1 || row_only().contains(fn), failed = false;
   if (!rows) {
     try {
-      results = callee.batched(cotangents, batch);
-      count_calls(1);
+      const std::int64_t at_once = rows_at_once(fn, cotangents, step, plan, batch);
+      results = callee.batched(cotangents, batch, at_once);
+      count_calls((batch + at_once - 1) / at_once);
     } catch (const tape::Unsupported&) {
       throw;
     } catch (const std::exception& error) {

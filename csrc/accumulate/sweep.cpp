@@ -267,6 +267,10 @@ class Sweep {
       batch.push_back(k);
       if (block.moves_col(k)) builder_.lose(Loss::local);  // a tied loop had to be untied
     }
+    // In the order of the rows, as the result will have to lie.
+    std::ranges::stable_sort(batch, {}, [&](std::size_t k) {
+      return std::ranges::find_if(block.row, [k](const Coord& coord) { return coord.moves(k); }) - block.row.begin();
+    });
     Part part = blocks::as_part(block);
     part.coords.assign(block.col.begin(), block.col.end());
     Shape shape;

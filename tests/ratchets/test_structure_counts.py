@@ -159,6 +159,19 @@ def test_structure_counts(name):
         assert running[key] == planning[key], key
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the portions are of a CPU's caches")
+def test_a_called_node_takes_its_rows_in_portions():
+    kernel, image = rows(2, 1, 3, 3), rows(1, 1, 20, 20)
+    f = lambda x: torch.nn.functional.conv2d(x, kernel, padding=1).sin()
+    y = f(x := image.clone().requires_grad_())
+    found = counted(wengert.jacobian, y, x)
+    moved = 8 * y.numel() * (y.numel() + x.numel())  # bytes of cotangents and results
+    assert (found["node_calls"], found["launches"]) == (math.ceil(moved / 2**21), 1)
+    torch.testing.assert_close(wengert.jacobian(y, x), torch.autograd.functional.jacobian(f, image))
+    once = counted(lambda y, x: wengert.jacobian(y, x, create_graph=True), y, x)  # a graph has the call once
+    assert once["node_calls"] == 1
+
+
 def counted(derivative, y, x) -> dict[str, int]:
     _C.reset_counters()
     derivative(y, x)
