@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_set>
+#include <utility>
 
 #include "common/key.h"
 #include "common/node_ptr.h"
@@ -86,6 +88,32 @@ bool touches_complex(const autograd::Node& fn) {
   });
 }
 
+// type_info objects of PyTorch's nodes are unique, so a small direct-mapped cache spares hashing their names.
+const Reader* find_reader(const autograd::Node& fn) {
+  struct Cell {
+    const std::type_info* type = nullptr;
+    const Reader* reader = nullptr;
+  };
+  static thread_local std::array<Cell, 512> cache;
+  const std::type_info& type = typeid(fn);
+  Cell& cell = cache[(reinterpret_cast<std::uintptr_t>(&type) >> 4) % cache.size()];
+  if (cell.type != &type) {
+    const Reader* reader = table().find(type);
+    if (reader == nullptr) reader = type == typeid(autograd::AccumulateGrad) ? &accumulate_reader() : &opaque_reader();
+    cell = {&type, reader};
+  }
+  return cell.reader;
+}
+
+// Few programs have such nodes: no cache.
+const Reader* find_complex_reader(const autograd::Node& fn) {
+  const Reader* reader = complex_table().find(typeid(fn));
+  return reader != nullptr ? reader : &opaque_reader();
+}
+
+// In the place of nodes of composed ops: the graph of what they are composed of.
+using Rewritten = std::map<autograd::Node*, autograd::Edge>;
+
 struct Visit {
   autograd::Node* fn;
   std::int32_t first_request = -1;  // head of the chain of requested inputs that are outputs of this node
@@ -98,8 +126,12 @@ struct Visit {
 
 class Walk {
  public:
-  Walk(const std::vector<autograd::Edge>& outputs, const std::vector<autograd::Edge>& inputs)
-      : outputs_(outputs), inputs_(inputs), next_request_(inputs.size(), -1), input_reached_(inputs.size(), false) {
+  Walk(const std::vector<autograd::Edge>& outputs, const std::vector<autograd::Edge>& inputs, Rewritten rewritten = {})
+      : outputs_(outputs),
+        inputs_(inputs),
+        rewritten_(std::move(rewritten)),
+        next_request_(inputs.size(), -1),
+        input_reached_(inputs.size(), false) {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].function) continue;
       Visit& visit = visits_[find(inputs[i].function.get())];
@@ -115,13 +147,23 @@ class Walk {
   const Visit& visit(std::int32_t index) const { return visits_[index]; }
   bool input_reached(std::size_t i) const { return input_reached_[i]; }
 
-  Value value(const autograd::Edge& edge) { return value(edge, edge.function ? find(edge.function.get()) : -1); }
+  Value value(const autograd::Edge& given) {
+    const autograd::Edge& edge = resolved(given);
+    return value(edge, edge.function ? find(edge.function.get()) : -1);
+  }
   // Of the visit's edge k.
   Value value(const Visit& visit, std::size_t k) const {
-    return value(visit.fn->next_edges()[k], targets_[visit.first_target + k]);
+    return value(resolved(visit.fn->next_edges()[k]), targets_[visit.first_target + k]);
   }
+  bool requested(autograd::Node* fn) { return visits_[find(fn)].first_request >= 0; }
 
  private:
+  const autograd::Edge& resolved(const autograd::Edge& edge) const {
+    if (rewritten_.empty()) return edge;
+    const auto found = rewritten_.find(edge.function.get());
+    return found == rewritten_.end() ? edge : found->second;
+  }
+
   std::int32_t find(autograd::Node* fn) {
     std::int32_t& index = index_[fn];
     if (index < 0) {
@@ -166,7 +208,8 @@ class Walk {
       targets_.resize(targets_.size() + visit.fn->num_outputs(), -1);
       stack.push_back({index, 0});
     };
-    for (const autograd::Edge& output : outputs_) {
+    for (const autograd::Edge& given : outputs_) {
+      const autograd::Edge& output = resolved(given);
       if (output.function) enter(find(output.function.get()));
       while (!stack.empty()) {
         Frame& frame = stack.back();
@@ -174,14 +217,15 @@ class Walk {
         const autograd::edge_list& edges = visit.fn->next_edges();
         if (frame.edge < edges.size()) {
           const std::uint32_t k = frame.edge++;
-          if (!edges[k].function) continue;
-          const std::int32_t first = visit.first_target, target = find(edges[k].function.get());  // which may move the visits
+          const autograd::Edge& edge = resolved(edges[k]);
+          if (!edge.function) continue;
+          const std::int32_t first = visit.first_target, target = find(edge.function.get());  // which may move the visits
           targets_[first + k] = target;
           enter(target);
           continue;
         }
         for (std::size_t k = 0; k < edges.size() && !visit.below; ++k) {
-          visit.below = wanted(edges[k], targets_[visit.first_target + k]);
+          visit.below = wanted(resolved(edges[k]), targets_[visit.first_target + k]);
         }
         order_.push_back(frame.visit);
         stack.pop_back();
@@ -197,7 +241,8 @@ class Walk {
   }
 
   void mark() {
-    for (const autograd::Edge& output : outputs_) {
+    for (const autograd::Edge& given : outputs_) {
+      const autograd::Edge& output = resolved(given);
       if (output.function) reach(output, find(output.function.get()));
     }
     std::size_t kept = 0;
@@ -207,13 +252,14 @@ class Walk {
       visit.tape_index = static_cast<std::int32_t>(kept);
       order_[kept++] = index;
       const autograd::edge_list& edges = visit.fn->next_edges();
-      for (std::size_t k = 0; k < edges.size(); ++k) reach(edges[k], targets_[visit.first_target + k]);
+      for (std::size_t k = 0; k < edges.size(); ++k) reach(resolved(edges[k]), targets_[visit.first_target + k]);
     }
     order_.resize(kept);
   }
 
   const std::vector<autograd::Edge>& outputs_;
   const std::vector<autograd::Edge>& inputs_;
+  const Rewritten rewritten_;
   common::PointerIndex index_;
   common::RecycledVector<Visit> visits_;
   common::RecycledVector<std::int32_t> order_, targets_;
@@ -221,27 +267,27 @@ class Walk {
   std::vector<bool> input_reached_;
 };
 
-// type_info objects of PyTorch's nodes are unique, so a small direct-mapped cache spares hashing their names.
-const Reader* find_reader(const autograd::Node& fn) {
-  struct Cell {
-    const std::type_info* type = nullptr;
-    const Reader* reader = nullptr;
-  };
-  static thread_local std::array<Cell, 512> cache;
-  const std::type_info& type = typeid(fn);
-  Cell& cell = cache[(reinterpret_cast<std::uintptr_t>(&type) >> 4) % cache.size()];
-  if (cell.type != &type) {
-    const Reader* reader = table().find(type);
-    if (reader == nullptr) reader = type == typeid(autograd::AccumulateGrad) ? &accumulate_reader() : &opaque_reader();
-    cell = {&type, reader};
+// Nodes of composed ops on the walk that can be rewritten: not those that PyTorch would show to hooks, nor inputs themselves.
+Rewritten rewritten(Walk& walk) {
+  Rewritten out;
+  for (const std::int32_t index : walk.order()) {
+    const Visit& visit = walk.visit(index);
+    autograd::Node& fn = *visit.fn;
+    const Reader& reader = *find_reader(fn);
+    if (!visit.below || reader.erased_rewrite == nullptr || walk.requested(&fn)) continue;
+    if (!fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty() || !fn.pre_hooks().empty() ||
+        !fn.post_hooks().empty()) {
+      continue;
+    }
+    Node node;
+    node.fn = common::share(&fn);
+    std::vector<at::Tensor> unused;
+    SlotTable slots(unused);
+    const at::AutoGradMode with_history(true);
+    const at::Tensor result = reader.rewritten(Take(node, slots, /*one_row=*/false), fn);
+    if (result.defined() && result.requires_grad()) out[&fn] = autograd::impl::gradient_edge(result);
   }
-  return cell.reader;
-}
-
-// Few programs have such nodes: no cache.
-const Reader* find_complex_reader(const autograd::Node& fn) {
-  const Reader* reader = complex_table().find(typeid(fn));
-  return reader != nullptr ? reader : &opaque_reader();
+  return out;
 }
 
 autograd::Edge input_edge(const at::Tensor& input) {
@@ -319,6 +365,7 @@ Tape::~Tape() {
   if (nodes.empty() || nodes.capacity() > kKept) return;
   device = at::kCPU;
   custom = false;
+  rewritten.clear();
   for (Node& node : nodes) node.clear();
   slots.clear();
   outputs.clear();
@@ -478,9 +525,13 @@ std::optional<c10::Stream> foreign_stream(at::TensorList outputs, at::TensorList
 Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   if (const char* reason = ambient_refusal()) throw Unsupported(reason);
   const std::vector<autograd::Edge> from = output_edges(outputs), to = input_edges(inputs);
-  Walk walk(from, to);
+  std::optional<Walk> first(std::in_place, from, to);
+  const Rewritten composed = one_row ? Rewritten() : rewritten(*first);
+  if (!composed.empty()) first.emplace(from, to, composed);
+  Walk& walk = *first;
 
   Tape tape;
+  for (const auto& [fn, graph] : composed) tape.rewritten.push_back(common::share(fn));
   tape.nodes.resize(walk.order().size());
   Sign sign(tape.signature);
   SlotTable slots(tape.slots);
@@ -559,6 +610,10 @@ void release(Tape& tape) {
     if (!ran) continue;
     node.fn->will_release_variables();
     node.fn->release_variables();
+  }
+  for (const NodePtr& fn : tape.rewritten) {
+    fn->will_release_variables();
+    fn->release_variables();
   }
 }
 

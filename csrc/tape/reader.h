@@ -97,6 +97,7 @@ struct Site {
 
 using TypedRead = void (*)();
 using ErasedRead = void (*)(TypedRead, Take&, const torch::autograd::Node&);
+using ErasedRewrite = at::Tensor (*)(TypedRead, const Take&, const torch::autograd::Node&);
 using Describe = Pullback (*)(const Site&);
 
 struct Reader {
@@ -105,6 +106,14 @@ struct Reader {
   fused::Prim prim = fused::Prim::add;  // for rows that share a describe and differ in the primitive
   ErasedRead erased = nullptr;          // null: nothing is taken
   TypedRead typed = nullptr;
+  ErasedRewrite erased_rewrite = nullptr;  // null: the node is read as it is
+  TypedRead typed_rewrite = nullptr;
+
+  // The op's only result, computed once more by ops that have readers, from what the node saved, with its history; undefined
+  // where that is not possible or does not pay.
+  at::Tensor rewritten(const Take& take, const torch::autograd::Node& node) const {
+    return erased_rewrite ? erased_rewrite(typed_rewrite, take, node) : at::Tensor();
+  }
 
   void read(Take& take, const torch::autograd::Node& node) const {
     if (erased) erased(typed, take, node);
@@ -126,6 +135,16 @@ class Table {
   template <class N>
   void add(const char* name, Describe describe, fused::Prim prim = fused::Prim::add) {
     rows_.insert_or_assign(std::type_index(typeid(N)), Reader{name, describe, prim});
+  }
+  // A row for an op that stands for a composition of others.
+  template <class N>
+  void add_composed(const char* name, at::Tensor (*rewrite)(const Take&, const N&)) {
+    Reader row{name};
+    row.typed_rewrite = reinterpret_cast<TypedRead>(rewrite);
+    row.erased_rewrite = [](TypedRead typed, const Take& take, const torch::autograd::Node& node) {
+      return reinterpret_cast<at::Tensor (*)(const Take&, const N&)>(typed)(take, static_cast<const N&>(node));
+    };
+    rows_.insert_or_assign(std::type_index(typeid(N)), row);
   }
   const Reader* find(const std::type_info& type) const {
     const auto row = rows_.find(std::type_index(type));
@@ -150,6 +169,7 @@ void add_losses(Table& table);
 void add_inplace(Table& table);
 void add_fused(Table& table);
 void add_complex(Table& table);
+void add_attention(Table& table);
 
 const Table& table();
 const Table& complex_table();  // of nodes with a complex tensor on either side

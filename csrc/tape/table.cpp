@@ -23,6 +23,7 @@ const Table& table() {
     add_losses(table);
     add_inplace(table);
     add_fused(table);
+    add_attention(table);
     return table;
   }();
   return rows;

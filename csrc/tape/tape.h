@@ -53,9 +53,10 @@ struct Node {
 };
 
 struct TapeContents {
-  at::Device device = at::kCPU;  // of all its tensors, but for saved scalars: PyTorch keeps Python numbers on the CPU
-  bool custom = false;           // a node is a custom Function, which runs the user's code
-  std::vector<Node> nodes;       // a node stands before all nodes it leads to; leaves are nodes with no inputs
+  at::Device device = at::kCPU;    // of all its tensors, but for saved scalars: PyTorch keeps Python numbers on the CPU
+  bool custom = false;             // a node is a custom Function, which runs the user's code
+  std::vector<NodePtr> rewritten;  // composed ops that the nodes stand for
+  std::vector<Node> nodes;         // a node stands before all nodes it leads to; leaves are nodes with no inputs
   std::vector<at::Tensor>
       slots;                   // distinct saved tensors (same storage, geometry and dtype = same slot), with their grad history
   std::vector<Value> outputs;  // of the requested outputs; node = -1 where an output does not require grad

@@ -17,6 +17,18 @@ def labels(*values: int) -> torch.Tensor:
     return torch.tensor(values, device=DEVICE)
 
 
+class Opaque(torch.autograd.Function):
+    """The identity, of which nothing is known."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clone()
+
+
 def diffused(x):
     for _ in range(4):
         x = x + 0.1 * (x.roll(1, -1) - 2 * x + x.roll(-1, -1)) * x
@@ -109,3 +121,16 @@ def test_coupled_samples(name):
 def test_the_message_names_the_node():
     with pytest.raises(ValueError, match="meet in SubBackward0"):
         wengert.batch_jacobian(lambda x: x - x.mean(0), rand(4, 3))
+
+
+def test_what_cancels_to_rounding_is_not_taken_for_other_samples():
+    """The logarithms of logcumsumexp's backward do not scale exactly, and nothing else is left of the derivative of 0."""
+
+    def f(x):
+        z = x[:, :1].expand(-1, 3)
+        zeros = torch.linalg.cross(z.sin(), z.cos(), dim=1)
+        return Opaque.apply(zeros.logcumsumexp(1).reshape(-1)).reshape(zeros.shape)
+
+    assert wengert.batch_jacobian(f, rand(4, 2)).abs().max() < 1e-15
+    with pytest.raises(ValueError, match="of one sample depends on input 0 of another sample"):
+        wengert.batch_jacobian(lambda x: f(x) + 1e-12 * x.sum(), rand(4, 2))

@@ -216,6 +216,24 @@ def _(r):
     return f, (r(1, 2, 3, 2), r(1, 2, 3, 2), r(1, 2, 3, 2))
 
 
+# The fused kernel's own backward has no derivative, so that Hessians are errors; under torch.func it is not batched.
+ONCE = ("hessian", "products", "gradient", "create_graph", "history", "graph", "forward", "func")
+
+
+@zoo.case("scaled dot product attention", skip=ONCE)
+def _(r):
+    later = r(1, 2, 3, 3)
+
+    def f(q, k, v, x):
+        plain = F.scaled_dot_product_attention(q, k, v)
+        causal = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+        masked = F.scaled_dot_product_attention(x, x, x, attn_mask=later > 0)
+        biased = F.scaled_dot_product_attention(q.sin(), k, v, attn_mask=later)
+        return torch.stack([plain, causal, masked.tanh(), biased])
+
+    return f, (r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 2, 3, 2))
+
+
 @zoo.case("embedding with shared rows")
 def _(r):
     at = torch.tensor([[0, 2, 1], [2, 2, 3]])
