@@ -200,13 +200,16 @@ class Sweep {
       const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
       Shape shape = row_shape_;
       shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
-      if (numel(shape) == 0) continue;
+      if (numel(row_shape_) == 0) continue;
       step.results[active[e]] = builder_.new_slot(shape, to_fused(meta.dtype));
       made.emplace_back(target, step.results[active[e]]);
     }
     if (made.empty()) return;
     builder_.emit(std::move(step));
-    for (auto [target, slot] : made) deliver(dense_block(slot, tape_.nodes[target.node].outputs[target.output]), target);
+    for (auto [target, slot] : made) {
+      const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
+      if (numel(meta.shape) != 0) deliver(dense_block(slot, meta), target);
+    }
   }
 
   Block dense_block(std::int32_t slot, const tape::Meta& meta) {

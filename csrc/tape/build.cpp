@@ -1,6 +1,7 @@
 #include "tape/build.h"
 
 #include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 
@@ -196,14 +197,35 @@ Pullback local_batch(const Site& site, int y_core, int x_core) {
 
 Pullback called_elementwise(const Site& site) { return local_batch(site, 0, 0); }
 
-void tabulate(Take& take, int edges, int output) {
+namespace {
+
+torch::autograd::variable_list answer_to_ones(const Take& take, int output) {
   const Node& node = take.node();
   torch::autograd::variable_list seeds(node.outputs.size());
   const Meta& meta = node.outputs[output];
   seeds[output] = at::ones(meta.shape, at::TensorOptions().dtype(meta.dtype).device(take.fn()->input_metadata(output).device()));
-  const torch::autograd::variable_list grads = (*take.fn())(std::move(seeds));
+  return (*take.fn())(std::move(seeds));
+}
+
+void take_table(Take& take, int edges, const torch::autograd::variable_list& grads) {
   for (int edge = 0; edge < edges; ++edge)
     take.derived(take.needs(edge) && edge < std::ssize(grads) ? grads[edge] : at::Tensor());
+}
+
+}  // namespace
+
+void tabulate(Take& take, int edges, int output) { take_table(take, edges, answer_to_ones(take, output)); }
+
+void tabulate_fully(Take& take, int edges, int output) {
+  torch::autograd::variable_list grads;
+  {
+    const at::AutoGradMode with_graph(true);
+    grads = answer_to_ones(take, output);
+  }
+  if (!at::GradMode::is_enabled()) {
+    for (at::Tensor& grad : grads) grad = grad.defined() ? grad.detach() : grad;
+  }
+  take_table(take, edges, grads);
 }
 
 Pullback tabulated(const Site& site) {

@@ -77,6 +77,9 @@ Pullback called_elementwise(const Site& site);
 // Runs the node once on ones and takes what it gives for each needed edge as that edge's slot.  Where every input element moves
 // at most one output element, this is the whole derivative, with PyTorch's own numerics; it stands for ops without a primitive.
 void tabulate(Take& take, int edges, int output = 0);
+// The same as the node answers where a graph is wanted, whether or not one is: some nodes take a shorter way without one, which
+// gives up where the longer one does not.
+void tabulate_fully(Take& take, int edges, int output = 0);
 Pullback tabulated(const Site& site);  // elementwise: the table has the shape of the output
 
 }  // namespace wengert::tape

@@ -126,10 +126,19 @@ Pullback solution(const Site& s) {  // ints: rank of A
 
 void add_linear_algebra(Table& t) {
   t.add<gen::LinalgDetBackward0>(
-      "LinalgDetBackward0", [](Take& k, const gen::LinalgDetBackward0&) { tabulate(k, 1); },
+      "LinalgDetBackward0",
+      // Without a graph the node says 0 of a matrix whose determinant is exactly 0.
+      [](Take& k, const gen::LinalgDetBackward0&) { tabulate_fully(k, 1); },
       [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
   t.add<gen::LinalgSlogdetBackward0>(  // gives the sign, which does not move, and the logarithm
-      "LinalgSlogdetBackward0", [](Take& k, const gen::LinalgSlogdetBackward0&) { tabulate(k, 1, 1); },
+      "LinalgSlogdetBackward0",
+      [](Take& k, const gen::LinalgSlogdetBackward0&) {
+        try {
+          tabulate(k, 1, 1);
+        } catch (const c10::Error&) {  // a singular matrix, of which the logarithm may not be wanted
+          k.no_slot();
+        }
+      },
       [](const Site& s) { return s.output == 1 ? determinant(s) : none(); });
   t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
   t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);

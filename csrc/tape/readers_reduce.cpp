@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/generated/Functions.h>
 
 #include <cmath>
+#include <string>
 
 #include "tape/build.h"
 
@@ -27,11 +28,15 @@ Reduction geometry(const Site& s) {
   return reduction(s.x(), axes, s.integer(0) != 0);
 }
 
-// The table's own derivative is PyTorch's graph of quotients, whose terms are stored before they cancel: in half precision they
-// overflow where the products themselves do not.
-void tabulate_products(Take& k) {
+// Terms that cancel lose in half precision where they are stored in between; where PyTorch does better it answers.
+void refuse_second_derivative_in_half(const Take& k, const char* of) {
   const bool half = at::isReducedFloatingType(k.node().outputs[0].dtype);
-  if (half && at::GradMode::is_enabled()) throw Unsupported("a second derivative of a product in half precision");
+  if (half && at::GradMode::is_enabled()) throw Unsupported(std::string("a second derivative of ") + of + " in half precision");
+}
+
+// The table's own derivative is PyTorch's graph of quotients, which overflow where the products themselves do not.
+void tabulate_products(Take& k) {
+  refuse_second_derivative_in_half(k, "a product");
   tabulate(k, 1);
 }
 
@@ -165,6 +170,7 @@ void add_softmax(Table& t, const char* name, Describe describe) {
   t.add<N>(
       name,
       [](Take& k, const N& n) {
+        refuse_second_derivative_in_half(k, "softmax");
         k.integer(n.dim);
         k.result(n.result_);
       },
@@ -173,6 +179,7 @@ void add_softmax(Table& t, const char* name, Describe describe) {
 
 template <class N>
 void take_softmax_backward(Take& k, const N& n) {
+  refuse_second_derivative_in_half(k, "softmax");
   k.integer(n.dim);
   k.slot(n.grad_output_, k.needs(1));
   k.slot(n.output_);

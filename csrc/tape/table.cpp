@@ -50,8 +50,9 @@ const Reader& accumulate_reader() {
 
 Pullback describe(const Tape& tape, const Node& node, int output, int input, fused::ExprPool& pool) {
   const Site site{tape, node, output, input, pool};
-  if (product(site.x()) == 0 || product(site.y()) == 0) return zero();
-  return node.reader->describe ? node.reader->describe(site) : opaque();
+  if (product(site.y()) == 0) return zero();
+  if (node.reader->describe == nullptr) return opaque();  // which may give nothing, also of an input without elements
+  return product(site.x()) == 0 ? zero() : node.reader->describe(site);
 }
 
 const char* name(const Node& node) {

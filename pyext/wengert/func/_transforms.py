@@ -105,7 +105,9 @@ class Leaves:
         """What the caller may see of tensors that hang on our leaves: PyTorch's would not."""
 
         def one(t: Any) -> Any:
-            if not isinstance(t, Tensor) or not t.requires_grad:
+            if not isinstance(t, Tensor):
+                raise RuntimeError(f"Expected tensors, got unsupported type {type(t)}")
+            if not t.requires_grad:
                 return t
             return t if grad_mode and self.needs_graph((t,)) else t.detach()
 
