@@ -14,6 +14,7 @@
 
 #include "accumulate/steps.h"
 #include "accumulate/sweep.h"
+#include "common/fork_safe_mutex.h"
 #include "tape/custom.h"
 
 namespace wengert::accumulate {
@@ -91,7 +92,7 @@ class RowOnly {
     return When::never;
   }
 
-  std::mutex mutex_;
+  common::ForkSafeMutex mutex_;
   std::unordered_map<std::type_index, When> types_;
 };
 

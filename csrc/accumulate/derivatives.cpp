@@ -16,6 +16,7 @@
 #include "accumulate/history.h"
 #include "blocks/footprint.h"
 #include "common/budget.h"
+#include "common/fork_safe_mutex.h"
 #include "common/lru.h"
 #include "fused/footprint.h"
 #include "kernels/cuda/compiler.h"
@@ -53,26 +54,26 @@ struct Planned {
 class PlanCache {
  public:
   std::shared_ptr<const Planned> find(const common::Key& key) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard lock(mutex_);
     const auto* found = plans_.find(key);
     return found ? *found : nullptr;
   }
   void insert(const common::Key& key, std::shared_ptr<const Planned> planned) {
     const std::size_t bytes = sizeof(key) + key.size() * sizeof(std::int64_t) + blocks::footprint(planned->plan);
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard lock(mutex_);
     plans_.insert(key, std::move(planned), bytes);
   }
   std::size_t bytes() {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard lock(mutex_);
     return plans_.bytes();
   }
   void clear() {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard lock(mutex_);
     plans_.clear();
   }
 
  private:
-  std::mutex mutex_;
+  common::ForkSafeMutex mutex_;
   common::Lru<common::Key, std::shared_ptr<const Planned>, SignatureHash> plans_{common::plan_budget()};
 };
 
@@ -230,7 +231,7 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
     question->at_once = mode == Mode::at_once;
     question->outputs = edges_of(asked.outputs);
     question->inputs = edges_of(asked.inputs);
-    question->cotangents = asked.cotangents.vec();
+    std::ranges::transform(asked.cotangents, std::back_inserter(question->cotangents), Question::Cotangent::of);
     question->ends = answer.ends;
   }
   const auto find = [&] {

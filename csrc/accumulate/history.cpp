@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
+#include <limits>
 #include <map>
 #include <set>
 #include <tuple>
@@ -69,6 +71,15 @@ std::vector<std::int32_t> numbered(const Edges& ends) {
 // Hooks would see a gradient that nobody asked for.
 bool has_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
 
+// A node with a lower number than this leads to none of the ends.
+std::uint64_t least(const Edges& ends) {
+  std::uint64_t number = std::numeric_limits<std::uint64_t>::max();
+  for (const Edge& end : ends) {
+    if (end.is_valid()) number = std::min(number, end.function->topological_nr());
+  }
+  return number;
+}
+
 // Ends that a tensor's graph leads to, and whether a gradient is certain to arrive at each.
 struct Reach {
   std::set<std::int32_t> ends;
@@ -88,6 +99,7 @@ class EndEdges {
       if (numbers[k] == static_cast<std::int32_t>(k))
         numbers_.emplace(std::pair(ends[k].function.get(), ends[k].input_nr), numbers[k]);
     }
+    least_ = least(ends);
   }
 
   const Edge& at(std::int32_t end) const { return edges_[end]; }
@@ -153,13 +165,13 @@ class EndEdges {
  private:
   // Calls f with every edge that can be arrived at; goes on beyond those where it says so.
   template <class F>
-  static void walk(std::vector<Edge> stack, F f) {
+  void walk(std::vector<Edge> stack, F f) const {
     std::set<std::pair<const autograd::Node*, std::uint32_t>> seen;
     std::reverse(stack.begin(), stack.end());
     while (!stack.empty()) {
       const Edge edge = std::move(stack.back());
       stack.pop_back();
-      if (!edge.is_valid() || !f(edge)) continue;
+      if (!edge.is_valid() || edge.function->topological_nr() < least_ || !f(edge)) continue;
       if (!seen.emplace(edge.function.get(), edge.input_nr).second) continue;
       const std::vector<bool> follow = onwards(edge);
       for (std::size_t k = follow.size(); k-- > 0;) {
@@ -170,6 +182,7 @@ class EndEdges {
 
   const Edges& edges_;
   std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> numbers_;
+  std::uint64_t least_;
 };
 
 const ops::TetherBackward* with_origin(const autograd::Node& fn) {
@@ -180,11 +193,15 @@ const ops::TetherBackward* with_origin(const autograd::Node& fn) {
 // Of every node met from some edges on, whether it leads to one of the others; not through results of ours unless `through`.
 class Ways {
  public:
-  Ways(const Edges& from, const Edges& to, bool through) : to_(to), through_(through) {
+  Ways(const Edges& from, const Edges& to, bool through) : to_(to), through_(through), least_(least(to)) {
     for (const Edge& edge : from) arrives_ = meet(edge) || arrives_;
   }
   bool arrive() const { return arrives_; }
-  bool lead(autograd::Node* fn) const { return leads_.at(fn); }
+  bool lead(autograd::Node* fn) const {
+    const auto found = leads_.find(fn);
+    return found != leads_.end() && found->second;
+  }
+  std::size_t size() const { return leads_.size(); }
   template <class F>
   void each_node(F f) const {
     for (const auto& [fn, leads] : leads_) f(*fn, leads);
@@ -201,6 +218,7 @@ class Ways {
     };
     std::vector<Frame> stack;
     const auto enter = [&](autograd::Node* fn) {
+      if (fn->topological_nr() < least_) return;
       if (leads_.try_emplace(fn, false).second && (through_ || with_origin(*fn) == nullptr)) stack.push_back({fn, 0});
     };
     enter(root.function.get());
@@ -212,16 +230,16 @@ class Ways {
         if (edge.is_valid()) enter(edge.function.get());  // which may move the frame
         continue;
       }
-      leads_[fn] = std::ranges::any_of(fn->next_edges(), [&](const Edge& edge) {
-        return edge.is_valid() && (is_end(edge) || leads_.at(edge.function.get()));
-      });
+      leads_[fn] = std::ranges::any_of(
+          fn->next_edges(), [&](const Edge& edge) { return edge.is_valid() && (is_end(edge) || lead(edge.function.get())); });
       stack.pop_back();
     }
-    return is_end(root) || leads_.at(root.function.get());
+    return is_end(root) || lead(root.function.get());
   }
 
   const Edges& to_;
   bool through_, arrives_ = false;
+  std::uint64_t least_;
   std::map<autograd::Node*, bool> leads_;
 };
 
@@ -230,52 +248,84 @@ autograd::variable_list run_engine(const Edges& from, const autograd::variable_l
                                                         /*accumulate_grad=*/false, to);
 }
 
-// What PyTorch has in the place of the results of earlier calls, asked for once each.
-using Known = std::map<const Question*, Counterparts>;
-Counterparts answer(const Question& question, Known& known);
+// Nodes that one question may look at, each time it does.  A history that takes more is left as it is: its question would take
+// longer than what was asked for.
+constexpr std::size_t kMostNodes = 1 << 13;
+
+// The state of a question and of those that it leads to: what PyTorch has in the place of the results of earlier calls, asked for
+// once each.
+struct Asking {
+  std::map<const Question*, Counterparts> known;
+  std::size_t nodes = 0;
+
+  void look_at(std::size_t more) { TORCH_CHECK((nodes += more) <= kMostNodes, "a history that is too long"); }
+};
+Counterparts answer(const Question& question, Asking& asking);
+
+void add_to(at::Tensor& sum, const at::Tensor& part) {
+  if (part.defined()) sum = sum.defined() ? sum + part : part;
+}
 
 // What PyTorch computes, with what it has computed in the place of results of ours.  Values do not count, only histories do.
-autograd::variable_list gradient(const Edges& from, const autograd::variable_list& cotangents, const Edges& to, Known& known) {
-  const Ways all(from, to, true), own(from, to, false);
-  all.each_node([](autograd::Node& fn, bool leads) {
-    TORCH_CHECK(!leads || !(tape::is_custom(fn) || has_hooks(fn)), "code of the user's");
-  });
-  Edges results;
-  std::vector<const ops::TetherBackward*> tethers;
-  own.each_node([&](autograd::Node& fn, bool) {
-    if (const auto* tether = with_origin(fn); tether != nullptr && all.lead(&fn)) {
-      tethers.push_back(tether);
-      results.emplace_back(common::share(&fn), 0);
-    }
-  });
-  if (results.empty()) return run_engine(from, cotangents, to);
-  autograd::variable_list sums = own.arrive() ? run_engine(from, cotangents, to) : autograd::variable_list(to.size());
-  const autograd::variable_list arriving = run_engine(from, cotangents, results);
-  for (std::size_t k = 0; k < tethers.size(); ++k) {
-    if (!arriving[k].defined()) continue;
-    const ops::Source& source = tethers[k]->source;
-    const auto* question = static_cast<const Question*>(source.origin.get());
-    auto theirs = known.find(question);
-    if (theirs == known.end()) theirs = known.emplace(question, answer(*question, known)).first;
-    for (const at::Tensor& tensor : theirs->second[source.result]) {
-      if (!requires_grad(tensor)) continue;
-      const at::Tensor cotangent = arriving[k].sum().to(tensor.scalar_type()).expand(tensor.sizes());  // it may be a row of many
-      const autograd::variable_list parts = gradient({edge_of(tensor)}, {cotangent}, to, known);
-      for (std::size_t j = 0; j < to.size(); ++j) {
-        if (parts[j].defined()) sums[j] = sums[j].defined() ? sums[j] + parts[j] : parts[j];
+autograd::variable_list gradient(const Edges& from, const autograd::variable_list& cotangents, const Edges& to, Asking& asking) {
+  struct Waiting {
+    const Question* question;
+    std::int64_t result;
+    at::Tensor cotangent;
+  };
+  // Results of ours that were arrived at, the latest first: none of them leads to one that was asked for later, so that each is
+  // gone on from once, with all that arrives at it.
+  std::map<std::pair<std::int64_t, std::int64_t>, Waiting, std::greater<>> waiting;
+  autograd::variable_list sums(to.size());
+  const auto pass = [&](const Edges& roots, const autograd::variable_list& given) {
+    const Ways all(roots, to, true), own(roots, to, false);
+    asking.look_at(all.size());
+    all.each_node([](autograd::Node& fn, bool leads) {
+      TORCH_CHECK(!leads || !(tape::is_custom(fn) || has_hooks(fn)), "code of the user's");
+    });
+    Edges results;
+    std::vector<const ops::TetherBackward*> tethers;
+    own.each_node([&](autograd::Node& fn, bool) {
+      if (const auto* tether = with_origin(fn); tether != nullptr && all.lead(&fn)) {
+        tethers.push_back(tether);
+        results.emplace_back(common::share(&fn), 0);
       }
+    });
+    if (results.empty() || own.arrive()) {
+      const autograd::variable_list parts = run_engine(roots, given, to);
+      for (std::size_t j = 0; j < to.size(); ++j) add_to(sums[j], parts[j]);
+    }
+    if (results.empty()) return;
+    const autograd::variable_list arriving = run_engine(roots, given, results);
+    for (std::size_t k = 0; k < tethers.size(); ++k) {
+      if (!arriving[k].defined()) continue;
+      const ops::Source& source = tethers[k]->source;
+      const auto* question = static_cast<const Question*>(source.origin.get());
+      Waiting& place =
+          waiting.try_emplace({question->number, source.result}, question, source.result, at::Tensor()).first->second;
+      add_to(place.cotangent, arriving[k]);
+    }
+  };
+  pass(from, cotangents);
+  while (!waiting.empty()) {
+    const Waiting next = std::move(waiting.extract(waiting.begin()).mapped());
+    auto theirs = asking.known.find(next.question);
+    if (theirs == asking.known.end()) theirs = asking.known.emplace(next.question, answer(*next.question, asking)).first;
+    for (const at::Tensor& tensor : theirs->second[next.result]) {
+      if (!requires_grad(tensor)) continue;
+      pass({edge_of(tensor)}, {next.cotangent.sum().to(tensor.scalar_type()).expand(tensor.sizes())});  // it may be a row of many
     }
   }
   return sums;
 }
 
 // The gradient of the first element of what the edge stands for.
-autograd::variable_list first_row(const Edge& edge, const Edges& to, Known& known) {
+autograd::variable_list first_row(const Edge& edge, const Edges& to, Asking& asking) {
   if (!edge.is_valid()) return autograd::variable_list(to.size());
   const at::Tensor cotangent = edge.function->input_metadata(edge.input_nr).zeros_like();
   if (cotangent.numel() == 0) return autograd::variable_list(to.size());
   cotangent.view(-1).select(0, 0).fill_(1);
-  return gradient({edge}, {cotangent}, to, known);
+  return gradient({edge}, {cotangent}, to, asking);
 }
 
 Counterparts by_pairs(const std::vector<autograd::variable_list>& rows, std::size_t width, bool at_once) {
@@ -313,42 +363,59 @@ std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::ve
   return out;
 }
 
-Counterparts answer(const Question& question, Known& known) {
+Counterparts answer(const Question& question, Asking& asking) {
   using Of = Question::Of;
   const auto& [outputs, inputs, cotangents] = std::tie(question.outputs, question.inputs, question.cotangents);
   TORCH_CHECK(std::ranges::all_of(inputs, &Edge::is_valid), "inputs that do not require grad");
   std::vector<autograd::variable_list> rows;
   if (question.of == Of::jacobian) {
-    for (const Edge& output : outputs) rows.push_back(first_row(output, inputs, known));
+    for (const Edge& output : outputs) rows.push_back(first_row(output, inputs, asking));
   } else if (question.of == Of::hessian) {
-    for (const at::Tensor& tensor : first_row(outputs[0], inputs, known))
-      rows.push_back(first_row(tensor.defined() ? edge_of(tensor) : Edge(), inputs, known));
+    for (const at::Tensor& tensor : first_row(outputs[0], inputs, asking))
+      rows.push_back(first_row(tensor.defined() ? edge_of(tensor) : Edge(), inputs, asking));
   } else {
     const bool batched = question.of == Of::batched_gradient;
     Edges from;
     autograd::variable_list given;
     for (std::size_t i = 0; i < outputs.size(); ++i) {
       if (!outputs[i].is_valid()) continue;
-      const bool has = i < cotangents.size() && cotangents[i].defined();
-      TORCH_CHECK(!batched || (has && cotangents[i].size(0) != 0), "a batch without a first row");
+      const bool has = i < cotangents.size() && cotangents[i].given;
+      TORCH_CHECK(!batched || (has && cotangents[i].shape[0] != 0), "a batch without a first row");
       from.push_back(outputs[i]);
       given.push_back(!has      ? outputs[i].function->input_metadata(outputs[i].input_nr).zeros_like().fill_(1)
-                      : batched ? cotangents[i].select(0, 0)
-                                : cotangents[i]);
+                      : batched ? cotangents[i].stand_in().select(0, 0)
+                                : cotangents[i].stand_in());
     }
-    rows.push_back(gradient(from, given, inputs, known));
+    rows.push_back(gradient(from, given, inputs, asking));
   }
   return by_pairs(rows, inputs.size(), question.at_once);
 }
 
 }  // namespace
 
+Question::Question(std::int64_t structure)
+    : Origin(structure), number([] {
+        static std::atomic<std::int64_t> made = 0;
+        return made++;
+      }()) {}
+
+Question::Cotangent Question::Cotangent::of(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  return {.given = true, .shape = tensor.sizes().vec(), .options = tensor.options(), .edge = edge_of(tensor)};
+}
+
+at::Tensor Question::Cotangent::stand_in() const {
+  const at::Tensor tensor = at::ones(shape, options);
+  if (edge.is_valid()) autograd::impl::set_gradient_edge(tensor, edge);
+  return tensor;
+}
+
 Counterparts Question::counterparts() const {
   const Unnoticed unnoticed;
   const autograd::AutoGradMode with_grad(true);
-  Known known;
+  Asking asking;
   try {
-    return answer(*this, known);
+    return answer(*this, asking);
   } catch (const c10::Error&) {  // ours are then taken as they are
     return {};
   }
@@ -418,15 +485,14 @@ HistoryMemo::HistoryMemo()
         return made++;
       }()) {}
 
+HistoryMemo::~HistoryMemo() { delete history_.load(); }
+
 const History& HistoryMemo::get(const std::function<std::unique_ptr<History>()>& find) const {
-  {
-    const std::lock_guard lock(mutex_);
-    if (history_) return *history_;
-  }
-  std::unique_ptr<const History> found = find();  // PyTorch is not asked under a lock
-  const std::lock_guard lock(mutex_);
-  if (!history_) history_ = std::move(found);
-  return *history_;
+  if (const History* known = history_.load(std::memory_order_acquire)) return *known;
+  std::unique_ptr<const History> found = find();  // which may take long: another thread may be first
+  const History* first = nullptr;
+  if (history_.compare_exchange_strong(first, found.get(), std::memory_order_acq_rel)) return *found.release();
+  return *first;
 }
 
 Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t width) {

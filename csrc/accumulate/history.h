@@ -14,10 +14,10 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "common/key.h"
@@ -31,18 +31,30 @@ using Edges = std::vector<torch::autograd::Edge>;
 // as one tensor.
 using Counterparts = std::vector<std::vector<at::Tensor>>;
 
-// What was asked for, and is asked of PyTorch: by edges, as tensors may be written to afterwards.
+// What was asked for, and is asked of PyTorch: by edges, as tensors may be written to afterwards, and may come to lead to
+// results.
 struct Question : ops::Origin {
   enum class Of : std::uint8_t { jacobian, gradient, batched_gradient, hessian };
+  // In the place of a cotangent, whose values do not count.
+  struct Cotangent {
+    bool given = false;
+    std::vector<std::int64_t> shape;
+    at::TensorOptions options;
+    torch::autograd::Edge edge;
 
-  using Origin::Origin;
+    static Cotangent of(const at::Tensor& tensor);
+    at::Tensor stand_in() const;
+  };
+
+  explicit Question(std::int64_t structure);
   // PyTorch's answer.  Empty where it has none.
   Counterparts counterparts() const;
 
   Of of = Of::jacobian;
   bool at_once = false;  // PyTorch computes one tensor for each input, which is split
   Edges outputs, inputs;
-  std::vector<at::Tensor> cotangents;  // of gradients: for each output, undefined for ones
+  std::vector<Cotangent> cotangents;  // of gradients: for each output, not given for ones
+  const std::int64_t number;          // what was asked later may lead to what was asked earlier
 };
 
 // Where histories end: the edges of the inputs, of the cotangents, those that leave the tape, and the ends of results of ours.
@@ -71,13 +83,15 @@ class History {
 class HistoryMemo {
  public:
   HistoryMemo();
+  ~HistoryMemo();
+  HistoryMemo(const HistoryMemo&) = delete;
+  HistoryMemo& operator=(const HistoryMemo&) = delete;
   const History& get(const std::function<std::unique_ptr<History>()>& find) const;
   std::int64_t structure() const { return structure_; }
 
  private:
   const std::int64_t structure_;
-  mutable std::mutex mutex_;
-  mutable std::unique_ptr<const History> history_;
+  mutable std::atomic<const History*> history_ = nullptr;
 };
 
 // Our own results as counterparts, those together that PyTorch computes as one tensor.

@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "common/budget.h"
+#include "common/fork_safe_mutex.h"
 #include "common/lru.h"
 #include "fused/footprint.h"
 
@@ -317,7 +318,7 @@ struct Parser {
 
 // ---------------------------------------------------------------------------------------------------------------------- cache
 struct Cache {
-  std::mutex mutex;
+  common::ForkSafeMutex mutex;
   common::Lru<std::string, std::shared_ptr<const Program>> programs{common::program_budget()};
 };
 

@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "common/budget.h"
+#include "common/fork_safe_mutex.h"
 #include "common/lru.h"
 #include "common/node_ptr.h"
 #include "fused/footprint.h"
@@ -74,7 +75,7 @@ class DerivedCache {
   }
 
  private:
-  std::mutex mutex_;
+  common::ForkSafeMutex mutex_;
   common::Lru<Question, std::shared_ptr<const DerivedProgram>, QuestionHash> entries_{common::derived_budget()};
 };
 

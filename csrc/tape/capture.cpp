@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -134,6 +135,7 @@ class Walk {
         input_reached_(inputs.size(), false) {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].function) continue;
+      least_ = std::min(least_, inputs[i].function->topological_nr());
       Visit& visit = visits_[find(inputs[i].function.get())];
       next_request_[i] = visit.first_request;
       visit.first_request = static_cast<std::int32_t>(i);
@@ -202,7 +204,7 @@ class Walk {
     c10::SmallVector<Frame, 32> stack;
     const auto enter = [&](std::int32_t index) {
       Visit& visit = visits_[index];
-      if (visit.seen) return;
+      if (visit.seen || visit.fn->topological_nr() < least_) return;
       visit.seen = true;
       visit.first_target = static_cast<std::int32_t>(targets_.size());
       targets_.resize(targets_.size() + visit.fn->num_outputs(), -1);
@@ -260,6 +262,8 @@ class Walk {
   const std::vector<autograd::Edge>& outputs_;
   const std::vector<autograd::Edge>& inputs_;
   const Rewritten rewritten_;
+  std::uint64_t least_ =
+      std::numeric_limits<std::uint64_t>::max();  // of the inputs' nodes; what lies lower leads to none of them
   common::PointerIndex index_;
   common::RecycledVector<Visit> visits_;
   common::RecycledVector<std::int32_t> order_, targets_;

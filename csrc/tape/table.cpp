@@ -3,6 +3,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "common/fork_safe_mutex.h"
 #include "tape/build.h"
 #include "tape/reader.h"
 
@@ -58,7 +59,7 @@ Pullback describe(const Tape& tape, const Node& node, int output, int input, fus
 const char* name(const Node& node) {
   if (node.reader != &opaque_reader()) return node.reader->name;
   // Few distinct names exist; they live as long as the process, as a row's name does.
-  static std::mutex mutex;
+  static auto& mutex = *new common::ForkSafeMutex;
   static auto& known = *new std::unordered_map<std::string, std::size_t>;  // threads may outlive static destructors
   static auto& names = *new std::deque<std::string>;
   const std::string own = node.fn->name();  // which may take the GIL

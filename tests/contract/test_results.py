@@ -223,6 +223,34 @@ class Mark:
     pass
 
 
+def test_histories_of_long_chains_of_steps():
+    """An unrolled optimiser: what a step's gradient leads to is found once a step, not once a way through the earlier ones."""
+
+    def tuned(module, steps):
+        x = start = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+        for _ in range(steps):
+            x = x - 0.01 * module.grad((x.sin() * x).sum(), x, create_graph=True)[0]
+        (g,) = module.grad(x.square().sum(), start, create_graph=True)
+        return g, torch.autograd.grad(g.sum(), start)[0]
+
+    for steps in (1, 3, 40):
+        assert_same(tuned(wengert, steps), tuned(torch.autograd, steps))
+
+
+@pytest.mark.parametrize("fn", [torch.relu, lambda x: x.sin().cumsum(0)], ids=["relu", "cumsum"])
+def test_a_cotangent_that_is_written_to_does_not_keep_the_graph(fn):
+    def once():
+        x = torch.rand(5, requires_grad=True)
+        y = fn(x)
+        v = torch.ones_like(y)
+        v.add_(wengert.grad(y, x, v, create_graph=True)[0])
+        return weakref.ref(x)
+
+    mark = once()
+    gc.collect()
+    assert mark() is None
+
+
 def test_what_a_result_remembers_leaves_with_it():
     x = torch.rand(3, dtype=D, requires_grad=True)
     y = torch.relu(x)

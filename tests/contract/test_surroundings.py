@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -142,6 +144,53 @@ def test_in_a_child_process(method):
         assert child.exitcode == 0
     finally:
         torch.set_num_threads(threads)
+
+
+FORKS = """
+import os, sys, threading, time, warnings
+import torch, wengert
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+stop = False
+def derive(k):
+    x = torch.ones(k, requires_grad=True)
+    wengert.grad((x.sin() * x).sum(), x, create_graph=True)
+def work():
+    k = 0
+    while not stop:
+        k = k % 7 + 1
+        derive(k)
+        wengert.clear_caches()
+derive(3)  # what PyTorch initialises at its first use is not forked in between
+threads = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in threads]
+hung = 0
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        derive(3)
+        os._exit(0)
+    last = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > last:
+            hung += 1
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.001)
+    if hung:
+        break
+stop = True
+[t.join() for t in threads]
+sys.exit(hung)
+"""
+
+
+def test_a_fork_beside_threads_that_compute():
+    """No cache is left locked in the child by a thread that it does not have."""
+    if DEVICE.type == "cuda":
+        pytest.skip("CUDA does not survive a fork")
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=300)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import torch.func as _torch
 from torch import Tensor
-from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
+from torch._C._functorch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+    get_dynamic_layer_stack_depth,
+)
 from torch._functorch.eager_transforms import (
     _construct_standard_basis_for,
     _validate_and_wrap_argnums,
@@ -256,8 +262,9 @@ class Transform(Wrapped):
         """torch.func.vmap of the checked function, batch axes in front."""
         lazy_load_decompositions()
         size = next(x.shape[0] for x, dim in zip(flat, dims) if dim is not None)
-        level = _vmap_increment_nesting(size, randomness)
+        depth = get_dynamic_layer_stack_depth()
         try:
+            level = _vmap_increment_nesting(size, randomness)
             args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
             out = self.check(self.func(*unflatten(args, spec), **kwargs))
             if type(out) is Tensor:
@@ -266,7 +273,8 @@ class Transform(Wrapped):
         except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
             raise Refused("a function that does not run under vmap alone") from error
         finally:
-            _vmap_decrement_nesting()
+            while get_dynamic_layer_stack_depth() > depth:  # not so where an interrupt comes first
+                _vmap_decrement_nesting()
 
 
 class Jacobian(Transform):
