@@ -15,6 +15,7 @@
 #include <map>
 #include <set>
 #include <tuple>
+#include <utility>
 
 #include "common/node_ptr.h"
 #include "ops/fused_autograd.h"
@@ -248,8 +249,8 @@ autograd::variable_list run_engine(const Edges& from, const autograd::variable_l
                                                         /*accumulate_grad=*/false, to);
 }
 
-// Nodes that one question may look at, each time it does.  A history that takes more is left as it is: its question would take
-// longer than what was asked for.
+// Nodes that may be looked at behind results of ours, each time they are.  A history that takes more is left as it is: its
+// question would take longer than what was asked for.
 constexpr std::size_t kMostNodes = 1 << 13;
 
 // The state of a question and of those that it leads to: what PyTorch has in the place of the results of earlier calls, asked for
@@ -257,8 +258,11 @@ constexpr std::size_t kMostNodes = 1 << 13;
 struct Asking {
   std::map<const Question*, Counterparts> known;
   std::size_t nodes = 0;
+  bool behind = false;  // results of ours
 
-  void look_at(std::size_t more) { TORCH_CHECK((nodes += more) <= kMostNodes, "a history that is too long"); }
+  void look_at(std::size_t more) {
+    if (behind) TORCH_CHECK((nodes += more) <= kMostNodes, "a history that is too long");
+  }
 };
 Counterparts answer(const Question& question, Asking& asking);
 
@@ -307,6 +311,7 @@ autograd::variable_list gradient(const Edges& from, const autograd::variable_lis
     }
   };
   pass(from, cotangents);
+  const bool before = std::exchange(asking.behind, true);
   while (!waiting.empty()) {
     const Waiting next = std::move(waiting.extract(waiting.begin()).mapped());
     auto theirs = asking.known.find(next.question);
@@ -316,6 +321,7 @@ autograd::variable_list gradient(const Edges& from, const autograd::variable_lis
       pass({edge_of(tensor)}, {next.cotangent.sum().to(tensor.scalar_type()).expand(tensor.sizes())});  // it may be a row of many
     }
   }
+  asking.behind = before;
   return sums;
 }
 
