@@ -262,8 +262,8 @@ class Walk {
   const std::vector<autograd::Edge>& outputs_;
   const std::vector<autograd::Edge>& inputs_;
   const Rewritten rewritten_;
-  std::uint64_t least_ =
-      std::numeric_limits<std::uint64_t>::max();  // of the inputs' nodes; what lies lower leads to none of them
+  // Of the inputs' nodes: what has a lower number leads to none of them.
+  std::uint64_t least_ = std::numeric_limits<std::uint64_t>::max();
   common::PointerIndex index_;
   common::RecycledVector<Visit> visits_;
   common::RecycledVector<std::int32_t> order_, targets_;
