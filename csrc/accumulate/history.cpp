@@ -76,7 +76,7 @@ bool has_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !f
 std::uint64_t least(const Edges& ends) {
   std::uint64_t number = std::numeric_limits<std::uint64_t>::max();
   for (const Edge& end : ends) {
-    if (end.is_valid()) number = std::min(number, end.function->topological_nr());
+    if (end.is_valid()) number = std::min(number, common::topological_nr(*end.function));
   }
   return number;
 }
@@ -172,7 +172,7 @@ class EndEdges {
     while (!stack.empty()) {
       const Edge edge = std::move(stack.back());
       stack.pop_back();
-      if (!edge.is_valid() || edge.function->topological_nr() < least_ || !f(edge)) continue;
+      if (!edge.is_valid() || common::topological_nr(*edge.function) < least_ || !f(edge)) continue;
       if (!seen.emplace(edge.function.get(), edge.input_nr).second) continue;
       const std::vector<bool> follow = onwards(edge);
       for (std::size_t k = follow.size(); k-- > 0;) {
@@ -219,7 +219,7 @@ class Ways {
     };
     std::vector<Frame> stack;
     const auto enter = [&](autograd::Node* fn) {
-      if (fn->topological_nr() < least_) return;
+      if (common::topological_nr(*fn) < least_) return;
       if (leads_.try_emplace(fn, false).second && (through_ || with_origin(*fn) == nullptr)) stack.push_back({fn, 0});
     };
     enter(root.function.get());

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -27,6 +28,15 @@ auto make_node() {
   } else {
     return std::shared_ptr<T>(new T, [](T* node) { deleteNode(node); });  // of torch::autograd; spares the stack in long chains
   }
+}
+
+// A node's number is higher than those of all it leads to.  PyTorch's own accessor writes a flag into the node, which threads
+// that read one graph would do at once.
+inline std::uint64_t topological_nr(const torch::autograd::Node& node) {
+  struct Numbered : torch::autograd::Node {
+    static std::uint64_t of(const torch::autograd::Node& node) { return node.*(&Numbered::topological_nr_); }
+  };
+  return Numbered::of(node);
 }
 
 }  // namespace wengert::common

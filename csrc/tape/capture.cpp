@@ -135,7 +135,7 @@ class Walk {
         input_reached_(inputs.size(), false) {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].function) continue;
-      least_ = std::min(least_, inputs[i].function->topological_nr());
+      least_ = std::min(least_, common::topological_nr(*inputs[i].function));
       Visit& visit = visits_[find(inputs[i].function.get())];
       next_request_[i] = visit.first_request;
       visit.first_request = static_cast<std::int32_t>(i);
@@ -204,7 +204,7 @@ class Walk {
     c10::SmallVector<Frame, 32> stack;
     const auto enter = [&](std::int32_t index) {
       Visit& visit = visits_[index];
-      if (visit.seen || visit.fn->topological_nr() < least_) return;
+      if (visit.seen || common::topological_nr(*visit.fn) < least_) return;
       visit.seen = true;
       visit.first_target = static_cast<std::int32_t>(targets_.size());
       targets_.resize(targets_.size() + visit.fn->num_outputs(), -1);
