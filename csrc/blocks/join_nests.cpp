@@ -12,13 +12,13 @@ constexpr int kMostSideBySide = 256;     // instructions of nests that only read
 constexpr std::size_t kMostPassed = 16;  // steps that a nest overtakes
 
 // Which called nodes a value was computed from: a bit for each call, of which the 65th shares that of the first, and so on.
-using Calls = std::uint64_t;
+using CallSet = std::uint64_t;
 
 // A step, and what its program became if it is a nest that took in others.
 struct Placed {
   Step step;
   Touched touched;
-  Calls calls = 0;
+  CallSet calls = 0;
   std::optional<fused::ExprPool> pool;
   std::vector<fused::OutputSpec> outputs;
 };
@@ -123,9 +123,9 @@ class Joiner {
  private:
   void place(Step step) {
     Touched mine = touched(step);
-    Calls calls = 0;
+    CallSet calls = 0;
     for (std::int32_t slot : mine.read) calls |= calls_[slot];
-    if (std::holds_alternative<CallNode>(step)) calls |= Calls(1) << (calls_made_++ % 64);
+    if (std::holds_alternative<CallNode>(step)) calls |= CallSet(1) << (calls_made_++ % 64);
     for (std::int32_t slot : mine.written) calls_[slot] |= calls;
     std::vector<fused::OutputSpec> outputs;
     if (const auto* nest = std::get_if<Evaluate>(&step)) {
@@ -177,7 +177,7 @@ class Joiner {
     return std::nullopt;
   }
 
-  bool take_in(Placed& placed, const Evaluate& given, const Touched& mine, Calls calls) {
+  bool take_in(Placed& placed, const Evaluate& given, const Touched& mine, CallSet calls) {
     auto& first = std::get<Evaluate>(placed.step);
     const fused::Program& program = *given.program;
     if (first.program->compute() != program.compute()) return false;
@@ -273,8 +273,8 @@ class Joiner {
 
   Plan& plan_;
   const Abilities& abilities_;
-  std::vector<int> readers_;  // per slot: steps that read it, and results that are it
-  std::vector<Calls> calls_;  // per slot
+  std::vector<int> readers_;    // per slot: steps that read it, and results that are it
+  std::vector<CallSet> calls_;  // per slot
   int calls_made_ = 0;
   std::vector<Placed> placed_;
 };

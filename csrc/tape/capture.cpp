@@ -41,10 +41,13 @@ void check_tensor(const at::Tensor& tensor) {
   if (at::isQIntType(tensor.scalar_type())) throw Unsupported("quantised numbers");
 }
 
+bool has_tensor_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
+bool has_node_hooks(const autograd::Node& fn) { return !fn.pre_hooks().empty() || !fn.post_hooks().empty(); }
+
 // Hooks have to see every gradient that PyTorch would show them.
 void check_hooks(autograd::Node& fn, bool runs) {
-  if (!fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty()) throw Unsupported("a tensor with hooks or retain_grad");
-  if (runs && (!fn.pre_hooks().empty() || !fn.post_hooks().empty())) throw Unsupported("a graph node with hooks");
+  if (has_tensor_hooks(fn)) throw Unsupported("a tensor with hooks or retain_grad");
+  if (runs && has_node_hooks(fn)) throw Unsupported("a graph node with hooks");
 }
 
 // The backward of a reentrant checkpoint starts a whole backward pass of its own, which PyTorch allows only below .backward().
@@ -279,10 +282,7 @@ Rewritten rewritten(Walk& walk) {
     autograd::Node& fn = *visit.fn;
     const Reader& reader = *find_reader(fn);
     if (!visit.below || reader.erased_rewrite == nullptr || walk.requested(&fn)) continue;
-    if (!fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty() || !fn.pre_hooks().empty() ||
-        !fn.post_hooks().empty()) {
-      continue;
-    }
+    if (has_tensor_hooks(fn) || has_node_hooks(fn)) continue;
     Node node;
     node.fn = common::share(&fn);
     std::vector<at::Tensor> unused;

@@ -319,6 +319,11 @@ void add_views(Table& t) {
   add_unfold<gen::UnfoldBackward0_copy>(t, "UnfoldBackward0_copy");
   t.add<gen::FlipBackward0>("FlipBackward0", [](Take& k, const gen::FlipBackward0& n) { k.integers(n.dims); }, flipped);
   t.add<gen::AsStridedBackward0>("AsStridedBackward0", read_strided<gen::AsStridedBackward0>, strided);
+  // Reads and writes its cotangent's memory from its start, wherever in it the cotangent lies: what PyTorch makes of that only
+  // its own calls can say.
+  t.add<gen::AsStridedScatterBackward0>(
+      "AsStridedScatterBackward0", [](Take&, const gen::AsStridedScatterBackward0&) { throw Unsupported("as_strided_scatter"); },
+      [](const Site&) { return opaque(); });
   t.add<gen::AsStridedBackward1>("AsStridedBackward1", read_strided<gen::AsStridedBackward1>, strided);
   t.add<gen::AsStridedBackward0_copy>("AsStridedBackward0_copy", read_strided<gen::AsStridedBackward0_copy>, strided);
 }
