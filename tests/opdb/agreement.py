@@ -14,8 +14,9 @@ from support.compare import Outcome, Tolerance, assert_same, leaves, same_error
 from support.native import Calls
 
 TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)
-# torch's own backward is only single precision here (the derivative in the weights of a covariance).
-LOOSE = {"cov": Tolerance(rtol=1e-5, atol=2e-5)}
+# torch's own backward is only single precision here (the derivative in the weights of a covariance),
+# where terms some hundreds large cancel.
+LOOSE = {"cov": Tolerance(rtol=1e-5, atol=5e-5)}
 
 
 @dataclasses.dataclass

@@ -132,8 +132,19 @@ def given(outcome: Outcome) -> Any:
 def again(report: OpReport, label: str, name: str, f: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> None:
     """The derivative of a derivative; torch lacks some of them."""
     reference = Outcome.of(lambda: differentiated(getattr(torch_functional, name), f, inputs))
-    if reference.error is None:
-        compare(report, label, lambda: differentiated(getattr(wengert, name), f, inputs), lambda: reference.value)
+    if reference.error is not None:
+        return
+
+    def mend(ours: Any, ref: Any) -> Any:
+        # Where torch has nan, what the same derivative without a graph has, which is compared on its own.
+        plain = list(tensors_of(getattr(wengert, name)(f, inputs)))
+        parts = [
+            torch.where(b.isnan() & torch.isclose(a, c), a, b) if a.shape == b.shape == c.shape else b
+            for a, b, c in zip(ours[0], ref[0], plain)
+        ]
+        return parts, *ref[1:]
+
+    compare(report, label, lambda: differentiated(getattr(wengert, name), f, inputs), lambda: reference.value, mend)
 
 
 def main() -> None:
