@@ -100,6 +100,7 @@ RowOnly& row_only() {
   static auto* instance = new RowOnly;  // never destroyed: threads may outlive static destructors
   return *instance;
 }
+[[maybe_unused]] const RowOnly& made_at_load = row_only();  // see common::ForkSafeMutex
 
 // Plans hold complex values as pairs of reals, nodes want them complex.
 at::Tensor as_node_wants(const at::Tensor& cotangent, const torch::autograd::InputMetadata& metadata) {

@@ -83,6 +83,7 @@ PlanCache& plan_cache() {
   static PlanCache* cache = new PlanCache;  // never destroyed: threads may outlive static destructors
   return *cache;
 }
+[[maybe_unused]] const PlanCache& made_at_load = plan_cache();  // see common::ForkSafeMutex
 
 std::shared_ptr<const Planned> plan_anew(const tape::Tape& tape, const Request& request, std::size_t structure) {
   auto planned = std::make_shared<Planned>();

@@ -9,7 +9,8 @@
 
 namespace wengert::common {
 
-// Never destroyed.
+// Never destroyed, and made while the library is loaded: a thread that makes one at its first use waits for a fork that goes on,
+// within the guard of the static object it belongs to, which the child then finds held.
 class ForkSafeMutex : public std::mutex {
  public:
   ForkSafeMutex() {

@@ -326,6 +326,7 @@ Cache& cache() {
   static Cache* instance = new Cache;  // never destroyed: threads may outlive static destructors
   return *instance;
 }
+[[maybe_unused]] const Cache& made_at_load = cache();  // see common::ForkSafeMutex
 
 }  // namespace
 

@@ -84,6 +84,7 @@ DerivedCache& derived_cache() {
   static auto* instance = new DerivedCache;
   return *instance;
 }
+[[maybe_unused]] const DerivedCache& made_at_load = derived_cache();  // see common::ForkSafeMutex
 
 std::vector<fused::ExprId> leaves(fused::ExprPool& pool, int count) {
   std::vector<fused::ExprId> ids;

@@ -1,6 +1,7 @@
 // Attention is read as what it is composed of: softmax(q k^T * scale + mask) v, whose structure the fused kernels' node hides.
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/generated/Functions.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <cmath>
 #include <limits>
@@ -16,14 +17,24 @@ namespace gen = torch::autograd::generated;
 // The fused kernels never hold the probabilities; more of them than this stay unwritten.
 constexpr std::int64_t kMostProbabilities = std::int64_t(1) << 24;
 
+// An argument as the node leads on from it, whatever was done to the tensor that it saved.
+at::Tensor argument(const Take& k, const SavedVariable& saved, int edge) {
+  const at::Tensor tensor = k.unpack(saved).detach();
+  const torch::autograd::Edge& next = k.fn()->next_edge(edge);
+  if (next.is_valid()) torch::autograd::impl::set_gradient_edge(tensor, next);
+  return tensor;
+}
+
 template <class N>
 at::Tensor attention(const Take& k, const N& n, const SavedVariable* mask) {
   if (n.dropout_p != 0) return {};  // what was dropped is not known
-  const at::Tensor query = k.unpack(n.query_), key = k.unpack(n.key_), value = k.unpack(n.value_);
+  const double scale = n.scale.value_or(1 / std::sqrt(static_cast<double>(k.unpack(n.query_).size(-1))));
+  if (n.is_causal && !(scale > 0)) return {};  // the kernel masks before it scales
+  const at::Tensor query = argument(k, n.query_, 0), key = argument(k, n.key_, 1), value = argument(k, n.value_, 2);
+  for (const SavedVariable* result : {&n.output_, &n.logsumexp_}) k.unpack(*result, /*is_result=*/true);  // for its complaints
   const bool plain = query.scalar_type() == at::kDouble || query.scalar_type() == at::kFloat;
   if (!plain || query.dim() != 4 || key.size(1) != query.size(1) || value.size(1) != query.size(1)) return {};
   if (query.size(0) * query.size(1) * query.size(2) * key.size(2) > kMostProbabilities) return {};
-  const double scale = n.scale.value_or(1 / std::sqrt(static_cast<double>(query.size(3))));
   at::Tensor scores = at::matmul(query, key.transpose(-2, -1)) * scale;
   if (n.is_causal) {
     const at::Tensor later = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).triu(1);

@@ -56,14 +56,28 @@ Pullback describe(const Tape& tape, const Node& node, int output, int input, fus
   return product(site.x()) == 0 ? zero() : node.reader->describe(site);
 }
 
+namespace {
+
+// Few distinct names exist; they live as long as the process, as a row's name does.
+struct Names {
+  common::ForkSafeMutex mutex;
+  std::unordered_map<std::string, std::size_t> known;
+  std::deque<std::string> names;
+};
+
+Names& names_of_nodes() {
+  static auto* instance = new Names;  // never destroyed: threads may outlive static destructors
+  return *instance;
+}
+[[maybe_unused]] const Names& made_at_load = names_of_nodes();  // see common::ForkSafeMutex
+
+}  // namespace
+
 const char* name(const Node& node) {
   if (node.reader != &opaque_reader()) return node.reader->name;
-  // Few distinct names exist; they live as long as the process, as a row's name does.
-  static auto& mutex = *new common::ForkSafeMutex;
-  static auto& known = *new std::unordered_map<std::string, std::size_t>;  // threads may outlive static destructors
-  static auto& names = *new std::deque<std::string>;
   const std::string own = node.fn->name();  // which may take the GIL
-  const std::lock_guard<std::mutex> lock(mutex);
+  auto& [mutex, known, names] = names_of_nodes();
+  const std::lock_guard lock(mutex);
   const auto [entry, fresh] = known.try_emplace(own, names.size());
   if (fresh) names.push_back(entry->first);
   return names[entry->second].c_str();

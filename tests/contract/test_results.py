@@ -333,3 +333,21 @@ def test_a_node_that_fails_at_a_gradient_that_nobody_wants():
         assert_same(ours, theirs)
     loss = lambda x: f(x).sum()
     assert_same(wengert.hessian(loss, x), torch_functional.hessian(loss, x))
+
+
+def test_attention_leads_where_its_node_does():
+    """Read as what it is composed of, from tensors that may have been changed since."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.randn(1, 1, 3, 2, dtype=D) for _ in range(3))
+    q.requires_grad_()
+    out = attention(q, k, v)
+    k.requires_grad_()  # which the node has not seen
+    y = out + 2 * k
+    ours = wengert.jacobian(y, (q, k))
+    for mine, x in zip(ours, (q, k)):
+        rows = [torch.autograd.grad(e, x, retain_graph=True)[0] for e in y.flatten()]
+        assert_same(mine, torch.stack(rows).reshape(y.shape + x.shape))
+    changed = attention(q, q, q)
+    changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        wengert.jacobian(changed, q)
