@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 
 #include "tape/reader.h"
@@ -25,13 +26,14 @@ at::Tensor argument(const Take& k, const SavedVariable& saved, int edge) {
   return tensor;
 }
 
+// `results` are saved as well; unpacking them complains where the node would.
 template <class N>
-at::Tensor attention(const Take& k, const N& n, const SavedVariable* mask) {
+at::Tensor attention(const Take& k, const N& n, const SavedVariable& mask, std::initializer_list<const SavedVariable*> results) {
   if (n.dropout_p != 0) return {};  // what was dropped is not known
   const double scale = n.scale.value_or(1 / std::sqrt(static_cast<double>(k.unpack(n.query_).size(-1))));
   if (n.is_causal && !(scale > 0)) return {};  // the kernel masks before it scales
   const at::Tensor query = argument(k, n.query_, 0), key = argument(k, n.key_, 1), value = argument(k, n.value_, 2);
-  for (const SavedVariable* result : {&n.output_, &n.logsumexp_}) k.unpack(*result, /*is_result=*/true);  // for its complaints
+  for (const SavedVariable* result : results) k.unpack(*result, /*is_result=*/true);
   const bool plain = query.scalar_type() == at::kDouble || query.scalar_type() == at::kFloat;
   if (!plain || query.dim() != 4 || key.size(1) != query.size(1) || value.size(1) != query.size(1)) return {};
   if (query.size(0) * query.size(1) * query.size(2) * key.size(2) > kMostProbabilities) return {};
@@ -40,7 +42,7 @@ at::Tensor attention(const Take& k, const N& n, const SavedVariable* mask) {
     const at::Tensor later = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).triu(1);
     scores = scores.masked_fill(later, -std::numeric_limits<double>::infinity());
   }
-  const at::Tensor bias = mask != nullptr ? k.unpack(*mask) : at::Tensor();
+  const at::Tensor bias = k.unpack(mask);
   if (bias.defined() && (bias.requires_grad() || !bias.is_floating_point())) return {};
   if (bias.defined()) scores = scores + bias;
   return at::matmul(at::_safe_softmax(scores, -1), value);
@@ -51,7 +53,14 @@ at::Tensor attention(const Take& k, const N& n, const SavedVariable* mask) {
 void add_attention(Table& t) {
   t.add_composed<gen::ScaledDotProductFlashAttentionForCpuBackward0>(
       "ScaledDotProductFlashAttentionForCpuBackward0",
-      [](const Take& k, const gen::ScaledDotProductFlashAttentionForCpuBackward0& n) { return attention(k, n, &n.attn_mask_); });
+      [](const Take& k, const gen::ScaledDotProductFlashAttentionForCpuBackward0& n) {
+        return attention(k, n, n.attn_mask_, {&n.output_, &n.logsumexp_});
+      });
+  t.add_composed<gen::ScaledDotProductEfficientAttentionBackward0>(  // float32 on CUDA
+      "ScaledDotProductEfficientAttentionBackward0",
+      [](const Take& k, const gen::ScaledDotProductEfficientAttentionBackward0& n) {
+        return attention(k, n, n.attn_bias_, {&n.output_, &n.log_sumexp_});
+      });
 }
 
 }  // namespace wengert::tape

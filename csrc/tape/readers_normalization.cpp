@@ -114,6 +114,15 @@ Pullback batch_norm(const Site& s) {
 }
 
 template <class N>
+double eps_of(const N& n) {
+  if constexpr (requires { n.epsilon; }) {
+    return n.epsilon;
+  } else {
+    return n.eps;
+  }
+}
+
+template <class N>
 void take_batch_norm(Take& k, const N& n) {
   bool training = false;
   if constexpr (requires { n.training; }) training = n.training;
@@ -136,7 +145,7 @@ void take_batch_norm(Take& k, const N& n) {
     const at::Tensor data = k.unpack(n.input_), mean = k.unpack(n.running_mean_), variance = k.unpack(n.running_var_);
     if (mean.defined() && variance.defined() && variance.scalar_type() == data.scalar_type() && !mean.requires_grad() &&
         !variance.requires_grad()) {
-      const at::Tensor inverse = (variance + n.eps).rsqrt(), weight = k.unpack(n.weight_);
+      const at::Tensor inverse = (variance + eps_of(n)).rsqrt(), weight = k.unpack(n.weight_);
       if (k.needs(kWeight)) {
         k.derived((data - by_channel(mean, data)) * by_channel(inverse, data));
       } else {
@@ -168,6 +177,7 @@ void add_normalization(Table& t) {
   add_batch_norm<gen::NativeBatchNormLegitBackward0>(t, "NativeBatchNormLegitBackward0");
   add_batch_norm<gen::NativeBatchNormLegitBackward1>(t, "NativeBatchNormLegitBackward1");
   add_batch_norm<gen::NativeBatchNormLegitNoTrainingBackward0>(t, "NativeBatchNormLegitNoTrainingBackward0");
+  add_batch_norm<gen::CudnnBatchNormBackward0>(t, "CudnnBatchNormBackward0");
 }
 
 }  // namespace wengert::tape

@@ -15,8 +15,8 @@ from support.native import Calls
 
 TOLERANCE = Tolerance(rtol=1e-7, atol=1e-9)
 # torch's own backward is only single precision here (the derivative in the weights of a covariance),
-# where terms some hundreds large cancel.
-LOOSE = {"cov": Tolerance(rtol=1e-5, atol=5e-5)}
+# where terms some thousands large cancel.
+LOOSE = {"cov": Tolerance(rtol=1e-5, atol=5e-4)}
 
 
 @dataclasses.dataclass

@@ -100,6 +100,7 @@ def evaluate(operands: Sequence[Tensor], text: str) -> list[Tensor]:
     """Same arguments and results as ``torch.ops.wengert.fused``, differentiable through torch's own autograd."""
     program = parse(text)
     shape = torch.broadcast_shapes(*(operand.shape for operand in operands)) if operands else (1,) * program.rank
+    device = operands[0].device if operands else None
     values: list[Tensor] = []
 
     def read(token: str) -> Tensor:
@@ -107,7 +108,7 @@ def evaluate(operands: Sequence[Tensor], text: str) -> list[Tensor]:
             return operands[int(token[1:])].to(program.compute)
         if token[0] == "t" and token[1:].isdigit():
             return values[int(token[1:])]
-        return torch.tensor(0.0 if token == "zero" else float(token), dtype=program.compute)
+        return torch.tensor(0.0 if token == "zero" else float(token), dtype=program.compute, device=device)
 
     for name, args in program.values:
         values.append(PRIMITIVES[name](*(read(arg) for arg in args)))
