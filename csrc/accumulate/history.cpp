@@ -69,9 +69,6 @@ std::vector<std::int32_t> numbered(const Edges& ends) {
   return numbers;
 }
 
-// Hooks would see a gradient that nobody asked for.
-bool has_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
-
 // A node with a lower number than this leads to none of the ends.
 std::uint64_t least(const Edges& ends) {
   std::uint64_t number = std::numeric_limits<std::uint64_t>::max();
@@ -140,7 +137,8 @@ class EndEdges {
   // need not give one for everything it leads to.
   std::vector<std::int32_t> deprived(const std::vector<at::Tensor>& tensors, const std::set<std::int32_t>& ends) const {
     std::vector<std::int32_t> asked = askable(ends);
-    std::erase_if(asked, [&](std::int32_t end) { return has_hooks(*at(end).function); });
+    // Hooks would see a gradient that nobody asked for.
+    std::erase_if(asked, [&](std::int32_t end) { return tape::has_tensor_hooks(*at(end).function); });
     if (asked.empty()) return {};
     const Unnoticed unnoticed;
     autograd::variable_list ones;
@@ -285,7 +283,7 @@ autograd::variable_list gradient(const Edges& from, const autograd::variable_lis
     const Ways all(roots, to, true), own(roots, to, false);
     asking.look_at(all.size());
     all.each_node([](autograd::Node& fn, bool leads) {
-      TORCH_CHECK(!leads || !(tape::is_custom(fn) || has_hooks(fn)), "code of the user's");
+      TORCH_CHECK(!leads || !(tape::is_custom(fn) || tape::has_tensor_hooks(fn)), "code of the user's");
     });
     Edges results;
     std::vector<const ops::TetherBackward*> tethers;

@@ -235,6 +235,10 @@ PYBIND11_MODULE(_C, m) {
       "has_other_leaves",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  m.def(
+      "passes_custom",
+      [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
+      py::arg("outputs"), py::arg("inputs"));
   wengert::bind::define_cuda(m.def_submodule("cuda"));
   wengert::bind::define_cuda_static(m.attr("cuda"));
   wengert::bind::define_evaluator(m);

@@ -11,6 +11,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "common/behind.h"
 #include "common/key.h"
 #include "common/node_ptr.h"
 #include "common/pointer_index.h"
@@ -40,9 +41,6 @@ void check_tensor(const at::Tensor& tensor) {
   if (at::isComplexType(tensor.scalar_type())) throw Unsupported("complex numbers");
   if (at::isQIntType(tensor.scalar_type())) throw Unsupported("quantised numbers");
 }
-
-bool has_tensor_hooks(autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
-bool has_node_hooks(const autograd::Node& fn) { return !fn.pre_hooks().empty() || !fn.post_hooks().empty(); }
 
 // Hooks have to see every gradient that PyTorch would show them.
 void check_hooks(autograd::Node& fn, bool runs) {
@@ -579,33 +577,14 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
 bool has_other_leaves(at::TensorList outputs, at::TensorList inputs) {
   std::unordered_set<const at::TensorImpl*> own;
   for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
-  common::PointerIndex seen;
-  std::vector<autograd::Node*> stack;
-  const auto enter = [&](const NodePtr& fn) {
-    std::int32_t& mark = seen[fn.get()];
-    if (mark >= 0) return;
-    mark = 0;
-    stack.push_back(fn.get());
-  };
   for (const at::Tensor& output : outputs) {
-    if (const NodePtr& fn = output.grad_fn()) {
-      enter(fn);
-    } else if (output.requires_grad() && !own.contains(output.unsafeGetTensorImpl())) {
-      return true;
-    }
+    const bool is_leaf = output.requires_grad() && !output.grad_fn();
+    if (is_leaf && !own.contains(output.unsafeGetTensorImpl())) return true;
   }
-  while (!stack.empty()) {
-    autograd::Node* fn = stack.back();
-    stack.pop_back();
-    if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
-      if (!own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl())) return true;
-      continue;
-    }
-    for (const autograd::Edge& edge : fn->next_edges()) {
-      if (edge.function) enter(edge.function);
-    }
-  }
-  return false;
+  return !common::visit_behind(outputs, {}, [&](autograd::Node& fn) {
+    if (typeid(fn) != typeid(autograd::AccumulateGrad)) return true;
+    return own.contains(static_cast<autograd::AccumulateGrad&>(fn).variable.unsafeGetTensorImpl());
+  });
 }
 
 void release(Tape& tape) {

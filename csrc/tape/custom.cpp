@@ -3,6 +3,8 @@
 #include <cstring>
 #include <typeinfo>
 
+#include "common/behind.h"
+
 namespace wengert::tape {
 
 namespace {
@@ -15,6 +17,15 @@ PythonKnowledge python;
 bool is_custom(const torch::autograd::Node& fn) {
   const char* type = typeid(fn).name();
   return std::strstr(type, "PyNode") != nullptr || std::strstr(type, "CppNode") != nullptr;
+}
+
+bool has_tensor_hooks(torch::autograd::Node& fn) { return !fn.tensor_pre_hooks().empty() || !fn.retains_grad_hooks().empty(); }
+
+bool has_node_hooks(const torch::autograd::Node& fn) { return !fn.pre_hooks().empty() || !fn.post_hooks().empty(); }
+
+bool passes_custom(at::TensorList outputs, at::TensorList inputs) {
+  const auto is_plain = [](torch::autograd::Node& fn) { return !is_custom(fn) && !has_tensor_hooks(fn) && !has_node_hooks(fn); };
+  return !common::visit_behind(outputs, inputs, is_plain);
 }
 
 void set_python_knowledge(const PythonKnowledge& knowledge) { python = knowledge; }

@@ -1,5 +1,6 @@
-// Nodes that run code of the user's: custom Functions, in Python or C++.
+// Nodes that run code of the user's: custom Functions, in Python or C++, and hooks.
 #pragma once
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <exception>
@@ -7,6 +8,11 @@
 namespace wengert::tape {
 
 bool is_custom(const torch::autograd::Node& fn);
+bool has_tensor_hooks(torch::autograd::Node& fn);  // of tensors that it computes, retain_grad included
+bool has_node_hooks(const torch::autograd::Node& fn);
+
+// Whether gradients of `outputs` pass code of the user's on their way to `inputs`.
+bool passes_custom(at::TensorList outputs, at::TensorList inputs);
 
 // What takes Python to know.  The Python module sets it; without one there are no such nodes and no such errors.
 struct PythonKnowledge {

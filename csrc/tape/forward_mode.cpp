@@ -1,15 +1,10 @@
 #include "tape/forward_mode.h"
 
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/variable.h>
-
 #include <string_view>
 #include <typeindex>
 #include <unordered_map>
-#include <vector>
 
-#include "common/node_ptr.h"
-#include "common/pointer_index.h"
+#include "common/behind.h"
 
 namespace wengert::tape {
 
@@ -41,30 +36,12 @@ Role role_of(const Node& node) {
 
 ForwardMode forward_mode(at::TensorList outputs) {
   ForwardMode out;
-  common::PointerIndex seen;
-  std::vector<const Node*> stack;
-  const auto enter = [&](const Node* node) {
-    std::int32_t& mark = seen[node];
-    if (mark >= 0) return;
-    mark = 0;
-    stack.push_back(node);
-  };
-  for (const at::Tensor& output : outputs) {
-    if (const auto& fn = output.grad_fn()) enter(fn.get());
-  }
-  while (!stack.empty()) {
-    const Node* node = stack.back();
-    stack.pop_back();
-    const Role role = role_of(*node);
+  common::visit_behind(outputs, {}, [&](const Node& node) {
+    const Role role = role_of(node);
     out.masks = out.masks || role == Role::masks;
-    if (role == Role::differs) {
-      out.differs = node->name();
-      break;
-    }
-    for (const torch::autograd::Edge& edge : node->next_edges()) {
-      if (edge.function) enter(edge.function.get());
-    }
-  }
+    if (role == Role::differs) out.differs = node.name();
+    return role != Role::differs;
+  });
   return out;
 }
 

@@ -33,6 +33,10 @@ class Case:
         fresh = {id(x): x.detach().clone().requires_grad_() for x in self.xs}
         return tuple(fresh[id(x)] for x in self.xs)
 
+    def alike(self, leaf: Tensors) -> bool:
+        """Strides decide which of several equal entries a kernel takes, and what select_scatter writes into what overlaps."""
+        return all(a.stride() == b.stride() for a, b in zip(leaf, self.xs))
+
     def calls(self, name: str, *args: Any, **options: Any) -> Any:
         """The same function of wengert and of torch.autograd.functional."""
         ours, theirs = getattr(wengert, name), getattr(F, name)
@@ -115,8 +119,7 @@ def graph(case: Case) -> None:
     if case.program.repeated or not any(t.requires_grad for t in leaves(y)):
         return
     got = wengert.jacobian(y, leaf)
-    alike = all(a.stride() == b.stride() for a, b in zip(leaf, case.xs))  # select_scatter writes into what overlaps
-    case.same(got, case.jacobian.value if alike else F.jacobian(case.f, leaf), "graph form")
+    case.same(got, case.jacobian.value if case.alike(leaf) else F.jacobian(case.f, leaf), "graph form")
     kept = overwritten(got)
     case.same(leaves(wengert.jacobian(y, leaf)), kept, "graph form again", exactly=True)
     total = weighted_sum(y)
@@ -210,7 +213,8 @@ def hessian(case: Case) -> None:
     leaf = case.leaf()
     value = case.scalar(*leaf)
     if value.requires_grad:
-        case.same(wengert.hessian(value, leaf), theirs, "hessian of a computed tensor")
+        expected = theirs if case.alike(leaf) else F.hessian(case.scalar, leaf)
+        case.same(wengert.hessian(value, leaf), expected, "hessian of a computed tensor")
 
 
 @form(2)
@@ -300,11 +304,12 @@ def _mapped(case: Case, name: str, f: Callable[..., Any], per_sample: Callable[.
     if case.program.repeated:
         return
     in_dims: Any = 0
-    batch, samples = case.batch, case.samples
+    # The loop's samples lie as the batch's do: which of several equal entries a kernel takes depends on strides.
+    batch, samples = case.batch, [tuple(sample) for sample in zip(*case.batch)]
     if first_shared and len(batch) > 1:
         in_dims = (None,) + (0,) * (len(batch) - 1)
-        batch = (samples[0][0], *batch[1:])
-        samples = [(samples[0][0], *s[1:]) for s in samples]
+        batch = (case.samples[0][0], *batch[1:])
+        samples = [(batch[0], *s[1:]) for s in samples]
     options = {"in_dims": in_dims, "chunk_size": 2 if case.content % 3 == 1 else None}
     got = Outcome.of(lambda: wengert.func.vmap(getattr(wengert.func, name)(f, case.argnums), **options)(*batch))
     loop = Outcome.of(lambda: [torch.stack(parts) for parts in zip(*(leaves(per_sample(f, s)) for s in samples))])

@@ -38,7 +38,7 @@ from samples import (
     tensors_of,
 )
 from support.check import DEVICE
-from support.compare import Outcome, leaves
+from support.compare import Outcome, given, leaves
 from torch.autograd import functional as torch_functional
 from transforms import sweep_transforms
 
@@ -121,12 +121,6 @@ def sweep_sample(report: OpReport, op: Any, sample: Any, k: int, full: bool, sha
     )
     if small:
         sweep_transforms(report, f"sample {k}:", f, g, inputs, second=twice)
-
-
-def given(outcome: Outcome) -> Any:
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value
 
 
 def again(report: OpReport, label: str, name: str, f: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> None:

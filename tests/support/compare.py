@@ -81,6 +81,13 @@ class Outcome:
         return f"raised {type(self.error).__name__}: {str(self.error).splitlines()[0] if str(self.error) else ''}"
 
 
+def given(outcome: Outcome) -> Any:
+    """What the call did, once more."""
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
 def same_error(ours: BaseException, ref: BaseException) -> bool:
     """Same type and same first line; what follows in torch's messages names C++ source lines."""
 

@@ -1,0 +1,42 @@
+// Walks of a graph that only look.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <vector>
+
+#include "common/pointer_index.h"
+
+namespace wengert::common {
+
+// Calls `visit` for each node that gradients of `outputs` may pass on their way to `until`, those of `until` included but nothing
+// behind them, as long as it returns true.  Whether it always did.
+template <class Visit>
+bool visit_behind(at::TensorList outputs, at::TensorList until, Visit&& visit) {
+  PointerIndex seen;
+  std::vector<torch::autograd::Node*> stack;
+  const auto is_new = [&](torch::autograd::Node* node) {
+    std::int32_t& mark = seen[node];
+    return mark < 0 && (mark = 0, true);
+  };
+  for (const at::Tensor& end : until) {
+    const auto& fn = end.grad_fn();
+    if (fn && is_new(fn.get()) && !visit(*fn)) return false;
+  }
+  for (const at::Tensor& output : outputs) {
+    const auto& fn = output.grad_fn();
+    if (fn && is_new(fn.get())) stack.push_back(fn.get());
+  }
+  while (!stack.empty()) {
+    torch::autograd::Node& node = *stack.back();
+    stack.pop_back();
+    if (!visit(node)) return false;
+    for (const torch::autograd::Edge& edge : node.next_edges()) {
+      if (edge.function && is_new(edge.function.get())) stack.push_back(edge.function.get());
+    }
+  }
+  return true;
+}
+
+}  // namespace wengert::common
