@@ -16,6 +16,7 @@
 #include "accumulate/sweep.h"
 #include "common/fork_safe_mutex.h"
 #include "tape/custom.h"
+#include "tape/pass.h"
 
 namespace wengert::accumulate {
 
@@ -116,25 +117,22 @@ at::Tensor as_plan_wants(const at::Tensor& result) {
   return own.is_complex() ? at::view_as_real(own) : own;
 }
 
-// One node of the tape, for the edges that a step wants.
+// By edges of the node.
+std::vector<bool> wanted(const blocks::CallNode& step) {
+  std::vector<bool> wanted;
+  for (const std::int32_t slot : step.results) wanted.push_back(slot >= 0);
+  return wanted;
+}
+
+// One node of the tape, for some of its edges.
 class Callee {
  public:
-  Callee(torch::autograd::Node& fn, const std::vector<std::int32_t>& results) : fn_(fn) {
-    for (const std::int32_t slot : results) wanted_.push_back(slot >= 0);
-  }
+  Callee(torch::autograd::Node& fn, std::vector<bool> wanted) : fn_(fn), wanted_(std::move(wanted)) {}
 
-  // Outside of a pass a node computes all of its gradients, and may fail at one that PyTorch would not have asked for.
-  std::vector<at::Tensor> once(torch::autograd::variable_list cotangents) const {
-    try {
-      return gradients(std::move(cotangents));
-    } catch (const c10::Error&) {
-      if (wants_all()) throw;
-      throw tape::Unsupported(fn_.name() + " fails where all of its gradients are computed");
-    }
-  }
+  std::vector<at::Tensor> once(torch::autograd::variable_list cotangents) const { return gradients(std::move(cotangents)); }
 
   std::vector<at::Tensor> batched(const std::vector<at::Tensor>& cotangents, std::int64_t batch) const {
-    static Silence silence;
+    Silence silence;
     c10::WarningUtils::WarningHandlerGuard guard(&silence);
     VmapLevel level(batch);
     std::vector<at::Tensor> wrapped;
@@ -190,6 +188,7 @@ class Callee {
   // What PyTorch's engine makes of the node's result before it reaches the next nodes.  Undefined where it is not wanted, or
   // where the node gives nothing.
   std::vector<at::Tensor> gradients(torch::autograd::variable_list cotangents) const {
+    const tape::Wanted guard(fn_, wanted_);
     torch::autograd::variable_list got = fn_(std::move(cotangents));
     torch::autograd::validate_outputs(
         fn_.next_edges(), got, [this](const std::string& what) { return "Function " + fn_.name() + " returned an " + what; });
@@ -201,13 +200,6 @@ class Callee {
       }
     }
     return got;
-  }
-
-  bool wants_all() const {
-    for (std::size_t j = 0; j < wanted_.size(); ++j) {
-      if (!wanted_[j] && fn_.next_edge(j).is_valid()) return false;
-    }
-    return true;
   }
 
   torch::autograd::Node& fn_;
@@ -236,8 +228,8 @@ std::int64_t rows_at_once(const torch::autograd::Node& fn, const std::vector<at:
 
 // Results are undefined where the node gives nothing.
 std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& plan, torch::autograd::Node& fn,
-                             std::vector<at::Tensor> cotangents) {
-  const Callee callee(fn, step.results);
+                             std::vector<bool> wanted, std::vector<at::Tensor> cotangents) {
+  const Callee callee(fn, std::move(wanted));
   std::int64_t batch = 1;
   blocks::Shape lead;
   for (std::size_t o = 0; o < cotangents.size(); ++o) {
@@ -288,16 +280,29 @@ std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& p
 
 }  // namespace
 
-Calls::~Calls() {
-  for (const auto& [place, value] : taken_off_) *place = value;
+bool wants_some(const blocks::Plan& plan, const tape::Tape& tape) {
+  return std::ranges::any_of(plan.steps, [&](const blocks::Step& step) {
+    const auto* call = std::get_if<blocks::CallNode>(&step);
+    return call != nullptr && tape::Wanted::are_some(*tape.nodes[call->node].fn, wanted(*call));
+  });
 }
+
+Calls::~Calls() { forget(); }
 
 std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const blocks::Plan& plan,
                                           std::vector<at::Tensor> cotangents) {
   torch::autograd::Node& fn = *tape_.nodes[step.node].fn;
   std::vector<at::Tensor> results;
   const bool custom = tape_.custom && tape::is_custom(fn), known = custom && next_ < made_.size();
-  results = known ? replayed(step, plan) : call(step, plan, fn, std::move(cotangents));
+  std::vector<bool> asked = wanted(step);
+  for (const GaveNothing& call : disconnected_) {
+    if (call.node != step.node) continue;
+    for (const std::size_t edge : call.edges) asked[edge] = true;
+  }
+  results = known ? replayed(step, plan) : call(step, plan, fn, asked, std::move(cotangents));
+  for (std::size_t j = 0; j < step.results.size(); ++j) {
+    if (asked[j] && step.results[j] < 0 && results[j].defined()) throw GaveSomething();
+  }
   GaveNothing nothing{step.node, {}};
   for (std::size_t j = 0; j < step.results.size(); ++j) {
     if (step.results[j] >= 0 && !results[j].defined()) nothing.edges.push_back(j);
@@ -355,12 +360,38 @@ std::vector<at::Tensor> Calls::replayed(const blocks::CallNode& step, const bloc
 
 void Calls::disconnect(const GaveNothing& call) {
   const std::size_t before = custom_reached();
+  take_off(call);
+  if (custom_reached() != before) throw tape::Unsupported("a custom Function below one that gave no gradient");
+  next_ = 0;
+}
+
+void Calls::take_off(const GaveNothing& call) {
   for (const std::size_t edge : call.edges) {
     tape::Value& value = tape_.nodes[call.node].inputs[edge];
     taken_off_.emplace_back(&value, std::exchange(value, tape::Value()));
   }
-  if (custom_reached() != before) throw tape::Unsupported("a custom Function below one that gave no gradient");
-  next_ = 0;
+  disconnected_.push_back(call);
+}
+
+std::optional<std::vector<GaveNothing>> Calls::lessons(const blocks::Plan& plan) const {
+  const auto is_called = [&](const GaveNothing& nothing) {
+    return std::ranges::any_of(plan.steps, [&](const blocks::Step& step) {
+      const auto* call = std::get_if<blocks::CallNode>(&step);
+      return call != nullptr && call->node == nothing.node;
+    });
+  };
+  if (disconnected_.empty() || tape_.custom || !std::ranges::all_of(disconnected_, is_called)) return std::nullopt;
+  return disconnected_;
+}
+
+void Calls::begin_with(const std::vector<GaveNothing>& lessons) {
+  for (const GaveNothing& call : lessons) take_off(call);
+}
+
+void Calls::forget() {
+  for (const auto& [place, value] : taken_off_) *place = value;
+  taken_off_.clear();
+  disconnected_.clear();
 }
 
 std::size_t Calls::custom_reached() const {

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,12 @@ struct GaveNothing {
   std::int32_t node;
   std::vector<std::size_t> edges;
 };
+
+// Whether some node that the plan calls would compute gradients that it does not want, outside of a pass.
+bool wants_some(const blocks::Plan& plan, const tape::Tape& tape);
+
+// A node gives a gradient along an edge along which it once gave none.
+struct GaveSomething {};
 
 // The calls of one derivation.  Custom Functions are called once, however many plans it takes.
 class Calls {
@@ -33,6 +40,13 @@ class Calls {
   // custom Function without any gradient.
   void disconnect(const GaveNothing& call);
 
+  // What was disconnected, if the next derivation of that structure may begin with it: every such node is called by the plan,
+  // which shows whether it still gives nothing.
+  std::optional<std::vector<GaveNothing>> lessons(const blocks::Plan& plan) const;
+  // Begins with it.  A call that gives something after all throws GaveSomething.
+  void begin_with(const std::vector<GaveNothing>& lessons);
+  void forget();  // the tape is as it was
+
  private:
   struct Made {
     std::int32_t node;
@@ -42,11 +56,13 @@ class Calls {
   bool is_read(std::int32_t node, int edge) const;  // from some output
   bool is_last(const blocks::CallNode& step, const blocks::Plan& plan) const;
   std::size_t custom_reached() const;
+  void take_off(const GaveNothing& call);
 
   tape::Tape& tape_;
   std::vector<Made> made_;  // by custom Functions
   std::size_t next_ = 0;
   std::vector<std::pair<tape::Value*, tape::Value>> taken_off_;
+  std::vector<GaveNothing> disconnected_;
 };
 
 }  // namespace wengert::accumulate

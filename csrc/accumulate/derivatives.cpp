@@ -12,6 +12,7 @@
 #include <mutex>
 #include <utility>
 
+#include "accumulate/calls.h"
 #include "accumulate/execute.h"
 #include "accumulate/history.h"
 #include "blocks/footprint.h"
@@ -45,9 +46,10 @@ struct SignatureHash {
 struct Planned {
   blocks::Plan plan;
   std::exception_ptr refusal;
-  std::size_t structure = 0;  // hash of the key
-  HistoryMemo history;        // of the results
-  HistoryMemo second;         // of the Hessian, where the results are the gradient
+  std::size_t structure = 0;         // hash of the key
+  std::vector<GaveNothing> lessons;  // what the plan is made without
+  HistoryMemo history;               // of the results
+  HistoryMemo second;                // of the Hessian, where the results are the gradient
 };
 
 // By the structure they were made for.
@@ -58,9 +60,11 @@ class PlanCache {
     const auto* found = plans_.find(key);
     return found ? *found : nullptr;
   }
-  void insert(const common::Key& key, std::shared_ptr<const Planned> planned) {
+  // In the place of another that is there.
+  void put(const common::Key& key, std::shared_ptr<const Planned> planned) {
     const std::size_t bytes = sizeof(key) + key.size() * sizeof(std::int64_t) + blocks::footprint(planned->plan);
     std::lock_guard lock(mutex_);
+    plans_.erase(key);
     plans_.insert(key, std::move(planned), bytes);
   }
   std::size_t bytes() {
@@ -85,7 +89,7 @@ PlanCache& plan_cache() {
 }
 [[maybe_unused]] const PlanCache& made_at_load = plan_cache();  // see common::ForkSafeMutex
 
-std::shared_ptr<const Planned> plan_anew(const tape::Tape& tape, const Request& request, std::size_t structure) {
+std::shared_ptr<Planned> plan_anew(const tape::Tape& tape, const Request& request, std::size_t structure) {
   auto planned = std::make_shared<Planned>();
   planned->structure = structure;
   try {
@@ -99,13 +103,10 @@ std::shared_ptr<const Planned> plan_anew(const tape::Tape& tape, const Request& 
 }
 
 // WENGERT_COMPARE_PLANS=1, for tests: a plan that is found again is made again, to see that its key says all of it.
-bool compares_hits() {
-  static const bool compares = [] {
-    const char* value = std::getenv("WENGERT_COMPARE_PLANS");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-  }();
-  return compares;
-}
+const bool compares_hits = [] {
+  const char* value = std::getenv("WENGERT_COMPARE_PLANS");
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}();
 
 void compare(const Planned& found, const Planned& made) {
   const auto text = [](const Planned& planned) {
@@ -122,7 +123,7 @@ void compare(const Planned& found, const Planned& made) {
 
 // Continues the tape's signature, which holds no device: plans differ by what devices can do.
 std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request, Mode mode, at::TensorList cotangents,
-                                        const Edges& ends) {
+                                        const Edges& ends, Calls& calls) {
   common::Key& key = tape.signature;
   common::KeyWriter writer(key);
   if (mode != Mode::plain) sign_edges(tape, ends, writer);
@@ -145,10 +146,11 @@ std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request
   }
   std::shared_ptr<const Planned> planned = plan_cache().find(key);
   ++(planned ? plan_hits : plan_misses);
-  if (planned && compares_hits()) compare(*planned, *plan_anew(tape, request, planned->structure));
+  if (planned) calls.begin_with(planned->lessons);
+  if (planned && compares_hits) compare(*planned, *plan_anew(tape, request, planned->structure));
   if (!planned) {
     planned = plan_anew(tape, request, SignatureHash{}(key));
-    plan_cache().insert(key, planned);
+    plan_cache().put(key, planned);
   }
   structures = structures * 31 + planned->structure;
   if (planned->refusal) std::rethrow_exception(planned->refusal);
@@ -166,25 +168,35 @@ Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::
            bool keep_graph) {
   Answer answer{.results = {}, .planned = nullptr, .custom = tape.custom, .ends = {}};
   if (mode != Mode::plain) answer.ends = ends(tape, inputs, cotangents);
-  answer.planned = plan_for(tape, request, mode, cotangents, answer.ends);
+  Calls calls(tape);
+  answer.planned = plan_for(tape, request, mode, cotangents, answer.ends, calls);
   const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
+  const auto again = [&] {  // for what the signature cannot know
+    const std::shared_ptr<Planned> planned = plan_anew(tape, request, answer.planned->structure);
+    answer.planned = planned;
+    if (planned->refusal) std::rethrow_exception(planned->refusal);
+    if (auto lessons = calls.lessons(planned->plan)) {
+      planned->lessons = *std::move(lessons);
+      plan_cache().put(tape.signature, planned);
+    }
+  };
   const auto run_plan = [&] {
-    Calls calls(tape);
     for (;;) {
       const blocks::Plan& plan = answer.planned->plan;
       try {
         answer.results = mode == Mode::plain ? execute(plan, tape, cotangents, strides, calls)
                                              : execute_differentiably(plan, tape, cotangents, strides, calls);
         return;
-      } catch (const GaveNothing& call) {  // which the signature cannot know: the other plan is for this call alone
+      } catch (const GaveNothing& call) {
         calls.disconnect(call);
-        answer.planned = plan_anew(tape, request, answer.planned->structure);
-        if (answer.planned->refusal) std::rethrow_exception(answer.planned->refusal);
+      } catch (const GaveSomething&) {
+        calls.forget();
       }
+      again();
     }
   };
   try {
-    if (tape.custom) {
+    if (tape.custom || wants_some(answer.planned->plan, tape)) {
       tape::in_own_pass(keep_graph, run_plan);
     } else {
       run_plan();

@@ -10,9 +10,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <compare>
 #include <functional>
 #include <limits>
 #include <map>
+#include <memory>
 #include <set>
 #include <tuple>
 #include <utility>
@@ -78,15 +81,78 @@ std::uint64_t least(const Edges& ends) {
   return number;
 }
 
-// Ends that a tensor's graph leads to, and whether a gradient is certain to arrive at each.
-struct Reach {
-  std::set<std::int32_t> ends;
-  bool certain = true;
+// Some of the ends, by number.
+class EndSet {
+ public:
+  bool contains(std::int32_t end) const { return word(end) < words_.size() && (words_[word(end)] >> (end % 64) & 1) != 0; }
+  bool contains(const EndSet& other) const {
+    for (std::size_t w = 0; w < other.words_.size(); ++w) {
+      if ((other.words_[w] & ~(w < words_.size() ? words_[w] : 0)) != 0) return false;
+    }
+    return true;
+  }
+  void insert(std::int32_t end) {
+    if (word(end) >= words_.size()) words_.resize(word(end) + 1);
+    words_[word(end)] |= std::uint64_t{1} << (end % 64);
+  }
+  void erase(std::int32_t end) {
+    if (!contains(end)) return;
+    words_[word(end)] &= ~(std::uint64_t{1} << (end % 64));
+    while (!words_.empty() && words_.back() == 0) words_.pop_back();
+  }
+  void merge(const EndSet& other) {
+    if (words_.size() < other.words_.size()) words_.resize(other.words_.size());
+    for (std::size_t w = 0; w < other.words_.size(); ++w) words_[w] |= other.words_[w];
+  }
+  std::vector<std::int32_t> without(const EndSet& other) const {
+    std::vector<std::int32_t> out;
+    for (std::size_t w = 0; w < words_.size(); ++w) {
+      std::uint64_t left = words_[w] & ~(w < other.words_.size() ? other.words_[w] : 0);
+      for (; left != 0; left &= left - 1) out.push_back(static_cast<std::int32_t>(64 * w) + std::countr_zero(left));
+    }
+    return out;
+  }
+  std::vector<std::int32_t> list() const { return without({}); }
+  bool empty() const { return words_.empty(); }
+  auto operator<=>(const EndSet&) const = default;
+
+ private:
+  static std::size_t word(std::int32_t end) { return static_cast<std::size_t>(end) / 64; }
+  std::vector<std::uint64_t> words_;  // the last one is not zero
 };
 
-// Whether a gradient goes on along every edge of `onwards`: nodes of PyTorch may give none, even for their only edge.
+// Ends that a tensor's graph leads to, and whether a gradient is certain to arrive at each.
+struct Reach {
+  std::shared_ptr<const EndSet> ends = nothing();
+  bool certain = true;
+
+  // Both; what is the same is shared, as most nodes of a graph lead where their only successor does.
+  void merge(const Reach& other) {
+    certain = certain && other.certain;
+    if (ends == other.ends || ends->contains(*other.ends)) return;
+    if (other.ends->contains(*ends)) {
+      ends = other.ends;
+      return;
+    }
+    EndSet both = *ends;
+    both.merge(*other.ends);
+    ends = std::make_shared<const EndSet>(std::move(both));
+  }
+
+ private:
+  static const std::shared_ptr<const EndSet>& nothing() {
+    static const auto* empty = new std::shared_ptr<const EndSet>(std::make_shared<const EndSet>());
+    return *empty;
+  }
+};
+
+// Whether a gradient goes on along every edge of `onwards`.  Of PyTorch's nodes those of its table do whose operator has one
+// output: others may give none, as the derivatives of a convolution's do.
 bool feeds_all(const autograd::Node& fn) {
-  return dynamic_cast<const ops::FusedBackward*>(&fn) != nullptr || dynamic_cast<const ops::TetherBackward*>(&fn) != nullptr;
+  if (dynamic_cast<const ops::FusedBackward*>(&fn) != nullptr || dynamic_cast<const ops::TetherBackward*>(&fn) != nullptr) {
+    return true;
+  }
+  return fn.num_inputs() == 1 && dynamic_cast<const autograd::TraceableFunction*>(&fn) != nullptr;
 }
 
 class EndEdges {
@@ -94,8 +160,12 @@ class EndEdges {
   explicit EndEdges(const Edges& ends) : edges_(ends) {
     const std::vector<std::int32_t> numbers = numbered(ends);
     for (std::size_t k = 0; k < ends.size(); ++k) {
-      if (numbers[k] == static_cast<std::int32_t>(k))
-        numbers_.emplace(std::pair(ends[k].function.get(), ends[k].input_nr), numbers[k]);
+      if (numbers[k] != static_cast<std::int32_t>(k)) continue;
+      const auto place = std::pair(ends[k].function.get(), ends[k].input_nr);
+      numbers_.emplace(place, numbers[k]);
+      EndSet itself;
+      itself.insert(numbers[k]);
+      reached_[place].ends = std::make_shared<const EndSet>(std::move(itself));
     }
     least_ = least(ends);
   }
@@ -103,25 +173,41 @@ class EndEdges {
   const Edge& at(std::int32_t end) const { return edges_[end]; }
 
   // Those the tensor leads to.
-  Reach reached_from(const at::Tensor& tensor) const {
-    Reach reach;
-    walk({edge_of(tensor)}, [&](const Edge& edge) {
-      const auto end = numbers_.find({edge.function.get(), edge.input_nr});
-      if (end == numbers_.end()) {
-        reach.certain = reach.certain && feeds_all(*edge.function);
-        return true;
+  const Reach& reached_from(const at::Tensor& tensor) {
+    struct Frame {
+      Edge edge;
+      std::vector<bool> follow;
+      std::size_t next;
+    };
+    std::vector<Frame> stack;
+    const Edge root = edge_of(tensor);
+    if (const Reach* known = look_up(root)) return *known;
+    stack.push_back({root, onwards(root), 0});
+    for (;;) {
+      Frame& frame = stack.back();
+      if (frame.next < frame.follow.size()) {
+        const std::size_t k = frame.next++;
+        if (!frame.follow[k]) continue;
+        const Edge& edge = frame.edge.function->next_edge(k);
+        if (look_up(edge) == nullptr) stack.push_back({edge, onwards(edge), 0});  // which may move the frame
+        continue;
       }
-      reach.ends.insert(end->second);
-      return false;
-    });
-    return reach;
+      Reach reach;
+      reach.certain = feeds_all(*frame.edge.function);
+      for (std::size_t k = 0; k < frame.follow.size(); ++k) {
+        if (frame.follow[k]) reach.merge(*look_up(frame.edge.function->next_edge(k)));
+      }
+      const Reach& made = reached_[{frame.edge.function.get(), frame.edge.input_nr}] = std::move(reach);
+      stack.pop_back();
+      if (stack.empty()) return made;
+    }
   }
 
   // Those of some ends that a pass can be asked about: that do not lie behind another, as the pass would run the other's node,
   // which nobody has looked at.
-  std::vector<std::int32_t> askable(std::set<std::int32_t> ends) const {
+  std::vector<std::int32_t> askable(EndSet ends) const {
     std::vector<Edge> beyond;
-    for (const std::int32_t end : ends) {
+    for (const std::int32_t end : ends.list()) {
       const autograd::edge_list& next = at(end).function->next_edges();
       beyond.insert(beyond.end(), next.begin(), next.end());
     }
@@ -130,12 +216,12 @@ class EndEdges {
       if (end != numbers_.end()) ends.erase(end->second);
       return true;
     });
-    return {ends.begin(), ends.end()};
+    return ends.list();
   }
 
   // Those of the ends, to which the tensors lead, that receive no gradient from them all the same, as far as can be asked: a node
   // need not give one for everything it leads to.
-  std::vector<std::int32_t> deprived(const std::vector<at::Tensor>& tensors, const std::set<std::int32_t>& ends) const {
+  std::vector<std::int32_t> deprived(const std::vector<at::Tensor>& tensors, const EndSet& ends) const {
     std::vector<std::int32_t> asked = askable(ends);
     // Hooks would see a gradient that nobody asked for.
     std::erase_if(asked, [&](std::int32_t end) { return tape::has_tensor_hooks(*at(end).function); });
@@ -162,6 +248,14 @@ class EndEdges {
   }
 
  private:
+  // What an edge leads to, as far as that is known without a walk.
+  const Reach* look_up(const Edge& edge) const {
+    static const Reach none;
+    if (!edge.is_valid() || common::topological_nr(*edge.function) < least_) return &none;
+    const auto found = reached_.find({edge.function.get(), edge.input_nr});
+    return found != reached_.end() ? &found->second : nullptr;
+  }
+
   // Calls f with every edge that can be arrived at; goes on beyond those where it says so.
   template <class F>
   void walk(std::vector<Edge> stack, F f) const {
@@ -181,6 +275,7 @@ class EndEdges {
 
   const Edges& edges_;
   std::map<std::pair<autograd::Node*, std::uint32_t>, std::int32_t> numbers_;
+  std::map<std::pair<autograd::Node*, std::uint32_t>, Reach> reached_;  // by edges met so far; an end leads to itself
   std::uint64_t least_;
 };
 
@@ -348,21 +443,21 @@ Counterparts by_pairs(const std::vector<autograd::variable_list>& rows, std::siz
 }
 
 // What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them.
-std::vector<std::set<std::int32_t>> ends_of(const EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
-  std::vector<std::set<std::int32_t>> out(tensors.size());
-  std::map<std::set<std::int32_t>, std::vector<std::size_t>> uncertain;
+std::vector<std::shared_ptr<const EndSet>> ends_of(EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
+  std::vector<std::shared_ptr<const EndSet>> out;
+  std::map<EndSet, std::vector<std::size_t>> uncertain;
   for (std::size_t r = 0; r < tensors.size(); ++r) {
-    if (!tensors[r].defined()) continue;
-    Reach reach = edges.reached_from(tensors[r]);
-    if (confirm && !reach.certain) uncertain[reach.ends].push_back(r);
-    out[r] = std::move(reach.ends);
+    const Reach reach = tensors[r].defined() ? edges.reached_from(tensors[r]) : Reach();
+    if (confirm && !reach.certain) uncertain[*reach.ends].push_back(r);
+    out.push_back(reach.ends);
   }
   for (const auto& [ends, alike] : uncertain) {
     std::vector<at::Tensor> group;
     for (const std::size_t r : alike) group.push_back(tensors[r]);
-    for (const std::int32_t end : edges.deprived(group, ends)) {
-      for (const std::size_t r : alike) out[r].erase(end);
-    }
+    EndSet left = ends;
+    for (const std::int32_t end : edges.deprived(group, ends)) left.erase(end);
+    const auto shared = std::make_shared<const EndSet>(std::move(left));
+    for (const std::size_t r : alike) out[r] = shared;
   }
   return out;
 }
@@ -427,28 +522,28 @@ Counterparts Question::counterparts() const {
 
 History::History(const Edges& ends, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm)
     : ties_(ours.size()) {
-  const EndEdges edges(ends);
-  const std::vector<std::set<std::int32_t>> reached = ends_of(edges, ours, confirm);
+  EndEdges edges(ends);
+  const std::vector<std::shared_ptr<const EndSet>> reached = ends_of(edges, ours, confirm);
   struct Group {
     std::vector<std::int32_t> results;
-    std::set<std::int32_t> wanted;
+    EndSet wanted;
   };
   std::map<std::vector<std::int32_t>, Group> groups;  // of results that lack the same
   for (std::size_t r = 0; r < theirs.size(); ++r) {
-    std::set<std::int32_t> wanted;
+    Reach reach;
     for (const at::Tensor& tensor : theirs[r]) {
-      if (requires_grad(tensor)) wanted.merge(edges.reached_from(tensor).ends);
+      if (requires_grad(tensor)) reach.merge(edges.reached_from(tensor));
     }
+    const EndSet& wanted = *reach.ends;
     const bool has = std::ranges::any_of(theirs[r], requires_grad);
     const std::int32_t result = static_cast<std::int32_t>(r);
     if (!ours[r].defined() && has) absent_.push_back(result);
     if (!has) {
       const bool none = std::ranges::none_of(theirs[r], [](const at::Tensor& tensor) { return tensor.defined(); });
-      if (requires_grad(ours[r]) && (none || reached[r].empty())) detached_.push_back(result);
+      if (requires_grad(ours[r]) && (none || reached[r]->empty())) detached_.push_back(result);
       continue;
     }
-    std::vector<std::int32_t> missing;
-    std::ranges::set_difference(wanted, reached[r], std::back_inserter(missing));
+    const std::vector<std::int32_t> missing = wanted.without(*reached[r]);
     if (missing.empty() && requires_grad(ours[r])) continue;
     Group& group = groups[missing];
     group.results.push_back(result);

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <limits>
 #include <map>
+#include <set>
+#include <utility>
 
 #include "blocks/pull.h"
 #include "blocks/verify.h"
@@ -30,27 +32,34 @@ std::atomic<std::int64_t> total_blocks{0}, total_densified{0};
 
 class Sweep {
  public:
-  Sweep(const tape::Tape& tape, Builder& builder, Shape row_shape, Report* report, bool watch_batch)
-      : tape_(tape),
-        builder_(builder),
-        row_shape_(std::move(row_shape)),
-        report_(report),
-        watch_batch_(watch_batch),
-        lists_(tape.nodes.size()) {
+  Sweep(const tape::Tape& tape, Builder& builder, Report* report)
+      : tape_(tape), builder_(builder), report_(report), lists_(tape.nodes.size()) {
     for (std::size_t n = 0; n < tape.nodes.size(); ++n) lists_[n].resize(tape.nodes[n].outputs.size());
-    for (const tape::Value& input : tape.inputs) {
-      if (input.node >= 0) captured_[{input.node, input.output}];
+  }
+
+  // Forgets the last one.
+  void begin(Shape row_shape, bool watch_batch) {
+    row_shape_ = std::move(row_shape);
+    watch_batch_ = watch_batch;
+    coupling_node_.clear();
+    coupling_read_ = false;
+    for (const tape::Value& input : tape_.inputs) {
+      if (input.node >= 0) captured_[{input.node, input.output}] = State{};
     }
   }
 
   void seed(tape::Value value, Block block) {
-    State& state = lists_[value.node][value.output];
-    state.reached = true;
+    State& state = reach(value);
     state.list.add(builder_, std::move(block));
   }
 
+  // Nodes stand in topological order.
   void run() {
-    for (std::size_t n = 0; n < tape_.nodes.size(); ++n) visit(static_cast<std::int32_t>(n));
+    while (!waiting_.empty()) {
+      const std::int32_t node = *waiting_.begin();
+      waiting_.erase(waiting_.begin());
+      visit(node);
+    }
   }
 
   bool reached(tape::Value input) const { return input.node >= 0 && captured_.at({input.node, input.output}).reached; }
@@ -62,6 +71,12 @@ class Sweep {
     BlockList list;
     bool reached = false;  // structurally, even if every block vanished on the way
   };
+
+  State& reach(tape::Value value) {
+    State& state = lists_[value.node][value.output];
+    if (!std::exchange(state.reached, true)) waiting_.insert(value.node);
+    return state;
+  }
 
   void visit(std::int32_t n) {
     const tape::Node& node = tape_.nodes[n];
@@ -77,7 +92,10 @@ class Sweep {
     for (std::size_t j = 0; j < node.inputs.size(); ++j) {
       if (node.inputs[j].node >= 0) active.push_back(j);
     }
-    if (active.empty()) return;
+    if (active.empty()) {
+      for (State& state : states) state = State{};
+      return;
+    }
     const auto losses_before = builder_.losses();
     NodeReport row = report_ ? begin_report(node, states) : NodeReport{};
 
@@ -100,6 +118,7 @@ class Sweep {
       }
     }
     for (std::size_t o = 0; o < states.size(); ++o) {
+      if (single_row) states[o].list.settle_indices(builder_);
       states[o].list.reduce(builder_, costly[o]);
       if (uses > 1) force_shared(states[o].list);
     }
@@ -108,7 +127,7 @@ class Sweep {
       const tape::Value target = node.inputs[active[e]];
       const auto arrives = [](const tape::Pullback& pullback) { return pullback.kind != tape::Kind::none; };
       if (!std::ranges::any_of(pullbacks[e], arrives)) continue;
-      lists_[target.node][target.output].reached = true;
+      reach(target);
       if (opaque[e]) continue;
       for (std::size_t o = 0; o < states.size(); ++o) {
         const tape::Pullback& pullback = pullbacks[e][o];
@@ -462,8 +481,9 @@ class Sweep {
   Builder& builder_;
   Shape row_shape_;
   Report* report_;
-  bool watch_batch_;
+  bool watch_batch_ = false;
   std::vector<std::vector<State>> lists_;
+  std::set<std::int32_t> waiting_;  // nodes that were reached and not visited
   std::map<std::pair<std::int32_t, std::int32_t>, State> captured_;
   std::string coupling_node_;
   bool coupling_read_ = false;
@@ -603,7 +623,8 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
           if (cotangent.given) row_shape = {cotangent.shape[0]};
         }
       }
-      Sweep sweep(tape, builder, row_shape, report, false);
+      Sweep sweep(tape, builder, report);
+      sweep.begin(row_shape, false);
       for (std::size_t i = 0; i < tape.outputs.size(); ++i) {
         const tape::Value output = tape.outputs[i];
         if (output.node < 0) continue;
@@ -632,6 +653,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
       break;
     }
     case Seed::jacobian: {
+      Sweep sweep(tape, builder, report);
       for (const tape::Value& output : tape.outputs) {
         if (output.node < 0) {
           results.insert(results.end(), tape.inputs.size(), -1);
@@ -639,7 +661,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
           continue;
         }
         const tape::Meta& meta = meta_of(tape, output);
-        Sweep sweep(tape, builder, meta.shape, report, false);
+        sweep.begin(meta.shape, false);
         sweep.seed(output, blocks::identity(meta.shape, to_fused(meta.dtype)));
         sweep.run();
         for (const tape::Value& input : tape.inputs) finish(sweep, input, meta.shape, {});
@@ -649,6 +671,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
     case Seed::batch_summed:
     case Seed::batch_tied: {
       const bool summed = request.seed == Seed::batch_summed;
+      Sweep sweep(tape, builder, report);
       for (const tape::Value& output : tape.outputs) {
         if (output.node < 0) {
           results.insert(results.end(), tape.inputs.size(), -1);
@@ -659,7 +682,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
         Block seed =
             summed ? summed_identity(meta.shape, to_fused(meta.dtype)) : blocks::identity(meta.shape, to_fused(meta.dtype));
         const Shape row_shape = seed.row_shape;
-        Sweep sweep(tape, builder, row_shape, report, !summed);
+        sweep.begin(row_shape, !summed);
         sweep.seed(output, std::move(seed));
         sweep.run();
         for (const tape::Value& input : tape.inputs) {

@@ -1,5 +1,6 @@
 // Assembling an array from parts: which cells a part touches, which parts may be written together, and the steps that do it.
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 
 #include "blocks/builder.h"
@@ -90,13 +91,50 @@ void order_loops(Part& part) {
   each_affine(part, [&](Affine& affine) { affine.step = permute(affine.step); });
 }
 
-// The part with loop k fixed at i.
-Part fixed(const Part& part, std::size_t k, std::int64_t i) {
+// The part with loop k at i, i + stride, i + 2 stride, ...
+Part restricted(const Part& part, std::size_t k, std::int64_t i, std::int64_t stride) {
   Part out = part;
-  each_affine(out, [k, i](Affine& affine) { affine.start += affine.step[k] * i; });
-  out.extents[k] = 1;
+  each_affine(out, [=](Affine& affine) {
+    affine.start += affine.step[k] * i;
+    affine.step[k] *= stride;
+  });
+  out.extents[k] = (part.extents[k] - i + stride - 1) / stride;
   drop_unit_loops(out);
   return out;
+}
+
+// A loop and how many pieces it falls into, so that they visit fewer cells twice: every stride-th of its turns together.
+struct Cut {
+  std::size_t loop = 0;
+  std::int64_t stride = 0;
+};
+
+// Of the loops that share an axis with others, the one that falls into the fewest pieces: windows that overlap q deep into q sets
+// of windows side by side, or the shorter loop into its turns.
+Cut best_cut(const Part& part) {
+  Cut best;
+  const auto offer = [&](std::size_t k, std::int64_t stride) {
+    if (best.stride == 0 || stride < best.stride) best = {k, stride};
+  };
+  for (int windows : {0, 1}) {  // of as many pieces, those are better that lie close together
+    for (const Coord& coord : part.coords) {
+      const std::vector<std::int64_t>& step = coord.affine.step;
+      for (std::size_t k = 0; k < part.extents.size(); ++k) {
+        std::int64_t others = 1;  // the length of what the other loops visit
+        for (std::size_t j = 0; j < part.extents.size(); ++j) {
+          if (j != k) others += std::abs(step[j]) * (part.extents[j] - 1);
+        }
+        if (step[k] == 0 || others == 1) continue;
+        const std::int64_t depth = (others + std::abs(step[k]) - 1) / std::abs(step[k]);
+        if (windows == 0) {
+          offer(k, part.extents[k]);
+        } else if (depth > 1 && depth < part.extents[k]) {
+          offer(k, depth);
+        }
+      }
+    }
+  }
+  return best;
 }
 
 // Splits parts that visit cells twice into parts that do not; what cannot be split cheaply keeps its overlap (and is
@@ -106,15 +144,18 @@ void unroll(const Part& part, std::vector<Part>& out) {
     out.push_back(part);
     return;
   }
-  std::size_t shortest = 0;
-  for (std::size_t k = 1; k < part.extents.size(); ++k) {
-    if (part.extents[k] < part.extents[shortest]) shortest = k;
+  Cut cut = best_cut(part);
+  if (cut.stride == 0) {  // a loop that moves nothing
+    for (std::size_t k = 1; k < part.extents.size(); ++k) {
+      if (part.extents[k] < part.extents[cut.loop]) cut.loop = k;
+    }
+    cut.stride = part.extents[cut.loop];
   }
-  if (part.extents[shortest] > kMaxUnroll) {
+  if (cut.stride > kMaxUnroll) {
     out.push_back(part);
     return;
   }
-  for (std::int64_t i = 0; i < part.extents[shortest]; ++i) unroll(fixed(part, shortest, i), out);
+  for (std::int64_t i = 0; i < cut.stride; ++i) unroll(restricted(part, cut.loop, i, cut.stride), out);
 }
 
 // True if the position depends on loops that move nothing else, so that whole rows are put there.

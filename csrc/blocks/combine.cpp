@@ -265,6 +265,18 @@ void BlockList::add(Builder& builder, Block block) {
   hashes_.push_back(hash);
 }
 
+void BlockList::settle_indices(Builder& builder) {
+  if (std::ranges::none_of(blocks_, has_index)) return;
+  std::int64_t stored = 0;
+  for (const Block& block : blocks_) stored += block.stored();
+  if (stored < numel(blocks_[0].col_shape)) return;
+  builder.lose(Loss::larger_than_dense);
+  Block dense = densify(builder, blocks_, common_ties(blocks_));
+  blocks_.clear();
+  hashes_.clear();
+  add(builder, std::move(dense));
+}
+
 void BlockList::reduce(Builder& builder, bool costly) {
   const auto larger_than_dense = [](const std::vector<Block>& list) {
     std::int64_t stored = 0;

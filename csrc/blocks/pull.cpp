@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <numeric>
 #include <optional>
+#include <utility>
 
 namespace wengert::blocks {
 
@@ -214,18 +215,52 @@ std::vector<Block> scatter(Builder& builder, Block block, const Scatter& op) {
 
 // ---------------------------------------------------------------- scatter along an index
 
+// The loops that run through the positions of a column axis, each once, as digits do, the lowest first; none if there are others.
+std::vector<std::size_t> digits_of(const Block& block, std::size_t axis) {
+  const Coord& at = block.col[axis];
+  std::vector<std::size_t> digits;
+  for (std::size_t k = 0; k < block.loops(); ++k) {
+    if (!at.moves(k)) continue;
+    for (std::size_t a = 0; a < block.col.size(); ++a) {
+      if (a != axis && block.col[a].moves(k)) return {};
+    }
+    digits.push_back(k);
+  }
+  const std::vector<std::int64_t>& step = at.affine.step;
+  std::ranges::sort(digits, {}, [&](std::size_t k) { return step[k]; });
+  std::int64_t count = 1;
+  for (const std::size_t k : digits) {
+    if (step[k] != count) return {};
+    count *= block.extents[k];
+  }
+  if (at.has_index() || at.affine.start != 0 || count != block.col_shape[axis]) return {};
+  return digits;
+}
+
+// A position's digits, as `digits_of` lists them.
+std::vector<Coord> digits_at(Builder& builder, const Coord& position, const Block& block, const std::vector<std::size_t>& digits,
+                             const Shape& extents) {
+  if (digits.size() == 1) return {position};
+  fused::ExprPool& pool = builder.pool();
+  const Value at = builder.coordinate_value(position, extents);
+  std::vector<Coord> found;
+  fused::ExprId rest = at.expr;
+  for (const std::size_t k : digits) {
+    const fused::ExprId radix = pool.constant(static_cast<double>(block.extents[k]));
+    const fused::ExprId ratio[] = {pool.div(rest, radix)};
+    const fused::ExprId next = pool.apply(fused::Prim::floor, ratio);
+    const fused::ExprId digit = k == digits.back() ? rest : pool.sub(rest, pool.mul(next, radix));
+    found.push_back(builder.index_coord({.expr = digit, .operands = at.operands}, extents));
+    rest = next;
+  }
+  return found;
+}
+
 Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
   const std::size_t axis = op.axis;
   const std::int32_t index = builder.wrapped_index(op.index_slot, block.col_shape[axis]);
   const std::int64_t count = op.in_shape[axis];
-  const Coord at = block.col[axis];
-  std::size_t mover = block.loops(), movers = 0;
-  for (std::size_t k = 0; k < block.loops(); ++k) {
-    if (at.moves(k)) mover = k, ++movers;
-  }
-  bool whole = movers == 1 && !at.has_index() && at.affine.start == 0 && at.affine.step[mover] == 1 &&
-               block.extents[mover] == block.col_shape[axis];
-  for (std::size_t a = 0; whole && a < block.col.size(); ++a) whole = a == axis || !block.col[a].moves(mover);
+  const std::vector<std::size_t> digits = digits_of(block, axis);
   // The chosen position along the axis, given the input's coordinates.
   auto chosen = [&](std::vector<Coord> at_input, std::size_t loop, const Shape& extents) {
     at_input[axis] = loop_coord(extents.size(), loop);
@@ -237,18 +272,19 @@ Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
     coord.index_scale = 1;
     return coord;
   };
-  if (whole) {
-    // The loop over the axis becomes a loop over the index: everything that moved along it is now read through the index.
-    const std::size_t k = mover;
+  if (!digits.empty()) {
+    // The loops over the axis become a loop over the index: everything that moved along them is now read through the index.
+    const std::size_t k = digits.front();
     block.value = builder.force(block.value, block.extents, block.dtype);
     Shape extents = block.extents;
-    extents[k] = count;
-    const Coord through = chosen(block.col, k, extents);
+    for (const std::size_t d : digits) extents[d] = d == k ? count : 1;
+    const std::vector<Coord> through = digits_at(builder, chosen(block.col, k, extents), block, digits, extents);
     auto substitute = [&](const Affine& affine) {
       Coord coord{.affine = affine, .index_scale = 0, .index = {}};
-      const std::int64_t step = coord.affine.step[k];
-      coord.affine.step[k] = 0;
-      builder.add_scaled(coord, through, step, extents);
+      for (std::size_t d = 0; d < digits.size(); ++d) {
+        const std::int64_t step = std::exchange(coord.affine.step[digits[d]], 0);
+        builder.add_scaled(coord, through[d], step, extents);
+      }
       return coord;
     };
     auto substitute_read = [&](const Read& read) {
@@ -272,6 +308,9 @@ Block index_scatter(Builder& builder, Block block, const IndexScatter& op) {
     }
     for (Read& operand : block.value.operands) operand = substitute_read(operand);
     block.extents = std::move(extents);
+    for (std::size_t d = block.loops(); d-- > 0;) {
+      if (d != k && std::ranges::find(digits, d) != digits.end()) drop_loop(block, d);
+    }
   } else {
     // Two indexed or partly covered axes meet: compare every pair.
     builder.lose(Loss::join);

@@ -20,6 +20,9 @@ class BlockList {
   // unless each of its blocks costs a call or a product (then one dense block is less work than it and others beside it, and
   // terms that cancel do so before they grow).
   void reduce(Builder& builder, bool costly);
+  // For lists of one row, in which nothing is tied: indices, which go through every operator as well, stay only while there are
+  // fewer values than the array has.
+  void settle_indices(Builder& builder);
   bool empty() const { return blocks_.empty(); }
   std::size_t size() const { return blocks_.size(); }
   std::vector<Block>& blocks() { return blocks_; }

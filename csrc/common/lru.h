@@ -36,6 +36,14 @@ class Lru {
     return entries_.front().value;
   }
 
+  void erase(const Key& key) {
+    const auto at = index_.find(key);
+    if (at == index_.end()) return;
+    bytes_ -= at->second->bytes;
+    entries_.erase(at->second);
+    index_.erase(at);
+  }
+
   void clear() {
     index_.clear();
     entries_.clear();

@@ -55,14 +55,23 @@ const PrimInfo& info(Prim prim) {
   return table[static_cast<int>(prim)];
 }
 
-bool find_prim(std::string_view name, Prim* prim) {
+namespace {
+
+const std::unordered_map<std::string_view, Prim>& prims_by_name() {
   static const auto* names = [] {
     auto* map = new std::unordered_map<std::string_view, Prim>;
     for (int i = 0; i < kPrimCount; ++i) map->emplace(info(static_cast<Prim>(i)).name, static_cast<Prim>(i));
     return map;
   }();
-  auto found = names->find(name);
-  if (found == names->end()) return false;
+  return *names;
+}
+[[maybe_unused]] const auto& made_at_load = prims_by_name();  // see common::ForkSafeMutex
+
+}  // namespace
+
+bool find_prim(std::string_view name, Prim* prim) {
+  const auto found = prims_by_name().find(name);
+  if (found == prims_by_name().end()) return false;
   *prim = found->second;
   return true;
 }

@@ -115,14 +115,23 @@ std::shared_ptr<const fused::Program> load(std::string_view text) {
   }
 }
 
-std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("wengert::fused", "")
-                       .typed<std::vector<at::Tensor>(at::TensorList, std::string_view)>();
-  return op.call(operands, program);
+namespace {
+
+using FusedOp = c10::TypedOperatorHandle<std::vector<at::Tensor>(at::TensorList, std::string_view)>;
+
+const FusedOp& fused_op() {
+  static const FusedOp op = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("wengert::fused", "")
+                                .typed<std::vector<at::Tensor>(at::TensorList, std::string_view)>();
+  return op;
 }
 
+}  // namespace
+
+std::vector<at::Tensor> fused(at::TensorList operands, std::string_view program) { return fused_op().call(operands, program); }
+
 TORCH_LIBRARY(wengert, m) { m.def("fused(Tensor[] operands, str program) -> Tensor[]", {at::Tag::pt2_compliant_tag}); }
+[[maybe_unused]] const FusedOp& made_at_load = fused_op();  // see common::ForkSafeMutex; after its schema
 TORCH_LIBRARY_IMPL(wengert, CPU, m) { m.impl("fused", fused_dense); }
 TORCH_LIBRARY_IMPL(wengert, CUDA, m) { m.impl("fused", fused_dense); }
 TORCH_LIBRARY_IMPL(wengert, Meta, m) { m.impl("fused", fused_meta); }

@@ -3,7 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "fused/program.h"
@@ -13,7 +13,7 @@ namespace wengert::ops {
 
 // wengert::fused(Tensor[] operands, str program) -> Tensor[] through the dispatcher (autograd, vmap, meta, profiling).
 // Every operand has the rank of the nest, size 1 meaning broadcast; outputs keep that rank, size 1 meaning reduced.
-std::vector<at::Tensor> fused(at::TensorList operands, const std::string& program);
+std::vector<at::Tensor> fused(at::TensorList operands, std::string_view program);
 
 // fused::intern with a bad text reported as PyTorch's ValueError.
 std::shared_ptr<const fused::Program> load(std::string_view text);

@@ -1,6 +1,5 @@
 #include "ops/fused_autograd.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -262,6 +261,21 @@ std::shared_ptr<const DerivedProgram> jvp_program(const std::shared_ptr<const fu
 std::size_t derived_bytes() { return derived_cache().bytes(); }
 void forget_derived() { derived_cache().clear(); }
 
+namespace {
+
+// A gradient as its operand lies, as PyTorch's elementwise operators give it: some of its nodes take other strides for contiguous
+// ones (native_batch_norm_backward on one sample, in torch 2.13).
+at::Tensor laid_out_like(const at::Tensor& operand, const at::Tensor& gradient) {
+  if (operand.is_contiguous() || !operand.is_non_overlapping_and_dense() || operand.sizes() != gradient.sizes()) return gradient;
+  std::vector<std::int64_t> order(operand.dim()), back(operand.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, std::greater<>(), [&](std::int64_t axis) { return operand.stride(axis); });
+  for (std::size_t k = 0; k < order.size(); ++k) back[order[k]] = static_cast<std::int64_t>(k);
+  return gradient.permute(order).contiguous().permute(back);
+}
+
+}  // namespace
+
 ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
   std::vector<at::Tensor> tensors;
   tensors.reserve(operands_.size() + cotangents.size());
@@ -279,6 +293,9 @@ ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
     if (cotangent.defined()) tensors.push_back(std::move(cotangent));
   }
   evaluate(*derived, tensors, gradients);
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    if (gradients[i].defined()) gradients[i] = laid_out_like(tensors[i], gradients[i]);
+  }
   return gradients;
 }
 
@@ -291,10 +308,7 @@ namespace {
 
 std::vector<at::Tensor> below_autograd(at::TensorList operands, std::string_view text) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("wengert::fused", "")
-                       .typed<std::vector<at::Tensor>(at::TensorList, std::string_view)>();
-  return op.call(operands, text);
+  return fused(operands, text);
 }
 
 // Tangents of the results where operands carry forward-mode tangents.

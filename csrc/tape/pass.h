@@ -1,6 +1,9 @@
 // Backward passes of PyTorch's engine, which nodes consult while they run.
 #pragma once
+#include <torch/csrc/autograd/function.h>
+
 #include <functional>
+#include <vector>
 
 namespace wengert::tape {
 
@@ -12,5 +15,18 @@ bool inside_pass();
 // outer pass that knows other nodes, nor none at all, as it may well refuse to.  The GIL must not be held.
 // Throws Unsupported, having done nothing, where the engine only records (compiled autograd).
 void in_own_pass(bool keep_graph, const std::function<void()>& body);
+
+// While it lives, the pass that this thread runs asks a node for some of its gradients alone; outside of a pass a node computes
+// all of them.
+class Wanted {
+ public:
+  Wanted(const torch::autograd::Node& fn, const std::vector<bool>& wanted);
+  ~Wanted();
+  Wanted(const Wanted&) = delete;
+  Wanted& operator=(const Wanted&) = delete;
+
+  // Whether the node would compute others too.
+  static bool are_some(const torch::autograd::Node& fn, const std::vector<bool>& wanted);
+};
 
 }  // namespace wengert::tape

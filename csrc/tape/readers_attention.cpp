@@ -37,15 +37,17 @@ at::Tensor attention(const Take& k, const N& n, const SavedVariable& mask, std::
   const bool plain = query.scalar_type() == at::kDouble || query.scalar_type() == at::kFloat;
   if (!plain || query.dim() != 4 || key.size(1) != query.size(1) || value.size(1) != query.size(1)) return {};
   if (query.size(0) * query.size(1) * query.size(2) * key.size(2) > kMostProbabilities) return {};
-  at::Tensor scores = at::matmul(query, key.transpose(-2, -1)) * scale;
+  at::Tensor scores = at::matmul(query, key.transpose(-2, -1)) * scale, later;
   if (n.is_causal) {
-    const at::Tensor later = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).triu(1);
+    later = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).triu(1);
     scores = scores.masked_fill(later, -std::numeric_limits<double>::infinity());
   }
   const at::Tensor bias = k.unpack(mask);
   if (bias.defined() && (bias.requires_grad() || !bias.is_floating_point())) return {};
   if (bias.defined()) scores = scores + bias;
-  return at::matmul(at::_safe_softmax(scores, -1), value);
+  at::Tensor probabilities = at::_safe_softmax(scores, -1);
+  if (n.is_causal) probabilities = probabilities.masked_fill(later, 0);  // also next to nan: the kernels do not come there
+  return at::matmul(probabilities, value);
 }
 
 }  // namespace

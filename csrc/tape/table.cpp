@@ -1,6 +1,7 @@
 #include <deque>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 
 #include "common/fork_safe_mutex.h"
@@ -10,8 +11,9 @@
 namespace wengert::tape {
 
 const Table& table() {
-  static const Table rows = [] {
-    Table table;
+  static const Table& rows = *[] {  // never destroyed: threads may outlive static destructors
+    auto* made = new Table;
+    Table& table = *made;
     add_elementwise(table);
     add_activations(table);
     add_views(table);
@@ -25,28 +27,28 @@ const Table& table() {
     add_inplace(table);
     add_fused(table);
     add_attention(table);
-    return table;
+    return made;
   }();
   return rows;
 }
 
 const Table& complex_table() {
-  static const Table rows = [] {
-    Table table;
-    add_complex(table);
-    return table;
+  static const Table& rows = *[] {
+    auto* made = new Table;
+    add_complex(*made);
+    return made;
   }();
   return rows;
 }
 
 const Reader& opaque_reader() {
-  static const Reader row{"opaque"};
-  return row;
+  static const auto* row = new Reader{"opaque"};
+  return *row;
 }
 
 const Reader& accumulate_reader() {
-  static const Reader row{"torch::autograd::AccumulateGrad"};
-  return row;
+  static const auto* row = new Reader{"torch::autograd::AccumulateGrad"};
+  return *row;
 }
 
 Pullback describe(const Tape& tape, const Node& node, int output, int input, fused::ExprPool& pool) {
@@ -69,7 +71,10 @@ Names& names_of_nodes() {
   static auto* instance = new Names;  // never destroyed: threads may outlive static destructors
   return *instance;
 }
-[[maybe_unused]] const Names& made_at_load = names_of_nodes();  // see common::ForkSafeMutex
+
+// See common::ForkSafeMutex.
+[[maybe_unused]] const auto made_at_load =
+    std::tie(table(), complex_table(), opaque_reader(), accumulate_reader(), names_of_nodes());
 
 }  // namespace
 

@@ -351,3 +351,24 @@ def test_attention_leads_where_its_node_does():
     changed.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         wengert.jacobian(changed, q)
+
+
+def test_causal_attention_does_not_reach_behind_its_mask_through_nan():
+    attention = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.randn(1, 1, 3, 2, dtype=D) for _ in range(3))
+    q[0, 0, 1] = torch.nan
+    jacobian = wengert.jacobian(lambda v: attention(q, k, v, is_causal=True)[0, 0, :, 0], v)
+    assert torch.equal(jacobian[1, 0, 0, 2], torch.zeros(2, dtype=D))
+
+
+def test_gradients_of_results_lie_as_the_tensors_do():
+    """PyTorch's backward of the batch norm of one sample takes some strides for contiguous ones."""
+    x = torch.randn(2, 3, 2, 2, dtype=D).requires_grad_()
+    weights = torch.randn(2, 3, 2, 2, 2, 3, 2, 2, dtype=D)
+    f = lambda x: torch.nn.functional.instance_norm(x).sin()
+    ours, theirs = (m.jacobian(f, x, create_graph=True) for m in (wengert, torch_functional))
+    assert_same(*(torch.autograd.grad((j * weights).sum(), x)[0] for j in (ours, theirs)))
+    operands = [torch.randn(3, 4, dtype=D).requires_grad_(), torch.randn(4, 3, dtype=D).t().requires_grad_()]
+    (y,) = torch.ops.wengert.fused(operands, "fused v1 rank=2 operands=2 compute=f64\nt0 = mul a0 a1\nout t0 f64\n")
+    found = torch.autograd.grad(y.sum(), operands)
+    assert [g.stride() for g in found] == [(4, 1), (1, 3)]

@@ -193,6 +193,55 @@ def test_a_fork_beside_threads_that_compute():
     subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=300)
 
 
+FIRST_FORKS = """
+import os, random, sys, threading, time, warnings
+import torch, wengert
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+def work(functional):
+    x = torch.ones(5, requires_grad=True)
+    functional.jacobian(lambda x: (x.sin() * x.exp()).softmax(0), x)
+def ends(child, seconds):
+    last = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        if time.monotonic() > last:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.001)
+work(torch.autograd.functional)  # what PyTorch initialises at its first use is not forked in between
+draw = random.Random(0)
+for _ in range(60):
+    process = os.fork()
+    if process == 0:  # where nobody has called wengert yet
+        thread = threading.Thread(target=work, args=(wengert,))
+        thread.start()
+        last = time.perf_counter() + draw.random() * 0.002
+        while time.perf_counter() < last:
+            pass
+        child = os.fork()
+        if child == 0:
+            work(wengert)
+            os._exit(0)
+        well = ends(child, 20)
+        thread.join()
+        os._exit(not well)
+    draw.random()
+    if not ends(process, 60):
+        sys.exit(1)
+"""
+
+
+def test_a_fork_during_the_first_call():
+    """Nothing that is made once is being made by a thread that the child does not have."""
+    if DEVICE.type == "cuda":
+        pytest.skip("CUDA does not survive a fork")
+    subprocess.run([sys.executable, "-c", FIRST_FORKS], check=True, timeout=300)
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 4

@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import faulthandler
 import json
 import math
 import os
 import pathlib
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -209,7 +211,7 @@ class Sweep:
             for record in lines_of(process):
                 if record is None:
                     hung = True
-                    process.kill()
+                    process.send_signal(signal.SIGABRT)  # which faulthandler answers with a traceback
                 elif "begin" in record:
                     current = record
                 elif "fail" in record:
@@ -323,6 +325,7 @@ def main() -> int:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        faulthandler.enable()
         work(args)
         return 0
     if args.shrink:

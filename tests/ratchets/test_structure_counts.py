@@ -211,3 +211,69 @@ def test_explain_finds_the_same_losses(name):
     nodes = _C.explain([function(x)], [x])
     assert all((row["structure"] == "kept") == (not row["structure"].startswith("lost")) for row in nodes)
     assert any(row["structure"] != "kept" for row in nodes) == (expected.losses > 0)
+
+
+def test_overlapping_windows_are_added_in_as_many_nests_as_they_overlap():
+    x = rows(2, 128).requires_grad_()
+    window = torch.hann_window(32, dtype=torch.float64)
+    y = torch.stft(x, 32, 8, window=window, return_complex=True).abs()
+    plan = _C.plan([y], [x], "jacobian").splitlines()
+    assert sum(line.startswith("evaluate") for line in plan) == 6  # 4 of them add windows
+
+
+@pytest.mark.parametrize("net", [torch.nn.Conv1d(2, 3, 3), torch.nn.ConvTranspose1d(2, 3, 3)], ids=["conv", "conv_transpose"])
+def test_a_node_that_gave_nothing_is_known_the_next_time(net):
+    """The derivatives of a convolution give none for the data where only its cotangent is asked about."""
+    net, x = net.double(), rows(2, 2, 7)
+    assert not DEVICE.type == "cuda" or net.to(DEVICE)
+    f = lambda x: net(x).tanh().square().sum()
+    for derivative in (wengert.vhp, wengert.hvp):
+        first = derivative(f, x, x.cos())[1]
+        wengert.reset_stats()
+        second = derivative(f, x, x.cos())[1]
+        assert wengert.stats().engine["plan_misses"] == 0
+        assert wengert.stats().engine["node_calls"] == 3  # once backward, then what that is made of
+        assert torch.equal(first, second)
+        torch.testing.assert_close(second, torch.autograd.functional.vhp(f, x, x.cos())[1])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernel in the place of PyTorch's is for the CPU")
+def test_a_called_node_is_asked_for_what_is_wanted():
+    """As PyTorch's engine asks it, which leaves the gradient of the weights out."""
+    masks = []
+
+    def convolution_backward(g, x, w, sizes, stride, padding, dilation, transposed, output_padding, groups, mask):
+        masks.append(mask)
+        return torch.zeros_like(x) if mask[0] else None, torch.zeros_like(w) if mask[1] else None, None
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("convolution_backward", convolution_backward, "CPU")
+        x, w = rows(2, 2, 7).requires_grad_(), rows(3, 2, 3).requires_grad_()
+        y = torch.nn.functional.conv1d(x, w)
+        wengert.grad(y, x, torch.ones_like(y), retain_graph=True)
+        wengert.jacobian(y, x)
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    finally:
+        library._destroy()
+    assert len(masks) == 3
+    assert all(mask == [True, False, False] for mask in masks)
+
+
+def test_digits_of_a_position_are_looked_up():
+    """A reshape before a scatter: several loops run through the positions of one axis."""
+    index = torch.tensor([3, 0, 23, 7, 3])
+
+    def f(x):
+        return torch.zeros(24, dtype=x.dtype).index_add(0, index, x).view(2, 3, 4).sin()
+
+    x = rows(5)
+    assert sum("lost" in row["structure"] for row in wengert.explain(f, x)) == 0
+    torch.testing.assert_close(wengert.jacobian(f, x), torch.autograd.functional.jacobian(f, x))
+
+
+def test_many_outputs_are_planned_one_after_the_other():
+    """Each visits the nodes it leads through, not those of all."""
+    x = rows(4).requires_grad_()
+    found = wengert.jacobian([(x * k).sin() for k in range(3000)], x)
+    assert torch.equal(found[7], (7 * (x.detach() * 7).cos()).diag())

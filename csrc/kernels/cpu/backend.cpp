@@ -55,5 +55,6 @@ const Backend& backend() {
   static const Backend* chosen = choose();
   return *chosen;
 }
+[[maybe_unused]] static const Backend& made_at_load = backend();  // see common::ForkSafeMutex
 
 }  // namespace wengert::kernels
