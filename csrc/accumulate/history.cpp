@@ -16,6 +16,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <tuple>
 #include <utility>
@@ -45,18 +46,25 @@ std::vector<bool> onwards(const Edge& edge) {
   return all;
 }
 
-// What PyTorch warns of it warns of in the user's own calls, and what it saves meanwhile is nothing to the user's hooks.
+// What PyTorch warns of it warns of in the user's own calls, and what it saves meanwhile is nothing to the user's hooks.  Nodes
+// may have hooks of their own, as checkpointing does while it computes again.
 class Unnoticed : c10::WarningHandler {
  public:
-  Unnoticed() : guard_(this), without_hooks_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
-  ~Unnoticed() override { at::SavedTensorDefaultHooks::set_tracing(without_hooks_); }
+  Unnoticed() : guard_(this) {
+    if (!at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true)) return;
+    users_ = at::SavedTensorDefaultHooks::get_tls_state();
+    at::SavedTensorDefaultHooks::set_tls_state({});
+  }
+  ~Unnoticed() override {
+    if (users_) at::SavedTensorDefaultHooks::set_tls_state(*users_);
+  }
   Unnoticed(const Unnoticed&) = delete;
   Unnoticed& operator=(const Unnoticed&) = delete;
 
  private:
   void process(const c10::Warning&) override {}
   c10::WarningUtils::WarningHandlerGuard guard_;
-  bool without_hooks_;
+  std::optional<at::impl::SavedTensorDefaultHooksTLS> users_;
 };
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
@@ -242,7 +250,8 @@ class EndEdges {
         if (!found[k].defined()) out.push_back(asked[k]);
       }
       return out;
-    } catch (const c10::Error&) {  // there is no derivative of this derivative
+    } catch (const std::exception& error) {  // there is no derivative of this derivative
+      if (!tape::may_retry(error)) throw;
       return asked;
     }
   }
@@ -515,7 +524,8 @@ Counterparts Question::counterparts() const {
   Asking asking;
   try {
     return answer(*this, asking);
-  } catch (const c10::Error&) {  // ours are then taken as they are
+  } catch (const std::exception& error) {  // ours are then taken as they are
+    if (!tape::may_retry(error)) throw;
     return {};
   }
 }

@@ -368,6 +368,19 @@ def test_explain():
         wengert.explain(lambda x: 3, x)
 
 
+def test_histories_through_checkpoints():
+    """Checkpointing saves through hooks of its own while PyTorch is asked what its results lead to."""
+    from torch.utils.checkpoint import checkpoint
+
+    def f(x):
+        y = checkpoint(lambda t: t.sin() * t.flip(-1), x, use_reentrant=False)
+        return y, y.sin()
+
+    x, v = torch.rand(3, 3, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    ours, theirs = (m.jvp(f, x.clone().requires_grad_(), v, create_graph=True) for m in (wengert, F))
+    assert_same(ours, theirs)
+
+
 def test_checkpointed_functions():
     from torch.utils.checkpoint import checkpoint
 
