@@ -246,8 +246,10 @@ class DifferentiableRun : public Run<DifferentiableRun> {
         slots_[step.out] = old.index_put(at, source, /*accumulate=*/true);
         return;
       }
+      // Written out: of an expanded index scatter_add (torch 2.13) takes the source for as large as the array along the other
+      // axes.
       const at::Tensor at = read_window(made(step.axis->index.slot), step.axis->index, step.extents, loops).expand(step.extents);
-      slots_[step.out] = old.scatter_add(axis, at.permute(order).reshape(sizes), source);
+      slots_[step.out] = old.scatter_add(axis, at.permute(order).reshape(sizes).contiguous(), source);
       return;
     }
     const at::Tensor index = read_window(made(step.index.slot), step.index, step.extents, loops).expand(step.extents).reshape(-1);

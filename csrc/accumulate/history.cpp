@@ -5,6 +5,7 @@
 #include <ATen/TensorOperators.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -18,6 +19,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <tuple>
 #include <utility>
 
@@ -34,11 +36,19 @@ using autograd::Edge;
 
 Edge edge_of(const at::Tensor& tensor) { return tensor.requires_grad() ? autograd::impl::gradient_edge(tensor) : Edge(); }
 
-// The edges on which a cotangent of this output may go on; all, but for those of
-// wengert::fused, which computes several results at once.
+bool differentiates_a_convolution(const autograd::Node& fn) {
+  return dynamic_cast<const autograd::generated::ConvolutionBackwardBackward0*>(&fn) != nullptr;
+}
+
+// The edges on which a cotangent of this output may go on: all, but for those of nodes that compute several results at once,
+// wengert::fused and the derivatives of a convolution.
 std::vector<bool> onwards(const Edge& edge) {
   autograd::Node& fn = *edge.function;
   std::vector<bool> all(fn.num_outputs(), true);
+  if (differentiates_a_convolution(fn)) {  // linear in the cotangent, the data and the weight: each derivative has two of them
+    all[1] = edge.input_nr == 1;
+    all[2] = edge.input_nr == 0;
+  }
   if (const auto* fused = dynamic_cast<const ops::FusedBackward*>(&fn)) {
     const auto effect = ops::effects(fused->program_);
     for (std::size_t k = 0; k < all.size(); ++k) all[k] = (*effect)[edge.input_nr * all.size() + k];
@@ -155,11 +165,12 @@ struct Reach {
 };
 
 // Whether a gradient goes on along every edge of `onwards`.  Of PyTorch's nodes those of its table do whose operator has one
-// output: others may give none, as the derivatives of a convolution's do.
+// output, and the derivatives of a convolution: others may give none.
 bool feeds_all(const autograd::Node& fn) {
   if (dynamic_cast<const ops::FusedBackward*>(&fn) != nullptr || dynamic_cast<const ops::TetherBackward*>(&fn) != nullptr) {
     return true;
   }
+  if (differentiates_a_convolution(fn)) return true;
   return fn.num_inputs() == 1 && dynamic_cast<const autograd::TraceableFunction*>(&fn) != nullptr;
 }
 
@@ -451,7 +462,10 @@ Counterparts by_pairs(const std::vector<autograd::variable_list>& rows, std::siz
   return out;
 }
 
-// What each tensor reaches. Those that lead to the same ends are tried together, as one pass tells of all of them.
+// Tensors that are asked about one by one; of more, one pass has to tell.
+constexpr std::size_t kMostAlone = 16;
+
+// What each tensor reaches. Of those that lead to the same ends, one pass tells what none of them reaches.
 std::vector<std::shared_ptr<const EndSet>> ends_of(EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
   std::vector<std::shared_ptr<const EndSet>> out;
   std::map<EndSet, std::vector<std::size_t>> uncertain;
@@ -461,11 +475,18 @@ std::vector<std::shared_ptr<const EndSet>> ends_of(EndEdges& edges, const std::v
     out.push_back(reach.ends);
   }
   for (const auto& [ends, alike] : uncertain) {
+    const auto left = [&](const std::vector<at::Tensor>& group) {
+      EndSet reached = ends;
+      for (const std::int32_t end : edges.deprived(group, ends)) reached.erase(end);
+      return std::make_shared<const EndSet>(std::move(reached));
+    };
+    if (alike.size() <= kMostAlone) {
+      for (const std::size_t r : alike) out[r] = left({tensors[r]});
+      continue;
+    }
     std::vector<at::Tensor> group;
     for (const std::size_t r : alike) group.push_back(tensors[r]);
-    EndSet left = ends;
-    for (const std::int32_t end : edges.deprived(group, ends)) left.erase(end);
-    const auto shared = std::make_shared<const EndSet>(std::move(left));
+    const auto shared = left(group);
     for (const std::size_t r : alike) out[r] = shared;
   }
   return out;
@@ -560,12 +581,20 @@ History::History(const Edges& ends, const Counterparts& theirs, const std::vecto
     group.wanted.merge(wanted);
   }
   for (const auto& [missing, group] : groups) {
-    std::vector<at::Tensor> rows;
-    for (const std::int32_t r : group.results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
-    const std::vector<std::int32_t> deprived = confirm ? edges.deprived(rows, group.wanted) : std::vector<std::int32_t>();
-    std::vector<std::int32_t> ends = missing;
-    std::erase_if(ends, [&](std::int32_t end) { return std::ranges::binary_search(deprived, end); });
-    for (const std::int32_t r : group.results) ties_[r] = {.any = true, .ends = ends};
+    const auto tie = [&](std::span<const std::int32_t> results) {
+      std::vector<at::Tensor> rows;
+      for (const std::int32_t r : results) std::ranges::copy_if(theirs[r], std::back_inserter(rows), requires_grad);
+      const std::vector<std::int32_t> deprived = confirm ? edges.deprived(rows, group.wanted) : std::vector<std::int32_t>();
+      std::vector<std::int32_t> ends = missing;
+      std::erase_if(ends, [&](std::int32_t end) { return std::ranges::binary_search(deprived, end); });
+      for (const std::int32_t r : results) ties_[r] = {.any = true, .ends = ends};
+    };
+    const std::span<const std::int32_t> results = group.results;
+    if (results.size() > kMostAlone) {
+      tie(results);
+    } else {
+      for (std::size_t r = 0; r < results.size(); ++r) tie(results.subspan(r, 1));
+    }
   }
 }
 

@@ -322,9 +322,11 @@ def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any
         connected, cotangents = zip(*pairs)
         explicit = torch.autograd._make_grads(connected, cotangents, is_grads_batched)
         retain = create_graph if retain_graph is None else retain_graph
-        # Elsewhere than on the CPU the look for what is not finite would wait for the device.
-        plain = transposes and grad_outputs is None and connected[0].is_cpu and not C.passes_custom(connected, inputs)
-        found = _engine.vjp(name, connected, inputs, explicit, retain, create_graph, is_grads_batched, reason=_refusal())
+        reason = _refusal()
+        # Elsewhere than on the CPU the look for what is not finite would wait for the device; a tracer has nothing to look at.
+        eager_on_cpu = transposes and grad_outputs is None and reason is None and connected[0].is_cpu
+        plain = eager_on_cpu and not C.passes_custom(connected, inputs)
+        found = _engine.vjp(name, connected, inputs, explicit, retain, create_graph, is_grads_batched, reason=reason)
         return _PlainGradient(found) if plain else tuple(found)
 
     original = getattr(_torch, name)

@@ -372,3 +372,38 @@ def test_gradients_of_results_lie_as_the_tensors_do():
     (y,) = torch.ops.wengert.fused(operands, "fused v1 rank=2 operands=2 compute=f64\nt0 = mul a0 a1\nout t0 f64\n")
     found = torch.autograd.grad(y.sum(), operands)
     assert [g.stride() for g in found] == [(4, 1), (1, 3)]
+
+
+def test_results_of_one_call_lead_where_pytorchs_do():
+    """Each on its own: a convolution's gradient in the data does not lead to the data, though the one in the weight does."""
+    x, w = torch.randn(1, 1, 4, dtype=D).requires_grad_(), torch.randn(1, 1, 3, dtype=D).requires_grad_()
+    normed = torch.nn.functional.layer_norm(x.relu(), (4,), w[0, 0, :1].expand(4))
+    for y in (torch.nn.functional.conv1d(x.relu(), w), normed):
+        patterns = []
+        for grad in (wengert.grad, torch.autograd.grad):
+            results = grad(y.square().sum(), (x, w), create_graph=True)
+            found = [torch.autograd.grad(g.sum(), (x, w), retain_graph=True, allow_unused=True) for g in results]
+            patterns.append([[None if t is None else bool(t.any()) for t in row] for row in found])
+        assert patterns[0] == patterns[1]
+
+
+def test_sums_at_indices_in_a_corner_of_the_other_axes():
+    """PyTorch's scatter_add of an expanded index takes the source for as large as the array along the other axes."""
+    index = torch.arange(3).repeat_interleave(4)
+    x = torch.randn(3, 3, 3, 3, dtype=D).requires_grad_()
+    y = x[index][..., :2].sin()
+    g = torch.randn_like(y)
+    ours, theirs = (grad(y, x, g, create_graph=True)[0] for grad in (wengert.grad, torch.autograd.grad))
+    assert_same(ours, theirs)
+
+
+def test_hvp_under_tracers():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    f = lambda x: (x**3).prod()
+    with FakeTensorMode():
+        assert wengert.hvp(f, torch.randn(3), torch.ones(3))[1].shape == (3,)
+    x, v = torch.randn(3, dtype=D), torch.randn(3, dtype=D)
+    traced = make_fx(lambda x, v: wengert.hvp(f, x, v)[1])(x, v)
+    assert_same(traced(x, v), torch_functional.hvp(f, x, v)[1])
