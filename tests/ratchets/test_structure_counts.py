@@ -226,7 +226,7 @@ def test_a_node_that_gave_nothing_is_known_the_next_time(net):
     """The derivatives of a convolution give none for the data where only its cotangent is asked about."""
     net, x = net.double().to(DEVICE), rows(2, 2, 7)
     f = lambda x: net(x).tanh().square().sum()
-    for derivative in (wengert.vhp, wengert.hvp) if DEVICE.type == "cpu" else (wengert.vhp,):  # elsewhere hvp takes two passes more
+    for derivative in (wengert.vhp, wengert.hvp) if DEVICE.type == "cpu" else (wengert.vhp,):  # elsewhere hvp takes more passes
         first = derivative(f, x, x.cos())[1]
         wengert.reset_stats()
         second = derivative(f, x, x.cos())[1]
