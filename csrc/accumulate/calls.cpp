@@ -129,17 +129,21 @@ class Callee {
  public:
   Callee(torch::autograd::Node& fn, std::vector<bool> wanted) : fn_(fn), wanted_(std::move(wanted)) {}
 
-  std::vector<at::Tensor> once(torch::autograd::variable_list cotangents) const { return gradients(std::move(cotangents)); }
+  std::vector<at::Tensor> once(torch::autograd::variable_list cotangents) const {
+    return in_pass([&] { return gradients(std::move(cotangents)); });
+  }
 
   std::vector<at::Tensor> batched(const std::vector<at::Tensor>& cotangents, std::int64_t batch) const {
-    Silence silence;
-    c10::WarningUtils::WarningHandlerGuard guard(&silence);
-    VmapLevel level(batch);
-    std::vector<at::Tensor> wrapped;
-    for (const at::Tensor& cotangent : cotangents) wrapped.push_back(level.wrap(cotangent));
-    std::vector<at::Tensor> results = gradients(std::move(wrapped));
-    for (at::Tensor& result : results) result = level.unwrap(result, batch);
-    return results;
+    return in_pass([&] {
+      Silence silence;
+      c10::WarningUtils::WarningHandlerGuard guard(&silence);
+      VmapLevel level(batch);
+      std::vector<at::Tensor> wrapped;
+      for (const at::Tensor& cotangent : cotangents) wrapped.push_back(level.wrap(cotangent));
+      std::vector<at::Tensor> results = gradients(std::move(wrapped));
+      for (at::Tensor& result : results) result = level.unwrap(result, batch);
+      return results;
+    });
   }
 
   // The same, some rows at a time.
@@ -185,6 +189,17 @@ class Callee {
   }
 
  private:
+  // A node that is not asked for all of its gradients has to be in a pass, which says so.  Every call has one of its own, as
+  // every row of PyTorch's has: what a checkpoint computes again it gives once a pass.  Custom Functions share that of their
+  // plan.
+  template <class F>
+  std::vector<at::Tensor> in_pass(const F& f) const {
+    if (tape::is_custom(fn_) || !(tape::inside_pass() || tape::Wanted::are_some(fn_, wanted_))) return f();
+    std::vector<at::Tensor> results;
+    tape::in_own_pass(/*keep_graph=*/true, [&] { results = f(); });
+    return results;
+  }
+
   // What PyTorch's engine makes of the node's result before it reaches the next nodes.  Undefined where it is not wanted, or
   // where the node gives nothing.
   std::vector<at::Tensor> gradients(torch::autograd::variable_list cotangents) const {
@@ -279,13 +294,6 @@ std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& p
 }
 
 }  // namespace
-
-bool wants_some(const blocks::Plan& plan, const tape::Tape& tape) {
-  return std::ranges::any_of(plan.steps, [&](const blocks::Step& step) {
-    const auto* call = std::get_if<blocks::CallNode>(&step);
-    return call != nullptr && tape::Wanted::are_some(*tape.nodes[call->node].fn, wanted(*call));
-  });
-}
 
 Calls::~Calls() { forget(); }
 

@@ -19,9 +19,6 @@ struct GaveNothing {
   std::vector<std::size_t> edges;
 };
 
-// Whether some node that the plan calls would compute gradients that it does not want, outside of a pass.
-bool wants_some(const blocks::Plan& plan, const tape::Tape& tape);
-
 // A node gives a gradient along an edge along which it once gave none.
 struct GaveSomething {};
 

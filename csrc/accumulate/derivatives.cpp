@@ -196,7 +196,7 @@ Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::
     }
   };
   try {
-    if (tape.custom || wants_some(answer.planned->plan, tape)) {
+    if (tape.custom) {
       tape::in_own_pass(keep_graph, run_plan);
     } else {
       run_plan();

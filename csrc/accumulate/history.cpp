@@ -174,6 +174,9 @@ bool feeds_all(const autograd::Node& fn) {
   return fn.num_inputs() == 1 && dynamic_cast<const autograd::TraceableFunction*>(&fn) != nullptr;
 }
 
+// Nodes that may be run to ask about each of some tensors alone; where it were more, one pass has to tell of all.
+constexpr std::size_t kMostRuns = 1 << 17;
+
 class EndEdges {
  public:
   explicit EndEdges(const Edges& ends) : edges_(ends) {
@@ -190,6 +193,9 @@ class EndEdges {
   }
 
   const Edge& at(std::int32_t end) const { return edges_[end]; }
+
+  // Whether so many tensors may be asked about one by one, in a pass for each.
+  bool may_ask(std::size_t tensors) const { return tensors * reached_.size() <= kMostRuns; }
 
   // Those the tensor leads to.
   const Reach& reached_from(const at::Tensor& tensor) {
@@ -462,9 +468,6 @@ Counterparts by_pairs(const std::vector<autograd::variable_list>& rows, std::siz
   return out;
 }
 
-// Tensors that are asked about one by one; of more, one pass has to tell.
-constexpr std::size_t kMostAlone = 16;
-
 // What each tensor reaches. Of those that lead to the same ends, one pass tells what none of them reaches.
 std::vector<std::shared_ptr<const EndSet>> ends_of(EndEdges& edges, const std::vector<at::Tensor>& tensors, bool confirm) {
   std::vector<std::shared_ptr<const EndSet>> out;
@@ -480,7 +483,7 @@ std::vector<std::shared_ptr<const EndSet>> ends_of(EndEdges& edges, const std::v
       for (const std::int32_t end : edges.deprived(group, ends)) reached.erase(end);
       return std::make_shared<const EndSet>(std::move(reached));
     };
-    if (alike.size() <= kMostAlone) {
+    if (edges.may_ask(alike.size())) {
       for (const std::size_t r : alike) out[r] = left({tensors[r]});
       continue;
     }
@@ -590,7 +593,7 @@ History::History(const Edges& ends, const Counterparts& theirs, const std::vecto
       for (const std::int32_t r : results) ties_[r] = {.any = true, .ends = ends};
     };
     const std::span<const std::int32_t> results = group.results;
-    if (results.size() > kMostAlone) {
+    if (!edges.may_ask(results.size())) {
       tie(results);
     } else {
       for (std::size_t r = 0; r < results.size(); ++r) tie(results.subspan(r, 1));

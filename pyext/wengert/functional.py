@@ -280,6 +280,11 @@ class _SecondProduct(tuple):
     u: tuple[Tensor, ...]
 
 
+def _is_at_hand(tensors: Sequence[Tensor]) -> bool:
+    """Whether values can be looked at: not those of tracers and fake tensors, and without waiting for a device."""
+    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+
+
 def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any]:
     """torch.autograd.functional's own function of that name, but with its calls of autograd going through the engine.
 
@@ -323,9 +328,8 @@ def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any
         explicit = torch.autograd._make_grads(connected, cotangents, is_grads_batched)
         retain = create_graph if retain_graph is None else retain_graph
         reason = _refusal()
-        # Elsewhere than on the CPU the look for what is not finite would wait for the device; a tracer has nothing to look at.
-        eager_on_cpu = transposes and grad_outputs is None and reason is None and connected[0].is_cpu
-        plain = eager_on_cpu and not C.passes_custom(connected, inputs)
+        plain = transposes and grad_outputs is None and reason is None and _is_at_hand((*connected, *inputs))
+        plain = plain and not C.passes_custom(connected, inputs)
         found = _engine.vjp(name, connected, inputs, explicit, retain, create_graph, is_grads_batched, reason=reason)
         return _PlainGradient(found) if plain else tuple(found)
 

@@ -387,6 +387,22 @@ def test_results_of_one_call_lead_where_pytorchs_do():
         assert patterns[0] == patterns[1]
 
 
+def test_results_of_a_call_with_many_inputs_lead_where_pytorchs_do():
+    shapes = [(2, 4, 2), (4,), (4,), (4,), (4,)]
+    inputs = tuple(torch.randn(shape, dtype=D).requires_grad_() for shape in shapes)
+
+    def f(x, w, b, *rest):
+        s = sum(t.sin().sum() for t in rest)
+        return torch.nn.functional.group_norm(x + s, 2, w, b).abs().square().sum() + s * s
+
+    patterns = []
+    for functional in (wengert, torch_functional):
+        blocks = [block for row in functional.hessian(f, inputs, create_graph=True) for block in row]
+        found = [torch.autograd.grad(b.sum(), inputs, allow_unused=True, retain_graph=True) for b in blocks if b.requires_grad]
+        patterns.append([[t is None for t in row] for row in found])
+    assert patterns[0] == patterns[1]
+
+
 def test_sums_at_indices_in_a_corner_of_the_other_axes():
     """PyTorch's scatter_add of an expanded index takes the source for as large as the array along the other axes."""
     index = torch.arange(3).repeat_interleave(4)
@@ -404,6 +420,8 @@ def test_hvp_under_tracers():
     f = lambda x: (x**3).prod()
     with FakeTensorMode():
         assert wengert.hvp(f, torch.randn(3), torch.ones(3))[1].shape == (3,)
+    fake = FakeTensorMode().from_tensor(torch.ones(3))  # outside of its mode
+    assert wengert.hvp(lambda x: (x**3).sum(), fake, fake)[1].shape == (3,)
     x, v = torch.randn(3, dtype=D), torch.randn(3, dtype=D)
     traced = make_fx(lambda x, v: wengert.hvp(f, x, v)[1])(x, v)
     assert_same(traced(x, v), torch_functional.hvp(f, x, v)[1])

@@ -381,6 +381,17 @@ def test_histories_through_checkpoints():
     assert_same(ours, theirs)
 
 
+def test_rows_through_a_checkpoint():
+    """A node that is called row by row is in another pass each time: what a checkpoint computes again it gives once a pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    x, w = torch.rand(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64, requires_grad=True)
+    norm = lambda t: torch.nn.functional.layer_norm(t, (4,), w)
+    f = lambda x: checkpoint(norm, x, use_reentrant=False)
+    assert_same(wengert.jacobian(f, x, create_graph=True), F.jacobian(f, x, create_graph=True))
+    assert_same(wengert.hessian(lambda x: f(x).square().sum(), x), F.hessian(lambda x: f(x).square().sum(), x))
+
+
 def test_checkpointed_functions():
     from torch.utils.checkpoint import checkpoint
 
