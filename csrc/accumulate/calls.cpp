@@ -15,6 +15,7 @@
 #include "accumulate/steps.h"
 #include "accumulate/sweep.h"
 #include "common/fork_safe_mutex.h"
+#include "ops/fused.h"
 #include "tape/custom.h"
 #include "tape/pass.h"
 
@@ -235,7 +236,8 @@ std::int64_t rows_at_once(const torch::autograd::Node& fn, const std::vector<at:
   for (const std::int32_t slot : step.results) {
     if (slot < 0) continue;
     const blocks::Slot& result = plan.slots[slot];
-    bytes += static_cast<double>(blocks::numel(result.shape)) * static_cast<double>(c10::elementSize(to_aten(result.dtype)));
+    bytes += static_cast<double>(blocks::numel(result.shape)) *
+             static_cast<double>(c10::elementSize(ops::to_scalar_type(result.dtype)));
   }
   const auto parts = static_cast<std::int64_t>(std::ceil(bytes / kBytesAtOnce));
   return parts <= 1 ? batch : std::max((batch + parts - 1) / parts, kLeastRowsAtOnce);
@@ -332,7 +334,7 @@ std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const bl
   if (!plan.none_is_zero) throw tape::Unsupported("a node that gave no gradient for an input");
   for (const std::size_t j : nothing.edges) {
     const blocks::Slot& slot = plan.slots[step.results[j]];
-    results[j] = at::zeros(slot.shape, at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device));
+    results[j] = at::zeros(slot.shape, at::TensorOptions().dtype(ops::to_scalar_type(slot.dtype)).device(tape_.device));
   }
   return results;
 }

@@ -17,6 +17,7 @@
 #include "accumulate/sweep.h"
 #include "accumulate/window.h"
 #include "ops/backend.h"
+#include "ops/fused.h"
 
 namespace wengert::accumulate {
 
@@ -35,13 +36,13 @@ using blocks::Take;
 constexpr std::size_t kLazyZeroBytes = 64 * 1024;
 
 at::Tensor empty(const Slot& slot, at::Device device) {
-  const at::ScalarType dtype = to_aten(slot.dtype);
+  const at::ScalarType dtype = ops::to_scalar_type(slot.dtype);
   if (device.is_cpu()) return at::detail::empty_cpu(slot.shape, dtype, false, std::nullopt);  // past the dispatcher
   return at::empty(slot.shape, at::TensorOptions().dtype(dtype).device(device));
 }
 
 at::Tensor zeros(const Slot& slot, at::Device device) {
-  const at::ScalarType dtype = to_aten(slot.dtype);
+  const at::ScalarType dtype = ops::to_scalar_type(slot.dtype);
   if (!device.is_cpu()) return at::zeros(slot.shape, at::TensorOptions().dtype(dtype).device(device));
   const std::size_t bytes = static_cast<std::size_t>(blocks::numel(slot.shape)) * c10::elementSize(dtype);
   if (bytes < kLazyZeroBytes) {

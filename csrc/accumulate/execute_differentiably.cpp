@@ -136,7 +136,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
       for (std::size_t k = 0; k < sizes.size(); ++k) {
         if ((output.reduced >> k & 1) != 0) sizes[k] = 1;
       }
-      values.push_back(at::empty(sizes, at::TensorOptions().dtype(to_aten(output.dtype)).device(tape_.device)));
+      values.push_back(at::empty(sizes, at::TensorOptions().dtype(ops::to_scalar_type(output.dtype)).device(tape_.device)));
       views.push_back({values.back().mutable_data_ptr(), output.dtype, values.back().strides().data(), false});
     }
     ops::evaluate(tape_.device, *step.program, step.extents, {}, views);
@@ -278,7 +278,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
                                           spread(read(step.b, step, right), step, right));
   }
   at::TensorOptions options(const Slot& slot) const {
-    return at::TensorOptions().dtype(to_aten(slot.dtype)).device(tape_.device);
+    return at::TensorOptions().dtype(ops::to_scalar_type(slot.dtype)).device(tape_.device);
   }
 };
 

@@ -11,6 +11,7 @@
 #include "blocks/verify.h"
 #include "kernels/cuda/small_matmul.h"
 #include "ops/backend.h"
+#include "ops/fused.h"
 
 namespace wengert::accumulate {
 
@@ -525,56 +526,8 @@ Totals totals() { return {.blocks = total_blocks, .densified = total_densified};
 void reset_totals() { total_blocks = total_densified = 0; }
 
 fused::Dtype to_fused(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return fused::Dtype::f32;
-    case at::kDouble:
-      return fused::Dtype::f64;
-    case at::kBFloat16:
-      return fused::Dtype::bf16;
-    case at::kHalf:
-      return fused::Dtype::f16;
-    case at::kLong:
-      return fused::Dtype::i64;
-    case at::kInt:
-      return fused::Dtype::i32;
-    case at::kShort:
-      return fused::Dtype::i16;
-    case at::kChar:
-      return fused::Dtype::i8;
-    case at::kByte:
-      return fused::Dtype::u8;
-    case at::kBool:
-      return fused::Dtype::b8;
-    default:
-      throw tape::Unsupported(std::string("element type ") + at::toString(dtype));
-  }
-}
-
-at::ScalarType to_aten(fused::Dtype dtype) {
-  switch (dtype) {
-    case fused::Dtype::f32:
-      return at::kFloat;
-    case fused::Dtype::f64:
-      return at::kDouble;
-    case fused::Dtype::bf16:
-      return at::kBFloat16;
-    case fused::Dtype::f16:
-      return at::kHalf;
-    case fused::Dtype::i64:
-      return at::kLong;
-    case fused::Dtype::i32:
-      return at::kInt;
-    case fused::Dtype::i16:
-      return at::kShort;
-    case fused::Dtype::i8:
-      return at::kChar;
-    case fused::Dtype::u8:
-      return at::kByte;
-    case fused::Dtype::b8:
-      return at::kBool;
-  }
-  return at::kFloat;
+  if (!ops::is_supported(dtype)) throw tape::Unsupported(std::string("element type ") + at::toString(dtype));
+  return ops::to_dtype(dtype);
 }
 
 blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* report) {

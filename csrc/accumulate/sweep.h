@@ -63,6 +63,5 @@ void reset_totals();
 blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* report = nullptr);
 
 fused::Dtype to_fused(at::ScalarType dtype);  // throws tape::Unsupported
-at::ScalarType to_aten(fused::Dtype dtype);
 
 }  // namespace wengert::accumulate
