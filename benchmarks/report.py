@@ -118,10 +118,7 @@ def table(results: list[Result], markdown: bool, floors: bool) -> str:
         if floors:
             line += ["" if r.floor is None else f"{r.floor:g}x", "pass" if r.passes else "FAIL"]
         lines.append(line)
-    if markdown:
-        return _markdown(header, lines)
-    widths = [max(len(line[k]) for line in [header, *lines]) for k in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [header, *lines])
+    return markdown_table(header, lines) if markdown else text_table(header, lines)
 
 
 def peers_table(results: list[Result]) -> str:
@@ -131,10 +128,15 @@ def peers_table(results: list[Result]) -> str:
         for p in r.peers:
             difference = "" if p.difference is None else f"{p.difference:.0e}"
             lines.append([r.row, p.name, "yes" if p.counted else "no", human(p.seconds), difference, p.note.replace("|", "/")])
-    return _markdown(header, lines)
+    return markdown_table(header, lines)
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
+def text_table(header: list[str], lines: list[list[str]]) -> str:
+    widths = [max(len(line[k]) for line in [header, *lines]) for k in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [header, *lines])
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 

@@ -216,11 +216,14 @@ def _graph(kind: str, f: Any, x: Any, compiled: bool) -> Prepared:
     return Prepared(lambda: wengert.jacobian(y, inputs), peers)
 
 
-def batched_peers(f: Any, x: torch.Tensor, compiled: bool) -> list[Peer]:
-    """Per-sample Jacobians in torch. The dense functional forms compute all pairs of samples and keep the diagonal."""
+def batched_peers(f: Any, single: Any, x: torch.Tensor, compiled: bool) -> list[Peer]:
+    """Per-sample Jacobians in torch of f, which is `single` on each of a batch.
+
+    The dense functional forms compute all pairs of samples and keep the diagonal.
+    """
     peers = []
     for transform in ("jacrev", "jacfwd"):
-        run = torch.func.vmap(getattr(torch.func, transform)(f))
+        run = torch.func.vmap(getattr(torch.func, transform)(single))
         peers.append(Peer(f"vmap(func.{transform})", lambda run=run: run(x)))
         if compiled:
             peers.append(compiled_peer(f"vmap(func.{transform})", run, x))
@@ -242,11 +245,11 @@ def batched_peers(f: Any, x: torch.Tensor, compiled: bool) -> list[Peer]:
 
 def _vmap(kind: str, f: Any, x: Any, compiled: bool) -> Prepared:
     run = wengert.func.vmap(wengert.func.jacrev(f))
-    return Prepared(lambda: run(x), batched_peers(f, x, compiled))
+    return Prepared(lambda: run(x), batched_peers(f, f, x, compiled))
 
 
 def _batch(kind: str, f: Any, x: Any, compiled: bool) -> Prepared:
-    return Prepared(lambda: wengert.batch_jacobian(f, x), batched_peers(f, x, compiled))
+    return Prepared(lambda: wengert.batch_jacobian(f, x), batched_peers(f, f, x, compiled))
 
 
 def _grad(kind: str, f: Any, x: Any, compiled: bool) -> Prepared:

@@ -13,7 +13,6 @@
 #include <unordered_map>
 
 #include "accumulate/steps.h"
-#include "accumulate/sweep.h"
 #include "common/fork_safe_mutex.h"
 #include "ops/fused.h"
 #include "tape/custom.h"
@@ -190,9 +189,9 @@ class Callee {
   }
 
  private:
-  // A node that is not asked for all of its gradients has to be in a pass, which says so.  Every call has one of its own, as
-  // every row of PyTorch's has: what a checkpoint computes again it gives once a pass.  Custom Functions share that of their
-  // plan.
+  // A node that is not asked for all of its gradients has to be in a pass, which says so; within another pass it would be asked
+  // for what that one wants.  Every call has one of its own, as every row of PyTorch's has: what a checkpoint computes again it
+  // gives once a pass.  Custom Functions share that of their plan.
   template <class F>
   std::vector<at::Tensor> in_pass(const F& f) const {
     if (tape::is_custom(fn_) || !(tape::inside_pass() || tape::Wanted::are_some(fn_, wanted_))) return f();
@@ -252,8 +251,7 @@ std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& p
   for (std::size_t o = 0; o < cotangents.size(); ++o) {
     if (!cotangents[o].defined()) continue;
     if (step.batch > 0) {
-      const blocks::Shape& shape = plan.slots[step.cotangents[o]].shape;
-      lead.assign(shape.begin(), shape.begin() + step.batch);
+      lead.assign(cotangents[o].sizes().begin(), cotangents[o].sizes().begin() + step.batch);
       batch = blocks::numel(lead);
       cotangents[o] = cotangents[o].flatten(0, static_cast<std::int64_t>(step.batch) - 1);
     }
@@ -309,27 +307,37 @@ std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const bl
     if (call.node != step.node) continue;
     for (const std::size_t edge : call.edges) asked[edge] = true;
   }
-  results = known ? replayed(step, plan) : call(step, plan, fn, asked, std::move(cotangents));
+  results = known ? replayed(step, plan) : call(step, plan, fn, asked, cotangents);
+  const auto gave_nothing = [&] {
+    GaveNothing nothing{step.node, {}};
+    for (std::size_t j = 0; j < step.results.size(); ++j) {
+      if (step.results[j] >= 0 && !results[j].defined()) nothing.edges.push_back(j);
+    }
+    return nothing;
+  };
+  GaveNothing nothing = gave_nothing();
+  if (!nothing.edges.empty() && !step.zeros.empty()) {
+    // Along those edges zeros may give zeros.
+    fill_zeros(step, plan, cotangents);
+    results = call(step, plan, fn, asked, cotangents);
+    nothing = gave_nothing();
+  }
   for (std::size_t j = 0; j < step.results.size(); ++j) {
     if (asked[j] && step.results[j] < 0 && results[j].defined()) throw GaveSomething();
-  }
-  GaveNothing nothing{step.node, {}};
-  for (std::size_t j = 0; j < step.results.size(); ++j) {
-    if (step.results[j] >= 0 && !results[j].defined()) nothing.edges.push_back(j);
   }
   if (custom && !known && !(nothing.edges.empty() && is_last(step, plan))) {
     made_.push_back({step.node, results});
     ++next_;
   }
   if (nothing.edges.empty()) return results;
-  const auto of_node = [&](const blocks::Step& other) {
-    const auto* call = std::get_if<blocks::CallNode>(&other);
-    return call != nullptr && call->node == step.node;
+  const auto arrives_elsewhere = [&](std::size_t edge) {
+    const auto gives = [&](const blocks::Step& other) {
+      const auto* call = std::get_if<blocks::CallNode>(&other);
+      return call != nullptr && call->node == step.node && call->results[edge] >= 0;
+    };
+    return std::ranges::count_if(plan.steps, gives) > 1 || std::ranges::binary_search(plan.reads, std::pair(step.node, edge));
   };
-  if (std::ranges::count_if(plan.steps, of_node) == 1 &&
-      std::ranges::none_of(nothing.edges, [&](std::size_t edge) { return is_read(step.node, static_cast<int>(edge)); })) {
-    throw nothing;
-  }
+  if (std::ranges::none_of(nothing.edges, arrives_elsewhere)) throw nothing;
   // Another call, or what is read of another output, may well give something, and PyTorch's sum of both would be that.
   if (!plan.none_is_zero) throw tape::Unsupported("a node that gave no gradient for an input");
   for (const std::size_t j : nothing.edges) {
@@ -339,13 +347,15 @@ std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const bl
   return results;
 }
 
-bool Calls::is_read(std::int32_t node, int edge) const {
-  fused::ExprPool pool;
-  const tape::Node& of = tape_.nodes[node];
-  for (int output = 0; output < std::ssize(of.outputs); ++output) {
-    if (tape::describe(tape_, of, output, edge, pool).kind == tape::Kind::terms) return true;
+void Calls::fill_zeros(const blocks::CallNode& step, const blocks::Plan& plan, std::vector<at::Tensor>& cotangents) const {
+  const auto live = std::ranges::find_if(step.cotangents, [](std::int32_t slot) { return slot >= 0; });
+  const blocks::Shape& some = plan.slots[*live].shape;
+  for (const std::int32_t o : step.zeros) {
+    const tape::Meta& meta = tape_.nodes[step.node].outputs[o];
+    blocks::Shape shape(some.begin(), some.begin() + static_cast<std::ptrdiff_t>(step.batch));
+    shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
+    cotangents[o] = at::zeros(shape, at::TensorOptions().dtype(meta.dtype).device(tape_.device));
   }
-  return false;
 }
 
 // No custom Function is called after it: nobody will ask for its results again.

@@ -50,7 +50,7 @@ class Calls {
     std::vector<at::Tensor> results;
   };
   std::vector<at::Tensor> replayed(const blocks::CallNode& step, const blocks::Plan& plan);
-  bool is_read(std::int32_t node, int edge) const;  // from some output
+  void fill_zeros(const blocks::CallNode& step, const blocks::Plan& plan, std::vector<at::Tensor>& cotangents) const;
   bool is_last(const blocks::CallNode& step, const blocks::Plan& plan) const;
   std::size_t custom_reached() const;
   void take_off(const GaveNothing& call);

@@ -14,7 +14,6 @@
 
 #include "accumulate/run.h"
 #include "accumulate/static_steps.h"
-#include "accumulate/sweep.h"
 #include "accumulate/window.h"
 #include "ops/backend.h"
 #include "ops/fused.h"

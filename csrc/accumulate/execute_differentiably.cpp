@@ -7,7 +7,6 @@
 
 #include "accumulate/execute.h"
 #include "accumulate/run.h"
-#include "accumulate/sweep.h"
 #include "ops/backend.h"
 #include "ops/fused.h"
 

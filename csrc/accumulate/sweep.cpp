@@ -12,6 +12,7 @@
 #include "kernels/cuda/small_matmul.h"
 #include "ops/backend.h"
 #include "ops/fused.h"
+#include "tape/custom.h"
 
 namespace wengert::accumulate {
 
@@ -65,6 +66,12 @@ class Sweep {
 
   bool reached(tape::Value input) const { return input.node >= 0 && captured_.at({input.node, input.output}).reached; }
   const std::vector<Block>& result(tape::Value input) const { return captured_.at({input.node, input.output}).list.blocks(); }
+  // (node, edge) along which the expressions of a node that is also called were pulled.
+  std::vector<std::pair<std::int32_t, std::size_t>> reads_of_called() const {
+    std::vector<std::pair<std::int32_t, std::size_t>> out;
+    std::ranges::copy_if(reads_, std::back_inserter(out), [this](const auto& read) { return called_.contains(read.first); });
+    return out;
+  }
   CoupledSamples coupled() const { return {coupling_node_.empty() ? "the graph" : coupling_node_, coupling_read_}; }
 
  private:
@@ -139,6 +146,7 @@ class Sweep {
             deliver(call_local(n, o, active[e], pullback.local, block), target);
             continue;
           }
+          reads_.emplace(n, active[e]);
           for (const tape::Term& term : pullback.terms) {
             Block given = uses == 1 ? std::move(block) : block;  // a chain's operands are many, and copied at every node
             for (Block& pulled : blocks::pull(builder_, std::move(given), term)) {
@@ -191,17 +199,21 @@ class Sweep {
     for (auto& [key, values] : groups) builder_.force_together(values, key.first, key.second);
   }
 
-  // The node is called with everything that arrives at it: all outputs, all rows.
+  // The node is called with everything that arrives at it: all outputs, all rows.  Where only zeros arrive PyTorch passes a
+  // tensor of them: so does this to code of the user's, which may do with them what it likes; to other nodes they mean the same
+  // as nothing, except where nothing makes them give nothing (see Calls).
   void call_opaque(std::int32_t n, std::vector<State>& states, const std::vector<std::size_t>& active,
                    const std::vector<bool>& opaque) {
     const tape::Node& node = tape_.nodes[n];
     const std::size_t rank = row_shape_.size();
     if (numel(row_shape_) > 1) builder_.lose(Loss::opaque);
     blocks::CallNode step{
-        .node = n, .batch = rank, .cotangents = {}, .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
+        .node = n, .batch = rank, .cotangents = {}, .results = std::vector<std::int32_t>(node.inputs.size(), -1), .zeros = {}};
+    const bool custom = tape::is_custom(*node.fn);
     for (std::size_t o = 0; o < states.size(); ++o) {
       std::int32_t slot = -1;
-      if (!states[o].list.empty()) {
+      if (states[o].reached && states[o].list.empty() && !custom) step.zeros.push_back(static_cast<std::int32_t>(o));
+      if (!states[o].list.empty() || (states[o].reached && custom)) {
         const tape::Meta& meta = node.outputs[o];
         Shape shape = row_shape_;
         shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
@@ -225,11 +237,16 @@ class Sweep {
       made.emplace_back(target, step.results[active[e]]);
     }
     if (made.empty()) return;
-    builder_.emit(std::move(step));
+    call(std::move(step));
     for (auto [target, slot] : made) {
       const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
       if (numel(meta.shape) != 0) deliver(dense_block(slot, meta), target);
     }
+  }
+
+  void call(blocks::CallNode step) {
+    called_.insert(step.node);
+    builder_.emit(std::move(step));
   }
 
   Block dense_block(std::int32_t slot, const tape::Meta& meta) {
@@ -307,13 +324,14 @@ class Sweep {
     blocks::CallNode step{.node = n,
                           .batch = batch.size(),
                           .cotangents = std::vector<std::int32_t>(node.outputs.size(), -1),
-                          .results = std::vector<std::int32_t>(node.inputs.size(), -1)};
+                          .results = std::vector<std::int32_t>(node.inputs.size(), -1),
+                          .zeros = {}};
     step.cotangents[output] = argument(shape, block.dtype, {std::move(part)});
     Shape result_shape(shape.begin(), shape.begin() + batch.size());
     result_shape.insert(result_shape.end(), in.shape.begin(), in.shape.end());
     const std::int32_t result = builder_.new_slot(result_shape, to_fused(in.dtype));
     step.results[edge] = result;
-    builder_.emit(std::move(step));
+    call(std::move(step));
 
     // New loops: the batch loops, the carried ones, then one per input axis that nothing is carried along.
     std::vector<std::size_t> source(batch);  // loop of `block` behind a new loop, or `loops`
@@ -486,6 +504,8 @@ class Sweep {
   std::vector<std::vector<State>> lists_;
   std::set<std::int32_t> waiting_;  // nodes that were reached and not visited
   std::map<std::pair<std::int32_t, std::int32_t>, State> captured_;
+  std::set<std::pair<std::int32_t, std::size_t>> reads_;
+  std::set<std::int32_t> called_;
   std::string coupling_node_;
   bool coupling_read_ = false;
 };
@@ -550,7 +570,8 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   Builder builder(std::move(given), abilities);
   std::vector<std::int32_t> results, taken;
   std::vector<Shape> shapes;
-  auto finish = [&](Sweep& sweep, tape::Value input, const Shape& row_shape, const std::vector<std::size_t>& order) {
+  Sweep sweep(tape, builder, report);
+  auto finish = [&](tape::Value input, const Shape& row_shape, const std::vector<std::size_t>& order) {
     shapes.emplace_back();
     if (!sweep.reached(input)) {
       results.push_back(-1);
@@ -576,7 +597,6 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
           if (cotangent.given) row_shape = {cotangent.shape[0]};
         }
       }
-      Sweep sweep(tape, builder, report);
       sweep.begin(row_shape, false);
       for (std::size_t i = 0; i < tape.outputs.size(); ++i) {
         const tape::Value output = tape.outputs[i];
@@ -602,11 +622,10 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
         sweep.seed(output, std::move(block));
       }
       sweep.run();
-      for (const tape::Value& input : tape.inputs) finish(sweep, input, row_shape, {});
+      for (const tape::Value& input : tape.inputs) finish(input, row_shape, {});
       break;
     }
     case Seed::jacobian: {
-      Sweep sweep(tape, builder, report);
       for (const tape::Value& output : tape.outputs) {
         if (output.node < 0) {
           results.insert(results.end(), tape.inputs.size(), -1);
@@ -617,14 +636,13 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
         sweep.begin(meta.shape, false);
         sweep.seed(output, blocks::identity(meta.shape, to_fused(meta.dtype)));
         sweep.run();
-        for (const tape::Value& input : tape.inputs) finish(sweep, input, meta.shape, {});
+        for (const tape::Value& input : tape.inputs) finish(input, meta.shape, {});
       }
       break;
     }
     case Seed::batch_summed:
     case Seed::batch_tied: {
       const bool summed = request.seed == Seed::batch_summed;
-      Sweep sweep(tape, builder, report);
       for (const tape::Value& output : tape.outputs) {
         if (output.node < 0) {
           results.insert(results.end(), tape.inputs.size(), -1);
@@ -655,7 +673,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
               }
             }
           }
-          finish(sweep, input, row_shape, order);
+          finish(input, row_shape, order);
         }
       }
       break;
@@ -663,6 +681,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   }
   for (std::int64_t loss : builder.losses()) total_densified += loss;
   blocks::Plan plan = std::move(builder).finish(std::move(results), std::move(shapes));
+  plan.reads = sweep.reads_of_called();
   plan.none_is_zero = request.none_is_zero;
   if (std::string why = blocks::violation(plan); !why.empty()) {
     throw tape::Unsupported("a plan that leaves its slots: " + why);

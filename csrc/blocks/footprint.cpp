@@ -41,14 +41,14 @@ struct Below {
     return list(step.extents) + axes(step.value.axes) + axes(step.index.axes) + along;
   }
   std::size_t operator()(const Arange&) const { return 0; }
-  std::size_t operator()(const CallNode& step) const { return list(step.cotangents) + list(step.results); }
+  std::size_t operator()(const CallNode& step) const { return list(step.cotangents) + list(step.results) + list(step.zeros); }
 };
 
 }  // namespace
 
 std::size_t footprint(const Plan& plan) {
-  std::size_t bytes =
-      sizeof(Plan) + list(plan.slots) + list(plan.steps) + list(plan.last_use) + list(plan.results) + list(plan.result_shapes);
+  std::size_t bytes = sizeof(Plan) + list(plan.slots) + list(plan.steps) + list(plan.last_use) + list(plan.results) +
+                      list(plan.result_shapes) + list(plan.reads);
   for (const Slot& slot : plan.slots) bytes += list(slot.shape);
   for (const Step& step : plan.steps) bytes += std::visit(Below(), step);
   for (const auto& slots : plan.last_use) bytes += list(slots);

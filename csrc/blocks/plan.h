@@ -91,6 +91,7 @@ struct CallNode {
   std::size_t batch;                     // number of leading axes
   std::vector<std::int32_t> cotangents;  // slot per node output, -1 = undefined
   std::vector<std::int32_t> results;     // slot per next edge, -1 = not wanted
+  std::vector<std::int32_t> zeros;       // outputs that nothing but structural zeros arrives at, left undefined
 };
 
 using Step = std::variant<Evaluate, Matmul, Take, PutAdd, Arange, CallNode>;
@@ -105,10 +106,11 @@ struct Plan {
   std::vector<Slot> slots;
   std::size_t given = 0;
   std::vector<Step> steps;
-  std::vector<std::vector<std::int32_t>> last_use;  // per step: slots that no later step or result needs
-  std::vector<std::int32_t> results;                // slot per requested result, -1 = not connected
-  bool none_is_zero = false;                        // where a called node gives no gradient; else the plan cannot be run
-  std::vector<Shape> result_shapes;                 // a result may view its slot with more or fewer axes of extent 1
+  std::vector<std::vector<std::int32_t>> last_use;          // per step: slots that no later step or result needs
+  std::vector<std::int32_t> results;                        // slot per requested result, -1 = not connected
+  std::vector<std::pair<std::int32_t, std::size_t>> reads;  // (node, edge) along which called nodes were read as well, ascending
+  bool none_is_zero = false;                                // where a called node gives no gradient; else the plan cannot be run
+  std::vector<Shape> result_shapes;                         // a result may view its slot with more or fewer axes of extent 1
 };
 
 std::string to_string(const Plan& plan);

@@ -122,6 +122,18 @@ void walk(std::size_t nodes, std::span<const ExprId> roots, ArgsOf args_of, On o
   }
 }
 
+// A value for each of some nodes of a pool, which may have many more: ids ascend.
+template <class T>
+class Over {
+ public:
+  Over(const std::vector<ExprId>& ids, T value) : ids_(ids), values_(ids.size(), value) {}
+  T& operator[](ExprId id) { return values_[std::lower_bound(ids_.begin(), ids_.end(), id) - ids_.begin()]; }
+
+ private:
+  const std::vector<ExprId>& ids_;
+  std::vector<T> values_;
+};
+
 std::size_t mix(std::size_t h, std::uint64_t v) { return (h ^ v) * 0x9E3779B97F4A7C15ull ^ (h >> 29); }
 
 }  // namespace
@@ -483,10 +495,10 @@ std::vector<std::pair<std::int32_t, ExprId>> ExprPool::pullback(std::span<const 
                                                                 bool arrives) {
   std::vector<ExprId> order = reachable(exprs);
   if (order.empty()) return {};
-  std::vector<ExprId> adjoint(order.back() + 1, kZero);
+  Over<ExprId> adjoint(order, kZero);
   for (std::size_t j = 0; j < exprs.size(); ++j) adjoint[exprs[j]] = add(adjoint[exprs[j]], cotangents[j]);
   // Nodes no operand is below need no sweep; a formula missing there is not missed.
-  std::vector<char> depends(adjoint.size(), 0);
+  Over<char> depends(order, 0);
   for (ExprId id : order) {
     depends[id] = nodes_[id].kind == Kind::operand;
     for (ExprId arg : args(id)) depends[id] |= depends[arg];
@@ -523,7 +535,7 @@ ExprId ExprPool::derivative(ExprId expr, std::int32_t operand) {
 
 ExprId ExprPool::pushforward(ExprId expr, std::span<const ExprId> tangents) {
   std::vector<ExprId> order = reachable({&expr, 1});
-  std::vector<ExprId> tangent(order.back() + 1, kZero);
+  Over<ExprId> tangent(order, kZero);
   for (ExprId id : order) {
     const Node node = nodes_[id];
     if (node.kind == Kind::operand) tangent[id] = tangents[node.index];
@@ -539,7 +551,7 @@ ExprId ExprPool::pushforward(ExprId expr, std::span<const ExprId> tangents) {
 
 ExprId ExprPool::substitute(const ExprPool& from, ExprId expr, std::span<const ExprId> leaves) {
   std::vector<ExprId> order = from.reachable({&expr, 1});
-  std::vector<ExprId> image(order.back() + 1, kNone);
+  Over<ExprId> image(order, kNone);
   for (ExprId id : order) {
     const Node node = from.nodes_[id];
     switch (node.kind) {

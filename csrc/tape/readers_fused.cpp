@@ -11,10 +11,17 @@ namespace {
 
 using fused::ExprId;
 
+// A node has a derivative for every output and operand. Written down one by one they are many times the node's own work; where
+// one row alone arrives, with no structure to keep, calling the node computes their sum.
+constexpr int kMostDerivatives = 32;
+
 void read_fused(Take& k, const ops::FusedBackward& n) {
   const fused::Program& program = *n.program_;
   k.program(n.program_);
   k.integer(static_cast<std::int64_t>(program.id()));
+  const bool called = k.one_row() && std::ssize(program.outputs()) * program.operands() > kMostDerivatives;
+  k.integer(called);
+  if (called) return;
   std::vector<at::Tensor> operands = k.unpack(n.operands_, false);
   for (int a = 0; a < program.rank(); ++a) {
     std::int64_t extent = 1;
@@ -27,12 +34,13 @@ void read_fused(Take& k, const ops::FusedBackward& n) {
 Pullback describe_fused(const Site& s) {
   const fused::Program& program = *s.node.program;
   if (!(*ops::effects(s.node.program))[s.output * program.operands() + s.input]) return none();
+  if (s.integer(1) != 0) return opaque();
   const fused::OutputSpec& output = program.outputs()[s.output];
   const int rank = program.rank();
   std::vector<std::int64_t> loops;
   Axes nest;  // coordinates of the nest by axes of the output and new loops
   for (int a = 0; a < rank; ++a) {
-    const std::int64_t extent = s.integer(1 + a);
+    const std::int64_t extent = s.integer(2 + a);
     if ((output.reduced >> a & 1) != 0 && extent != 1) {
       nest.push_back(along(rank + static_cast<int>(loops.size())));
       loops.push_back(extent);

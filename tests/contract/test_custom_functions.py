@@ -122,6 +122,71 @@ def test_functions_below_one_that_gives_none():
         assert_same(ours, theirs)
 
 
+class Auxiliary(torch.autograd.Function):
+    """Adds the gradient of a loss, whatever arrives."""
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, torch.ones((), dtype=g.dtype)
+
+
+class Two(torch.autograd.Function):
+    """A backward that wants a tensor for each of two results that are used."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        return x.sin(), x.exp()
+
+    @staticmethod
+    def backward(ctx, a, b):
+        (x,) = ctx.saved_tensors
+        return a * x.cos() + b * x.exp()
+
+
+WITHOUT_VALUES = {  # what passes nothing on but zeros
+    "slice": lambda kept, lost: torch.cat([kept, lost])[: len(kept)],
+    "row": lambda kept, lost: torch.stack([kept, lost])[0],
+    "nothing of it": lambda kept, lost: kept + lost[:0].sum(),
+    "round": lambda kept, lost: kept + lost.round(),
+    "sign": lambda kept, lost: kept * lost.sign(),
+    "power": lambda kept, lost: kept + lost**0,
+    "overwritten": lambda kept, lost: kept + lost.clone().zero_(),
+}
+
+
+@pytest.mark.parametrize("used", WITHOUT_VALUES.values(), ids=WITHOUT_VALUES)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_zeros_arrive_as_tensors(used, create_graph):
+    for f in (
+        lambda x: used(x.cos(), Auxiliary.apply(x.sin(), x.square().sum())),
+        lambda x: used(*Two.apply(x)),
+        lambda x: used(*reversed(Two.apply(x))),
+    ):
+        assert_same(wengert.jacobian(f, vec(), create_graph=create_graph), F.jacobian(f, vec(), create_graph=create_graph))
+        total = lambda x, f=f: f(x).sum()
+        assert_same(wengert.vjp(total, vec()), F.vjp(total, vec()))
+        if Outcome.of(lambda: F.hessian(total, vec())).error is None:
+            assert_same(wengert.hessian(total, vec()), F.hessian(total, vec()))
+        else:  # the Function is called with one of the two
+            assert_same_error(lambda: wengert.hessian(total, vec()), lambda: F.hessian(total, vec()))
+
+
+def test_errors_where_only_zeros_arrive():
+    def backward(ctx, g):
+        raise ValueError("no derivative")
+
+    f = lambda x: torch.cat([function(backward)(x), x])[3:]
+    assert_same_error(lambda: wengert.jacobian(f, vec()), lambda: F.jacobian(f, vec()))
+    nothing = lambda x: function(lambda ctx, g: None)(x).round()
+    assert_same_error(lambda: wengert.jacobian(nothing, vec(), strict=True), lambda: F.jacobian(nothing, vec(), strict=True))
+
+
 def test_rows_without_a_gradient_are_zero():
     """By rows a Function may give None for some of them."""
 

@@ -324,6 +324,22 @@ def test_captured_leaves_of_a_node_that_is_called(fn):
         assert_same(*derivatives, f"derivative of the {name} in what was captured")
 
 
+@pytest.mark.parametrize("fn", [torch.relu, torch.nn.functional.leaky_relu, torch.sin])
+def test_a_node_that_is_reached_through_some_of_its_outputs(fn):
+    """A group norm's mean and deviation alone give nothing to its weight and bias."""
+    def derivatives(grad):
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, 4, 2, dtype=D), torch.rand(4, dtype=D), torch.rand(4, dtype=D)]
+        x, w, b = (leaf.requires_grad_() for leaf in leaves)
+        (first,) = grad(fn(F.group_norm(x, 2, w, b)).sum(), w, create_graph=True)
+        second = grad(first.sum(), (x, w, b), create_graph=True, allow_unused=True)
+        return second, grad(second[0].sin().sum(), (x, w, b), allow_unused=True)
+
+    (ours, next_ours), (theirs, next_theirs) = derivatives(wengert.grad), derivatives(torch.autograd.grad)
+    assert_same([ours, next_ours], [theirs, next_theirs], "derivatives")
+    assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]
+
+
 def test_a_node_that_fails_at_a_gradient_that_nobody_wants():
     """PyTorch's differentiable gradient of a group norm with a bias alone fails where the bias' gradient is wanted."""
     x, b = torch.randn(2, 2, 3, dtype=D), torch.rand(2, dtype=D, requires_grad=True)

@@ -280,3 +280,16 @@ def test_outputs_that_share_nodes_are_planned_one_after_the_other():
         parts = [torch.autograd.grad(v, x, retain_graph=True, allow_unused=True)[0] for v in y.flatten()]
         theirs = torch.stack([torch.zeros_like(x) if part is None else part for part in parts]).reshape(y.shape + x.shape)
         torch.testing.assert_close(mine, theirs)
+
+
+def test_a_nest_of_many_operands_is_called_where_one_row_arrives():
+    """Its derivatives, one for every result and operand, would be many times its own work."""
+    leaves = [rows(5).add_(k).requires_grad_() for k in range(8)]
+    y = leaves[0].sin()
+    for leaf in leaves[1:]:
+        y = y * (leaf * 1.5).cos() + leaf
+    first = wengert.grad(y.sum(), leaves, create_graph=True)
+    total = sum(g.square().sum() for g in first)
+    found = counted(lambda y, x: wengert.grad(y, x, retain_graph=True), total, leaves)
+    assert (found["node_calls"], found["launches"]) == (1, 9)
+    torch.testing.assert_close(wengert.grad(total, leaves, retain_graph=True), torch.autograd.grad(total, leaves))

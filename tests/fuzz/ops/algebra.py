@@ -104,7 +104,7 @@ def square_matrix(x, d):
     return d.choice(
         [
             lambda: torch.linalg.inv(a + 5 * eye),
-            lambda: torch.linalg.det(a + eye).unsqueeze(-1) * d.cycled(x, 2),
+            lambda: torch.linalg.det(a + 5 * eye).unsqueeze(-1) * d.cycled(x, 2),
             lambda: torch.linalg.matrix_exp(a * 0.3),
             lambda: torch.linalg.solve_triangular(a.tril() + 5 * eye, a, upper=False),
             lambda: torch.linalg.matrix_power(a, d.integer(0, 3)),
