@@ -54,7 +54,9 @@ def of_module(module: nn.Module, x: Tensor, loss: Loss = F.mse_loss, target: Ten
     return Network(own, lambda p, z: functional_call(module, p, (z,)), module, loss, x, target)
 
 
-def of_function(parameters: Parameters, call: Callable[[Parameters, Tensor], Tensor], x: Tensor, loss: Loss = F.mse_loss) -> Network:
+def of_function(
+    parameters: Parameters, call: Callable[[Parameters, Tensor], Tensor], x: Tensor, loss: Loss = F.mse_loss
+) -> Network:
     own = {name: p.requires_grad_() for name, p in parameters.items()}
     target = torch.randn_like(call(own, x).detach())
     return Network(own, call, lambda z: call(own, z), loss, x, target)
@@ -69,32 +71,42 @@ def classes(batch: int, count: int) -> Tensor:
 
 @network
 def _mlp_layer_norm(batch):
-    net = nn.Sequential(nn.Linear(12, 48), nn.LayerNorm(48), nn.Tanh(), nn.Linear(48, 48), nn.LayerNorm(48), nn.Tanh(), nn.Linear(48, 6))
+    net = nn.Sequential(
+        nn.Linear(12, 48), nn.LayerNorm(48), nn.Tanh(), nn.Linear(48, 48), nn.LayerNorm(48), nn.Tanh(), nn.Linear(48, 6)
+    )
     return of_module(net, torch.randn(batch, 12))
 
 
 @network
 def _mlp_batch_norm(batch):
-    net = nn.Sequential(nn.Linear(12, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 6))
+    net = nn.Sequential(
+        nn.Linear(12, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 6)
+    )
     net(torch.randn(64, 12))  # statistics other than 0 and 1
     return of_module(net, torch.randn(batch, 12), F.cross_entropy, classes(batch, 6))
 
 
 @network
 def _mlp_group_norm(batch):
-    net = nn.Sequential(nn.Linear(12, 48), nn.GroupNorm(4, 48), nn.GELU(), nn.Linear(48, 48), nn.GroupNorm(4, 48), nn.GELU(), nn.Linear(48, 6))
+    net = nn.Sequential(
+        nn.Linear(12, 48), nn.GroupNorm(4, 48), nn.GELU(), nn.Linear(48, 48), nn.GroupNorm(4, 48), nn.GELU(), nn.Linear(48, 6)
+    )
     return of_module(net, torch.randn(batch, 12))
 
 
 @network
 def _mlp_rms_norm(batch):
-    net = nn.Sequential(nn.Linear(12, 48), nn.RMSNorm(48), nn.SiLU(), nn.Linear(48, 48), nn.RMSNorm(48), nn.SiLU(), nn.Linear(48, 6))
+    net = nn.Sequential(
+        nn.Linear(12, 48), nn.RMSNorm(48), nn.SiLU(), nn.Linear(48, 48), nn.RMSNorm(48), nn.SiLU(), nn.Linear(48, 6)
+    )
     return of_module(net, torch.randn(batch, 12), F.smooth_l1_loss)
 
 
 @network
 def _mlp_softplus(batch):
-    net = nn.Sequential(nn.Linear(2, 64), nn.Softplus(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 1))
+    net = nn.Sequential(
+        nn.Linear(2, 64), nn.Softplus(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 1)
+    )
     return of_module(net, torch.randn(batch, 2))
 
 
@@ -158,7 +170,14 @@ def _deep_set(batch):
 @network
 def _cnn_max_pool(batch):
     net = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 12, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 10)
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 12, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(48, 10),
     )
     return of_module(net, torch.randn(batch, 1, 12, 12), F.cross_entropy, classes(batch, 10))
 
@@ -176,17 +195,33 @@ def _cnn_avg_pool_batch_norm(batch):
 @network
 def _resnet_block(batch):
     body = nn.Sequential(
-        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8)
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.GroupNorm(2, 8),
     )
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), Residual(body), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        Residual(body),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 10),
     )
     return of_module(net, torch.randn(batch, 3, 12, 12), F.cross_entropy, classes(batch, 10))
 
 
 @network
 def _conv1d(batch):
-    net = nn.Sequential(nn.Conv1d(2, 8, 5, padding=2), nn.Tanh(), nn.Conv1d(8, 8, 5, padding=4, dilation=2), nn.Tanh(), nn.Conv1d(8, 1, 5, padding=2))
+    net = nn.Sequential(
+        nn.Conv1d(2, 8, 5, padding=2),
+        nn.Tanh(),
+        nn.Conv1d(8, 8, 5, padding=4, dilation=2),
+        nn.Tanh(),
+        nn.Conv1d(8, 1, 5, padding=2),
+    )
     return of_module(net, torch.randn(batch, 2, 24))
 
 

@@ -51,8 +51,10 @@ def _of_one_sample(name: str, n: Network) -> Prepared:
     peers = [
         Peer("functional loop", lambda: theirs(f, x)),
         Peer("functional vectorised", lambda: theirs(f, x, vectorize=True)),
-        *(Peer(f"func.{t}", lambda run=getattr(torch.func, t)(f): run(x)) for t in transforms),
     ]
+    for transform in transforms:
+        run = getattr(torch.func, transform)(f)
+        peers.append(Peer(f"func.{transform}", lambda run=run: run(x)))
     return Prepared(lambda: ours(f, x), peers)
 
 
@@ -224,7 +226,8 @@ def save(folder: pathlib.Path, results: list[Result], broken: list[str], forms: 
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     parts = [
         f"# Ordinary networks on {stamp['cpu']}",
-        f"Times of PyTorch's fastest form over wengert's, batches of {BATCH} samples, float32; a dash where PyTorch has no form that runs.",
+        f"Times of PyTorch's fastest form over wengert's, batches of {BATCH} samples, float32; a dash where PyTorch has no form "
+        "that runs.",
         markdown_table(["network", *forms], matrix(results, forms)),
         summary(results, least),
         *(f"Broken: {line}" for line in broken),

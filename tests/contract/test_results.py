@@ -122,7 +122,7 @@ def test_results_can_be_resized(n):
     assert_same(J[:n], want, "after resizing")
     H = wengert.hessian(lambda x: x.sin().sum(), x)
     H.untyped_storage().resize_(2 * H.untyped_storage().nbytes())
-    g, = wengert.grad(torch.sin(x.requires_grad_()).sum(), x)
+    (g,) = wengert.grad(torch.sin(x.requires_grad_()).sum(), x)
     g.resize_(n + 1)
 
 
@@ -211,9 +211,9 @@ def test_histories_of_derivatives_taken_one_after_the_other():
     for f, leads in ((torch.relu, True), (lambda x: x * mask, False), (torch.relu, True)):
         x, v = torch.rand(3, dtype=D, requires_grad=True), torch.rand(3, dtype=D, requires_grad=True)
         for grad in (wengert.grad, torch.autograd.grad):
-            first, = grad(f(x), x, v, create_graph=True)
-            second, = grad(first, v, torch.ones(3, dtype=D), create_graph=True)
-            third, = grad(2 * first, v, torch.ones(3, dtype=D), create_graph=True)
+            (first,) = grad(f(x), x, v, create_graph=True)
+            (second,) = grad(first, v, torch.ones(3, dtype=D), create_graph=True)
+            (third,) = grad(2 * first, v, torch.ones(3, dtype=D), create_graph=True)
             assert second.requires_grad == third.requires_grad == leads
             if leads:
                 assert_same(torch.autograd.grad(second.sum() + third.sum(), x)[0], torch.zeros(3, dtype=D))
@@ -256,8 +256,8 @@ def test_what_a_result_remembers_leaves_with_it():
     y = torch.relu(x)
     y.grad_fn.metadata["mark"] = mark = Mark()
     mark = weakref.ref(mark)
-    first, = wengert.grad(y.sum(), x, create_graph=True)
-    second, = wengert.grad(first.sum(), x, create_graph=True)
+    (first,) = wengert.grad(y.sum(), x, create_graph=True)
+    (second,) = wengert.grad(first.sum(), x, create_graph=True)
     del y, first, second
     gc.collect()
     assert mark() is None
@@ -327,6 +327,7 @@ def test_captured_leaves_of_a_node_that_is_called(fn):
 @pytest.mark.parametrize("fn", [torch.relu, torch.nn.functional.leaky_relu, torch.sin])
 def test_a_node_that_is_reached_through_some_of_its_outputs(fn):
     """A group norm's mean and deviation alone give nothing to its weight and bias."""
+
     def derivatives(grad):
         torch.manual_seed(0)
         leaves = [torch.randn(2, 4, 2, dtype=D), torch.rand(4, dtype=D), torch.rand(4, dtype=D)]
