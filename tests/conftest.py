@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 _HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent / "benchmarks")]
 
+# What the engine can do it does, however small the example; tests/contract/test_routes.py is about the choice.
+os.environ.setdefault("WENGERT_COMPARE_WAYS", "0")
+
 torch.set_num_threads(int(os.environ.get("WENGERT_TEST_THREADS", "2")))
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)

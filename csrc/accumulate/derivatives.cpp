@@ -15,6 +15,7 @@
 #include "accumulate/calls.h"
 #include "accumulate/execute.h"
 #include "accumulate/history.h"
+#include "accumulate/route.h"
 #include "blocks/footprint.h"
 #include "common/budget.h"
 #include "common/fork_safe_mutex.h"
@@ -235,7 +236,26 @@ struct Asked {
   Question::Of of;
   at::TensorList outputs, inputs, cotangents;
 };
-void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& asked, at::TensorList rows) {
+
+// Samples of a batch are not the rows that PyTorch would compute, nor are all rows at once.
+Route route_for(Question::Of of, at::TensorList outputs, at::TensorList inputs, Mode mode) {
+  return mode == Mode::differentiable ? Route(static_cast<int>(of), outputs, inputs) : Route();
+}
+
+// Of each result's rows PyTorch has made the first.
+std::vector<Route::Row> rows_of(const Counterparts& theirs, std::size_t width, at::TensorList rows) {
+  std::vector<Route::Row> out;
+  for (std::size_t first = 0; first < theirs.size(); first += width) {
+    out.push_back({.tensors = {}, .times = rows.empty() ? 1 : static_cast<double>(rows[first / width].numel())});
+    for (std::size_t j = 0; j < width; ++j) {
+      out.back().tensors.insert(out.back().tensors.end(), theirs[first + j].begin(), theirs[first + j].end());
+    }
+  }
+  return out;
+}
+
+void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& asked, at::TensorList rows,
+              const Route& route = Route()) {
   if (mode == Mode::plain) return;
   std::shared_ptr<Question> question;
   if (!answer.custom) {
@@ -250,6 +270,7 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
   const auto find = [&] {
     const std::size_t width = mode == Mode::at_once ? asked.inputs.size() : answer.results.size();
     const Counterparts theirs = question ? question->counterparts() : own_columns(answer.results, width);
+    if (question && route.is_open()) route.choose(answer.results, rows_of(theirs, asked.inputs.size(), rows));
     return std::make_unique<History>(answer.ends, theirs, answer.results, question != nullptr);
   };
   memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, question);
@@ -273,8 +294,10 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 
 TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
   const ops::GraphStream stream = stream_of(outputs, inputs);
+  const Route route = route_for(Question::Of::jacobian, outputs, inputs, mode);
+  route.follow();
   Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
-  complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, outputs);
+  complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, outputs, route);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
@@ -293,6 +316,9 @@ namespace {
 // With `history`, as PyTorch's; without it, as it comes.
 Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph, Mode mode,
                  bool batched, bool none_is_zero, bool history) {
+  const auto of = batched ? Question::Of::batched_gradient : Question::Of::gradient;
+  const Route route = history ? route_for(of, outputs, inputs, mode) : Route();
+  route.follow();
   tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, !batched);
   Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}, .none_is_zero = none_is_zero};
   std::vector<at::Tensor> given;
@@ -312,8 +338,7 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
     request.cotangents.push_back(std::move(cotangent));
   }
   Answer answer = run(tape, request, inputs, given, mode, retain_graph || batched);
-  const auto of = batched ? Question::Of::batched_gradient : Question::Of::gradient;
-  if (history) complete(answer, mode, answer.planned->history, {of, outputs, inputs, cotangents}, {});
+  if (history) complete(answer, mode, answer.planned->history, {of, outputs, inputs, cotangents}, {}, route);
   if (!retain_graph) tape::release(tape);
   return answer;
 }
@@ -330,8 +355,15 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
   return results;
 }
 
+bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs, bool batched) {
+  const auto of = batched ? Question::Of::batched_gradient : Question::Of::gradient;
+  return route_for(of, outputs, inputs, Mode::differentiable).is_shorter_there();
+}
+
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
   const ops::GraphStream stream = stream_of({output}, inputs);
+  const Route route = route_for(Question::Of::hessian, {output}, inputs, mode);
+  route.follow();
   const Mode first = mode == Mode::plain ? Mode::differentiable : mode;
   Answer answer = gradients({output}, inputs, {}, true, first, false, true, false);
   std::vector<at::Tensor> connected;
@@ -351,7 +383,7 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
     }
   }
   answer.results = std::move(blocks);
-  complete(answer, mode, answer.planned->second, {Question::Of::hessian, output, inputs, {}}, inputs);
+  complete(answer, mode, answer.planned->second, {Question::Of::hessian, output, inputs, {}}, inputs, route);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }

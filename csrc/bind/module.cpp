@@ -20,6 +20,7 @@
 #include "bind/plan_faults.h"
 #include "bind/random_state.h"
 #include "common/node_ptr.h"
+#include "ops/finite.h"
 #include "tape/ambient.h"
 #include "tape/custom.h"
 #include "tape/forward_mode.h"
@@ -60,6 +61,20 @@ Tensors plain(const py::sequence& given) {
     out.push_back(item.cast<at::Tensor>());
   }
   return out;
+}
+
+bool take_plain(const py::object& given, Tensors& out) {
+  const auto take = [&out](PyObject* item) {
+    if (!THPVariable_CheckExact(item)) return false;
+    out.push_back(THPVariable_Unpack(item));
+    return true;
+  };
+  if (!PyTuple_Check(given.ptr()) && !PyList_Check(given.ptr())) return take(given.ptr());
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(given.ptr());
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    if (!take(PySequence_Fast_GET_ITEM(given.ptr(), k))) return false;
+  }
+  return true;
 }
 
 accumulate::Mode mode(bool create_graph, bool at_once = false) {
@@ -198,6 +213,14 @@ PYBIND11_MODULE(_C, m) {
         return to_python(released([&] { return accumulate::hessian(y[0], xs, mode(create_graph, at_once)); }));
       },
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"), py::arg("at_once") = false);
+  m.def(
+      "is_shorter_in_pytorch",
+      [](const py::object& outputs, const py::object& inputs, bool batched) {
+        Tensors ys, xs;
+        return take_plain(outputs, ys) && take_plain(inputs, xs) && accumulate::is_shorter_in_pytorch(ys, xs, batched);
+      },
+      py::arg("outputs"), py::arg("inputs"), py::arg("is_grads_batched"),
+      "Of a tensor, a tuple or a list of tensors; False of anything else.");
   m.def("refusal", &wengert::tape::ambient_refusal);
   m.def("forward_mode", [](const py::sequence& outputs) {
     const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs));
@@ -239,6 +262,13 @@ PYBIND11_MODULE(_C, m) {
       "passes_custom",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  m.def("are_finite", [](const py::object& tensors) {
+    Tensors given;
+    for (const py::handle item : tensors) {
+      if (!item.is_none()) given.push_back(item.cast<at::Tensor>());
+    }
+    return wengert::ops::are_finite(given);
+  });
   wengert::bind::define_cuda(m.def_submodule("cuda"));
   wengert::bind::define_cuda_static(m.attr("cuda"));
   wengert::bind::define_evaluator(m);

@@ -28,6 +28,8 @@ _strided = torch.strided
 
 # Graphs of which something is computed again when it is needed (checkpointing): below vmap there is no telling with what.
 SAVED_THROUGH_HOOKS = "saved tensors with hooks"
+# See csrc/accumulate/route.h.
+SHORTER_IN_PYTORCH = "PyTorch's way to a result with a history is shorter"
 
 HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change no derivative
 
@@ -37,6 +39,11 @@ def refusal() -> str | None:
     if _len_torch_function_stack() and not all(type(m) in HARMLESS_MODES for m in _get_current_function_mode_stack()):
         return "a torch function mode is active"
     return C.refusal()
+
+
+def is_shorter_in_pytorch(outputs: Any, inputs: Any, is_grads_batched: bool) -> bool:
+    """Whether a gradient with a history is known to be: asked first, as a refusal by the engine would be felt."""
+    return C.is_shorter_in_pytorch(outputs, inputs, is_grads_batched)
 
 
 def is_plain(t: object) -> bool:
@@ -204,6 +211,8 @@ def vjp(
     reason: str | None = None,
 ) -> Sequence[Tensor | None]:
     """`native_vjp`, or the same from PyTorch's engine."""
+    if create_graph and reason is None and is_shorter_in_pytorch(outputs, inputs, is_grads_batched):
+        reason = SHORTER_IN_PYTORCH
     options = (retain_graph, create_graph, is_grads_batched)
     result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)
     if result is not None:

@@ -15,6 +15,7 @@ from ._compile import eager
 
 _refusal = _engine.refusal
 _is_plain = _engine.is_plain
+_is_shorter_in_pytorch = _engine.is_shorter_in_pytorch
 
 
 @eager
@@ -55,6 +56,8 @@ def grad(
             [0., 4.]]),)
     """
     reason = _refusal()
+    if reason is None and create_graph and _is_shorter_in_pytorch(outputs, inputs, is_grads_batched):
+        reason = _engine.SHORTER_IN_PYTORCH
     if reason is None:
         if type(outputs) is Tensor:
             outs = (outputs,)

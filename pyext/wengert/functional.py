@@ -309,7 +309,7 @@ def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any
         if type(outputs) is _SecondProduct:
             if not create_graph:
                 found = autograd_grad(tuple(outputs), outputs.inputs, grad_outputs, retain_graph=True)
-                if all(product is None or bool(product.isfinite().all()) for product in found):
+                if C.are_finite(found):
                     return found
             outputs = autograd_grad(tuple(outputs), outputs.inputs, outputs.u, create_graph=True)
         if len(outputs) != len(grad_outputs or outputs):

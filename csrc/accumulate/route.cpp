@@ -1,0 +1,125 @@
+#include "accumulate/route.h"
+
+#include <ATen/SequenceNumber.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <typeinfo>
+
+#include "common/behind.h"
+
+namespace wengert::accumulate {
+
+namespace {
+
+namespace autograd = torch::autograd;
+
+constexpr double kSecondsPerNode = 3e-6, kBytesPerSecond = 5e9;
+constexpr double kWorthwhile = 1.1;                                         // what follows is the quicker for our nests
+constexpr std::uint64_t kLeaf = std::numeric_limits<std::uint64_t>::max();  // the sequence number of leaves
+
+bool compares_ways() {
+  static const bool compares = [] {
+    const char* value = std::getenv("WENGERT_COMPARE_WAYS");
+    return value == nullptr || std::string_view(value) != "0";
+  }();
+  return compares;
+}
+
+double elements_of(const autograd::InputMetadata& metadata) {
+  if (metadata.was_default_constructed() || metadata.is_nested_tensor()) return 0;
+  double elements = 1;
+  for (const c10::SymInt& extent : metadata.shape_as_dim_vector()) {
+    elements *= static_cast<double>(extent.maybe_as_int().value_or(1));
+  }
+  return elements;
+}
+
+double bytes_of(const autograd::Node& node) {
+  double bytes = 0;
+  for (std::uint32_t k = 0; k < node.num_inputs(); ++k) {
+    const autograd::InputMetadata& metadata = node.input_metadata(k);
+    if (const double elements = elements_of(metadata); elements != 0) {
+      bytes += elements * static_cast<double>(metadata.dtype().itemsize());
+    }
+  }
+  return bytes;
+}
+
+// Of nodes whose results share memory.
+bool is_view(const autograd::Node& node) {
+  constexpr std::string_view kViews[] = {"View",    "Select",    "Slice", "Expand",    "Permute",  "Transpose",    "TBackward",
+                                         "Squeeze", "Unsqueeze", "Alias", "AsStrided", "Diagonal", "ReshapeAlias", "UnsafeView"};
+  const std::string name = node.name();
+  return name.find("BackwardBackward") == std::string::npos &&
+         std::ranges::any_of(kViews, [&](std::string_view view) { return name.starts_with(view); });
+}
+
+// Estimated seconds for the nodes that lead to the results and were made since a sequence number: on the CPU one thread numbers
+// them all.
+double seconds_of(const std::vector<at::Tensor>& results, std::uint64_t since) {
+  common::PointerIndex seen;
+  std::vector<const autograd::Node*> stack;
+  const auto enter = [&](const autograd::Node* node) {
+    if (node == nullptr || node->sequence_nr() < since || node->sequence_nr() == kLeaf) return;
+    std::int32_t& mark = seen[node];
+    if (mark < 0) mark = 0, stack.push_back(node);
+  };
+  for (const at::Tensor& result : results) {
+    if (result.defined()) enter(result.grad_fn().get());
+  }
+  double seconds = 0;
+  while (!stack.empty()) {
+    const autograd::Node& node = *stack.back();
+    stack.pop_back();
+    seconds += kSecondsPerNode + (is_view(node) ? 0 : bytes_of(node) / kBytesPerSecond);
+    for (const autograd::Edge& edge : node.next_edges()) enter(edge.function.get());
+  }
+  return seconds;
+}
+
+// Structures that are PyTorch's, the last of those that share a place.
+std::array<std::atomic<std::uint64_t>, 4096> shorter_there;
+
+std::atomic<std::uint64_t>& place_of(std::uint64_t structure) { return shorter_there[structure % shorter_there.size()]; }
+
+}  // namespace
+
+Route::Route(int kind, at::TensorList outputs, at::TensorList inputs) {
+  const auto on_cpu = [](const at::Tensor& tensor) { return tensor.is_cpu(); };
+  if (!compares_ways() || !std::ranges::all_of(outputs, on_cpu) || !std::ranges::all_of(inputs, on_cpu)) return;
+  std::uint64_t hash = 1;
+  const auto mix = [&hash](std::uint64_t word) {
+    hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
+    hash ^= hash >> 29;
+  };
+  mix(kind);
+  mix(outputs.size());
+  for (const at::Tensor& input : inputs) mix(input.numel());
+  common::visit_behind(outputs, inputs, [&](const autograd::Node& node) {
+    mix(reinterpret_cast<std::uintptr_t>(&typeid(node)));  // its hash is one of its name, each time
+    mix(node.num_outputs());
+    if (node.num_inputs() != 0) mix(static_cast<std::uint64_t>(elements_of(node.input_metadata(0))));
+    return true;
+  });
+  structure_ = hash | 1;
+  since_ = at::sequence_number::peek();
+}
+
+bool Route::is_shorter_there() const { return is_open() && place_of(structure_).load(std::memory_order_relaxed) == structure_; }
+
+void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
+  double seconds = 0;
+  for (const Row& row : theirs) seconds += row.times * seconds_of(row.tensors, since_);
+  if (theirs.empty() || seconds_of(ours, since_) <= kWorthwhile * seconds) return;
+  place_of(structure_).store(structure_, std::memory_order_relaxed);
+  throw ShorterThere();
+}
+
+}  // namespace wengert::accumulate

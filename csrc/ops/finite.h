@@ -1,0 +1,10 @@
+// Whether numbers are finite, in one pass over all of them.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+namespace wengert::ops {
+
+// Undefined tensors are.
+bool are_finite(at::TensorList tensors);
+
+}  // namespace wengert::ops

@@ -1,0 +1,106 @@
+"""Which derivatives with a history are left to PyTorch, whose own way there is shorter; in a process that compares the ways."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from support.check import DEVICE
+
+pytestmark = [
+    pytest.mark.skipif(bool(os.environ.get("WENGERT_DISABLE")), reason="is about the engine"),
+    pytest.mark.skipif(DEVICE.type == "cuda", reason="ways are compared on the CPU"),
+]
+
+PREFACE = """
+import torch, wengert
+from torch.nn import functional as F
+
+SHORTER = "PyTorch's way to a result with a history is shorter"
+
+def counts():
+    found = wengert.stats()
+    wengert.reset_stats()
+    return sum(found.native.values()), {reason: n for reasons in found.fallback.values() for reason, n in reasons.items()}
+
+def same(a, b):
+    torch.testing.assert_close(a, b)
+    assert [t.requires_grad for t in a] == [t.requires_grad for t in b]
+
+torch.manual_seed(0)
+sizes = [(3, 8), (8, 8), (8, 1)]
+net = torch.nn.Sequential(*(m for size in sizes for m in (torch.nn.Linear(*size), torch.nn.Softplus()))).double()
+weights = list(net.parameters())
+x = torch.randn(5, 3, dtype=torch.float64)
+
+def energy(positions):
+    r2 = (positions[1:] - positions[:-1]).square().sum(-1) + 0.5
+    return (r2 ** -6 - r2 ** -3 + r2.sqrt().sin() * r2.log()).sum()
+"""
+
+CASES = {
+    "a network's gradient is PyTorch's, what follows is the engine's": """
+        for _ in range(2):
+            gradient = wengert.grad(net(x).square().sum(), weights, create_graph=True)
+            same(gradient, torch.autograd.grad(net(x).square().sum(), weights, create_graph=True))
+            assert counts() == (0, {SHORTER: 1})
+            again = wengert.grad(sum(g.square().sum() for g in gradient), weights, allow_unused=True)
+            assert counts() == (1, {})
+    """,
+    "an energy's gradient is the engine's": """
+        p = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+        for _ in range(2):
+            same(wengert.grad(energy(p), p, create_graph=True), torch.autograd.grad(energy(p), p, create_graph=True))
+            assert counts() == (1, {})
+    """,
+    "products with a Hessian": """
+        v = [torch.randn_like(w) for w in weights]
+        f = lambda *w: torch.func.functional_call(net, dict(zip(dict(net.named_parameters()), w)), (x,)).square().sum()
+        at = tuple(w.detach() for w in weights)
+        for name in ("hvp", "vhp"):
+            for _ in range(2):
+                ours, theirs = (getattr(m, name)(f, at, tuple(v)) for m in (wengert, torch.autograd.functional))
+                torch.testing.assert_close(ours, theirs)
+                assert counts() == (1, {SHORTER: 1})  # the gradient, then its derivative
+    """,
+    "batches are the engine's": """
+        for _ in range(2):
+            jacobian = wengert.batch_jacobian(net, x.clone().requires_grad_(), create_graph=True)
+            assert counts() == (1, {})
+    """,
+    "a graph is freed where it is to be": """
+        for _ in range(2):
+            loss = net(x).square().sum()
+            wengert.grad(loss, weights, create_graph=True, retain_graph=False)
+            try:
+                torch.autograd.grad(loss, weights)
+                raise AssertionError("the graph was kept")
+            except RuntimeError as error:
+                assert "second time" in str(error)
+    """,
+    "a Hessian of few elements and many steps": """
+        def f(x):
+            for _ in range(6):
+                k = (x.roll(1) - 2 * x + x.roll(-1)).sin()
+                x = x + 0.1 * (k + 0.05 * k.roll(1, 0).tanh() * x)
+            return x.square().sum()
+        x = torch.randn(2, 2, dtype=torch.float64)
+        plain = wengert.hessian(f, x)
+        assert counts() == (1, {})
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            ours, theirs = (m.hessian(f, leaf, create_graph=True) for m in (wengert, torch.autograd.functional))
+            same([ours], [theirs])
+            same(torch.autograd.grad(ours.sin().sum(), leaf), torch.autograd.grad(theirs.sin().sum(), leaf))
+            assert counts() == (0, {SHORTER: 1})
+    """,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_shorter_way(name):
+    script = PREFACE + textwrap.dedent(CASES[name])
+    environment = {**os.environ, "WENGERT_COMPARE_WAYS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
