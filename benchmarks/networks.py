@@ -404,7 +404,7 @@ def _kinematic_chain(batch):
         pose = torch.eye(4, dtype=angles.dtype).expand(*angles.shape[:-1], 4, 4)
         for joint in range(6):
             s, c = angles[..., joint].sin(), angles[..., joint].cos()
-            step = torch.zeros(*angles.shape[:-1], 4, 4, dtype=angles.dtype)
+            step = angles.new_zeros(*angles.shape[:-1], 4, 4)  # which vmap knows to be one for each sample
             step[..., 0, 0], step[..., 0, 1], step[..., 1, 0], step[..., 1, 1] = c, -s, s, c
             step[..., 2, 2] = step[..., 3, 3] = 1
             step[..., 0, 3] = p["length"][joint]
