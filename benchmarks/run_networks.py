@@ -161,10 +161,23 @@ def prepare(name: str, form: str, batch: int = BATCH) -> Prepared:
     return FORMS[form](networks.make(name, batch))
 
 
-def run_cell(name: str, form: str, arguments: argparse.Namespace, device: Device) -> Result:
-    """A cell below `--least` is measured twice more, for longer, and the middle one stands: one slow moment decides nothing."""
+def runs(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run_cell(name: str, form: str, arguments: argparse.Namespace, device: Device) -> Result | None:
+    """None where PyTorch has no such derivative.
+
+    A cell below `--least` is measured twice more, for longer, and the middle one stands: one slow moment decides nothing.
+    """
     label = f"{name}/{form}"
     prepared = prepare(name, form)
+    if not any(runs(peer.call) for peer in prepared.peers):
+        return None
     found = [measure(label, None, prepared, device, arguments.seconds, arguments.tolerance)]
     if found[0].ratio < arguments.least:
         found += [measure(label, None, prepared, device, 2 * arguments.seconds, arguments.tolerance) for _ in range(2)]
@@ -226,8 +239,8 @@ def save(folder: pathlib.Path, results: list[Result], broken: list[str], forms: 
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     parts = [
         f"# Ordinary networks on {stamp['cpu']}",
-        f"Times of PyTorch's fastest form over wengert's, batches of {BATCH} samples, float32; a dash where PyTorch has no form "
-        "that runs.",
+        f"Times of PyTorch's fastest form over wengert's, batches of {BATCH} samples, float32; a dash where PyTorch has no "
+        "such derivative.",
         markdown_table(["network", *forms], matrix(results, forms)),
         summary(results, least),
         *(f"Broken: {line}" for line in broken),
@@ -270,8 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         for form in forms:
             try:
-                results.append(run_cell(name, form, arguments, device))
-                print(f"{name}/{form}: {results[-1].ratio:.2f}", file=sys.stderr, flush=True)
+                if (result := run_cell(name, form, arguments, device)) is not None:
+                    results.append(result)
+                    print(f"{result.row}: {result.ratio:.2f}", file=sys.stderr, flush=True)
             except Exception as error:
                 broken.append(f"{name}/{form}: {type(error).__name__}: {error}")
                 print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)

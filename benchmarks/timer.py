@@ -65,7 +65,7 @@ class Result:
 
 def leaves(tree: Any) -> list[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
-        return [tree]
+        return [tree.detach()]
     if isinstance(tree, dict):
         tree = list(tree.values())
     if isinstance(tree, (tuple, list)):

@@ -205,8 +205,8 @@ class Sweep:
     def _process(self, seed: int, count: int, until: float) -> int:
         command = [sys.executable, self.script, "--child", f"--seed={seed}", f"--count={count}", *self.options]
         # Freed and fresh memory is filled, so that what is read too late or too early is no plausible number.
-        ours = {"WENGERT_COMPARE_PLANS": "1", "WENGERT_COMPARE_WAYS": "0"}
-        env = {**os.environ, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1", **ours}
+        env = {"WENGERT_COMPARE_WAYS": "0", **os.environ}
+        env |= {"MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1", "WENGERT_COMPARE_PLANS": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
             current, hung, following = {"begin": seed, "form": "start", "content": 0}, False, seed
             for record in lines_of(process):
