@@ -162,7 +162,7 @@ class MemoryRun : public Run<MemoryRun> {
 
   void run(const Take& step) {
     count_take();
-    slots_[step.out] = accumulate::take(on_device(made(step.source)), on_device(made(step.index)));
+    slots_[step.out] = accumulate::take(on_device(made(step.source)), on_device(made(step.index)), step.axis);
   }
 
   void run(const PutAdd& step) {

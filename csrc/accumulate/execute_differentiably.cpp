@@ -49,8 +49,14 @@ at::Tensor flat_index(const std::vector<Affine>& axes, at::IntArrayRef shape, co
 // scatter_add, and so the derivative of index_select, add in any order.
 bool sorts(at::Device device) { return !device.is_cpu() || ops::can_launch(device); }
 
-at::Tensor taken(const at::Tensor& source, const at::Tensor& index) {
-  if (!sorts(source.device())) return accumulate::take(source, index);
+at::Tensor taken(const at::Tensor& source, const at::Tensor& index, std::optional<std::size_t> axis = std::nullopt) {
+  if (!sorts(source.device())) return accumulate::take(source, index, axis);
+  if (axis) {
+    c10::List<std::optional<at::Tensor>> indices;
+    indices.resize(*axis);
+    indices.push_back(index);
+    return source.index(indices);
+  }
   return source.reshape(-1).index({index.reshape(-1)}).view(index.sizes());
 }
 
@@ -209,7 +215,7 @@ class DifferentiableRun : public Run<DifferentiableRun> {
 
   void run(const blocks::Take& step) {
     count_take();
-    slots_[step.out] = taken(made(step.source), made(step.index));
+    slots_[step.out] = taken(made(step.source), made(step.index), step.axis);
   }
 
   void run(const blocks::PutAdd& step) {

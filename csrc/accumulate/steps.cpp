@@ -53,7 +53,8 @@ at::Tensor matmul(const blocks::Matmul& step, const blocks::Shape& shape, const 
   return product.view(shape);
 }
 
-at::Tensor take(const at::Tensor& source, const at::Tensor& index) {
+at::Tensor take(const at::Tensor& source, const at::Tensor& index, std::optional<std::size_t> axis) {
+  if (axis) return source.index_select(static_cast<std::int64_t>(*axis), index);
   return source.reshape(-1).index_select(0, index.reshape(-1)).view(index.sizes());
 }
 

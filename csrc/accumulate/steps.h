@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "accumulate/execute.h"
@@ -16,7 +17,7 @@ std::vector<std::size_t> matmul_axes(const blocks::Matmul& step, bool left);
 // a and b are views over matmul_axes; the result has axes (batch, m, n), each group spread out again to `shape`.
 at::Tensor matmul(const blocks::Matmul& step, const blocks::Shape& shape, const at::Tensor& a, const at::Tensor& b);
 // source.flatten()[index], with index's shape
-at::Tensor take(const at::Tensor& source, const at::Tensor& index);
+at::Tensor take(const at::Tensor& source, const at::Tensor& index, std::optional<std::size_t> axis);
 
 // A slot's tensor as the caller gets it: in memory that nobody else holds and that can be resized (a node may return a saved
 // tensor, the same tensor for two edges, an expanded one), viewed in the result's shape, which may differ in axes of extent 1.

@@ -542,6 +542,36 @@ void Builder::add_scaled(Coord& sum, const Coord& term, std::int64_t scale, cons
   }
 }
 
+namespace {
+
+struct IndexedLoop {
+  std::size_t axis, loop;
+};
+
+// Where an index of one loop stands along one axis, and each of the others is run through by a loop of its own.
+std::optional<IndexedLoop> indexed_loop(const std::vector<Coord>& coords, const Shape& shape, const Shape& extents) {
+  std::optional<IndexedLoop> found;
+  std::vector<bool> taken(extents.size(), false);
+  for (std::size_t a = 0; a < coords.size(); ++a) {
+    std::vector<std::size_t> loops;
+    for (std::size_t k = 0; k < extents.size(); ++k) {
+      if (coords[a].moves(k)) loops.push_back(k);
+    }
+    if (loops.size() > 1 || (loops.size() == 1 && taken[loops[0]])) return std::nullopt;
+    if (coords[a].has_index()) {
+      if (found || loops.empty()) return std::nullopt;
+      found = {.axis = a, .loop = loops[0]};
+    } else if (loops.empty() ? shape[a] != 1
+                             : coords[a] != loop_coord(extents.size(), loops[0]) || extents[loops[0]] != shape[a]) {
+      return std::nullopt;
+    }
+    if (!loops.empty()) taken[loops[0]] = true;
+  }
+  return shape.size() > 1 ? found : std::nullopt;
+}
+
+}  // namespace
+
 Read Builder::read(std::int32_t source, const std::vector<Coord>& coords, const Shape& extents) {
   const std::size_t n = extents.size();
   if (std::none_of(coords.begin(), coords.end(), [](const Coord& coord) { return coord.has_index(); })) {
@@ -550,31 +580,48 @@ Read Builder::read(std::int32_t source, const std::vector<Coord>& coords, const 
     return read;
   }
   const Shape shape = slot(source).shape;
+  if (const std::optional<IndexedLoop> one = indexed_loop(coords, shape, extents)) {
+    const std::int32_t index = index_over(coords[one->axis], extents, {one->loop});
+    Shape out_shape = shape;
+    out_shape[one->axis] = extents[one->loop];
+    Read read{.slot = take(source, index, one->axis, out_shape), .axes = {}};
+    for (const Coord& coord : coords) read.axes.push_back(coord.affine);
+    read.axes[one->axis] = loop_coord(n, one->loop).affine;
+    return read;
+  }
   Coord flat = constant_coord(n);
   std::int64_t stride = 1;
   for (std::size_t a = shape.size(); a-- > 0;) {
     add_scaled(flat, coords[a], stride, extents);
     stride *= shape[a];
   }
-  const Coord index = index_coord(coordinate_value(flat, extents), extents);  // never constant: flat holds an index
   std::vector<std::size_t> moving;
   Shape out_shape;
   for (std::size_t k = 0; k < n; ++k) {
-    if (!index.moves(k)) continue;
+    if (!flat.moves(k)) continue;
     moving.push_back(k);
     out_shape.push_back(extents[k]);
   }
-  // Take wants the index laid out exactly as the loops are.
-  std::int32_t index_slot = index.index.slot;
-  if (index.index != direct_read(index_slot, n, moving) || slot(index_slot).shape != out_shape) {
-    index_slot = evaluate({.expr = pool_.operand(0), .operands = {index.index}}, extents, fused::Dtype::i64, {}).operands[0].slot;
-  }
-  auto [at, fresh] = taken_.try_emplace({source, index_slot}, -1);
+  return direct_read(take(source, index_over(flat, extents, moving), std::nullopt, out_shape), n, moving);
+}
+
+// The coordinate's integers in a slot laid out exactly as the loops are.
+std::int32_t Builder::index_over(const Coord& coord, const Shape& extents, const std::vector<std::size_t>& loops) {
+  const Coord index = index_coord(coordinate_value(coord, extents), extents);  // never constant: it holds an index
+  Shape shape;
+  for (std::size_t k : loops) shape.push_back(extents[k]);
+  const std::int32_t made = index.index.slot;
+  if (index.index == direct_read(made, extents.size(), loops) && slot(made).shape == shape) return made;
+  return evaluate({.expr = pool_.operand(0), .operands = {index.index}}, extents, fused::Dtype::i64, {}).operands[0].slot;
+}
+
+std::int32_t Builder::take(std::int32_t source, std::int32_t index, std::optional<std::size_t> axis, Shape shape) {
+  auto [at, fresh] = taken_.try_emplace({source, index, axis}, -1);
   if (fresh) {
-    at->second = new_slot(out_shape, slot(source).dtype, slot(source).requires_grad);
-    emit(Take{.source = source, .index = index_slot, .out = at->second});
+    at->second = new_slot(std::move(shape), slot(source).dtype, slot(source).requires_grad);
+    emit(Take{.source = source, .index = index, .out = at->second, .axis = axis});
   }
-  return direct_read(at->second, n, moving);
+  return at->second;
 }
 
 std::int32_t Builder::wrapped_index(std::int32_t source, std::int64_t size) {

@@ -4,6 +4,7 @@
 #include <map>
 #include <optional>
 #include <span>
+#include <tuple>
 #include <vector>
 
 #include "blocks/plan.h"
@@ -93,6 +94,9 @@ class Builder {
   std::optional<IndexedAxis> indexed_axis(const Part& part, const Shape& shape);
   Value compact_operands(const Value& value, std::vector<Read>& operands);
 
+  std::int32_t index_over(const Coord& coord, const Shape& extents, const std::vector<std::size_t>& loops);
+  std::int32_t take(std::int32_t source, std::int32_t index, std::optional<std::size_t> axis, Shape shape);
+
   fused::ExprPool pool_;
   Abilities abilities_;
   Plan plan_;
@@ -100,7 +104,8 @@ class Builder {
   std::map<std::int64_t, std::int32_t> iotas_;                             // extent -> slot
   std::map<std::pair<std::int32_t, std::int64_t>, std::int32_t> wrapped_;  // (slot, size) -> slot
   std::map<common::Key, std::int32_t> evaluated_;                          // integer value over a nest -> slot
-  std::map<std::pair<std::int32_t, std::int32_t>, std::int32_t> taken_;    // (source, index) -> slot
+  std::map<std::tuple<std::int32_t, std::int32_t, std::optional<std::size_t>>, std::int32_t>
+      taken_;  // (source, index, axis) -> slot
 };
 
 }  // namespace wengert::blocks

@@ -55,9 +55,10 @@ struct Matmul {
   std::int32_t out;
 };
 
-// out = source.flatten()[index]
+// out = source.flatten()[index], or along an axis, with an index of one axis, source.index_select(axis, index)
 struct Take {
   std::int32_t source, index, out;
+  std::optional<std::size_t> axis;
 };
 
 // The structure of a PutAdd whose index lies along one axis only: every other axis of `out` is a loop of its own, from 0 in steps

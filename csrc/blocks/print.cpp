@@ -45,7 +45,8 @@ std::string text(const Step& step) {
           return "matmul over " + text(s.extents) + ": s" + std::to_string(s.out) + " = " + text(s.a.slot, s.a.axes) +
                  (s.scale ? " * " + text(s.scale->slot, s.scale->axes) : "") + " x " + text(s.b.slot, s.b.axes);
         } else if constexpr (std::is_same_v<T, Take>) {
-          return "take: s" + std::to_string(s.out) + " = s" + std::to_string(s.source) + " at s" + std::to_string(s.index);
+          return "take: s" + std::to_string(s.out) + " = s" + std::to_string(s.source) + " at s" + std::to_string(s.index) +
+                 (s.axis ? " along axis " + std::to_string(*s.axis) : "");
         } else if constexpr (std::is_same_v<T, PutAdd>) {
           return "put: s" + std::to_string(s.out) + " += s" + std::to_string(s.value.slot) +
                  (s.distinct ? " at distinct " : " at ") +

@@ -121,7 +121,14 @@ class Verifier {
   void check(const Take& step) {
     reads(step.source);
     reads(step.index);
-    makes(step.out, slot(step.index).shape);
+    Shape shape = slot(step.index).shape;
+    if (step.axis) {
+      expect(shape.size() == 1 && *step.axis < slot(step.source).shape.size(), "positions along an axis that does not exist");
+      const std::int64_t count = shape[0];
+      shape = slot(step.source).shape;
+      shape[*step.axis] = count;
+    }
+    makes(step.out, shape);
   }
 
   void check(const PutAdd& step) {

@@ -293,3 +293,15 @@ def test_a_nest_of_many_operands_is_called_where_one_row_arrives():
     found = counted(lambda y, x: wengert.grad(y, x, retain_graph=True), total, leaves)
     assert (found["node_calls"], found["launches"]) == (1, 9)
     torch.testing.assert_close(wengert.grad(total, leaves, retain_graph=True), torch.autograd.grad(total, leaves))
+
+
+def test_positions_of_one_axis_are_taken_along_it():
+    """The weights of messages between nodes of a graph: rows of the cotangent at the nodes, no position of each element."""
+    source, target = torch.arange(30) * 7 % 12, torch.arange(30) * 5 % 12
+    features, weights = rows(12, 6), rows(6, 40).requires_grad_()
+    y = rows(12, 40).mul(0).index_add(0, target, (features[source] @ weights).sin()).square().sum()
+    plan = _C.plan([y], [weights], "gradient")
+    assert [line for line in plan.splitlines() if line.startswith("take")][0].endswith("along axis 0"), plan
+    torch.testing.assert_close(wengert.grad(y, weights, retain_graph=True), torch.autograd.grad(y, weights, retain_graph=True))
+    first = [g.grad(y, weights, create_graph=True)[0] for g in (wengert, torch.autograd)]
+    torch.testing.assert_close(*(torch.autograd.grad(g.sin().sum(), weights, retain_graph=True) for g in first))
