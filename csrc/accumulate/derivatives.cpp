@@ -418,6 +418,7 @@ std::map<std::string, std::int64_t> counters() {
 
 std::map<std::string, std::int64_t> cache_bytes() {
   return {{"plans", plan_cache().bytes()},
+          {"ways", route_bytes()},
           {"programs", fused::interned_bytes()},
           {"derived programs", ops::derived_bytes()},
           {"kernels", ops::kernel_bytes()}};
@@ -425,6 +426,7 @@ std::map<std::string, std::int64_t> cache_bytes() {
 
 void clear_caches() {
   plan_cache().clear();
+  forget_routes();
   fused::forget_interned();
   ops::forget_derived();
   ops::clear_kernels();

@@ -4,15 +4,17 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <limits>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <typeinfo>
 
 #include "common/behind.h"
+#include "common/fork_safe_mutex.h"
+#include "common/lru.h"
 
 namespace wengert::accumulate {
 
@@ -84,10 +86,37 @@ double seconds_of(const std::vector<at::Tensor>& results, std::uint64_t since) {
   return seconds;
 }
 
-// Structures that are PyTorch's, the last of those that share a place.
-std::array<std::atomic<std::uint64_t>, 4096> shorter_there;
+// Structures that are PyTorch's.
+class Known {
+ public:
+  bool contains(std::uint64_t structure) {
+    const std::lock_guard lock(mutex_);
+    return structures_.find(structure) != nullptr;
+  }
+  void insert(std::uint64_t structure) {
+    const std::lock_guard lock(mutex_);
+    structures_.insert(structure, true, kBytesEach);
+  }
+  std::size_t bytes() {
+    const std::lock_guard lock(mutex_);
+    return structures_.bytes();
+  }
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    structures_.clear();
+  }
 
-std::atomic<std::uint64_t>& place_of(std::uint64_t structure) { return shorter_there[structure % shorter_there.size()]; }
+ private:
+  static constexpr std::size_t kBytesEach = 128, kMostBytes = std::size_t{8} << 20;
+  common::ForkSafeMutex mutex_;
+  common::Lru<std::uint64_t, bool> structures_{kMostBytes};
+};
+
+Known& shorter_there() {
+  static Known* known = new Known;  // never destroyed: threads may outlive static destructors
+  return *known;
+}
+[[maybe_unused]] const Known& made_at_load = shorter_there();  // see common::ForkSafeMutex
 
 }  // namespace
 
@@ -101,25 +130,30 @@ Route::Route(int kind, at::TensorList outputs, at::TensorList inputs) {
   };
   mix(kind);
   mix(outputs.size());
-  for (const at::Tensor& input : inputs) mix(input.numel());
+  // Sizes count by their power of two: what is the shorter way for one length of a sequence is that for the next one too.
+  const auto mix_size = [&mix](double elements) { mix(std::bit_width(static_cast<std::uint64_t>(elements))); };
+  for (const at::Tensor& input : inputs) mix_size(static_cast<double>(input.numel()));
   common::visit_behind(outputs, inputs, [&](const autograd::Node& node) {
     mix(reinterpret_cast<std::uintptr_t>(&typeid(node)));  // its hash is one of its name, each time
     mix(node.num_outputs());
-    if (node.num_inputs() != 0) mix(static_cast<std::uint64_t>(elements_of(node.input_metadata(0))));
+    if (node.num_inputs() != 0) mix_size(elements_of(node.input_metadata(0)));
     return true;
   });
   structure_ = hash | 1;
   since_ = at::sequence_number::peek();
 }
 
-bool Route::is_shorter_there() const { return is_open() && place_of(structure_).load(std::memory_order_relaxed) == structure_; }
+bool Route::is_shorter_there() const { return is_open() && shorter_there().contains(structure_); }
 
 void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
   double seconds = 0;
   for (const Row& row : theirs) seconds += row.times * seconds_of(row.tensors, since_);
   if (theirs.empty() || seconds_of(ours, since_) <= kWorthwhile * seconds) return;
-  place_of(structure_).store(structure_, std::memory_order_relaxed);
+  shorter_there().insert(structure_);
   throw ShorterThere();
 }
+
+std::size_t route_bytes() { return shorter_there().bytes(); }
+void forget_routes() { shorter_there().clear(); }
 
 }  // namespace wengert::accumulate

@@ -43,4 +43,8 @@ class Route {
   std::uint64_t since_ = 0;      // sequence number of the first node that is made
 };
 
+// What is known takes memory, within a bound; and is known no longer.
+std::size_t route_bytes();
+void forget_routes();
+
 }  // namespace wengert::accumulate
