@@ -237,9 +237,10 @@ struct Asked {
   at::TensorList outputs, inputs, cotangents;
 };
 
-// Samples of a batch are not the rows that PyTorch would compute, nor are all rows at once.
+// Rows that PyTorch takes at once, below vmap, are not what it tells of one.
 Route route_for(Question::Of of, at::TensorList outputs, at::TensorList inputs, Mode mode) {
-  return mode == Mode::differentiable ? Route(static_cast<int>(of), outputs, inputs) : Route();
+  const bool one_by_one = mode == Mode::differentiable && of != Question::Of::batched_gradient;
+  return one_by_one ? Route(static_cast<int>(of), outputs, inputs) : Route();
 }
 
 // Of each result's rows PyTorch has made the first.
@@ -355,9 +356,8 @@ std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, 
   return results;
 }
 
-bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs, bool batched) {
-  const auto of = batched ? Question::Of::batched_gradient : Question::Of::gradient;
-  return route_for(of, outputs, inputs, Mode::differentiable).is_shorter_there();
+bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs) {
+  return route_for(Question::Of::gradient, outputs, inputs, Mode::differentiable).is_shorter_there();
 }
 
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {

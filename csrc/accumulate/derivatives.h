@@ -30,8 +30,8 @@ TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mo
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
                                  Mode mode, bool batched, bool none_is_zero = false);
 
-// Whether `gradient` would be refused since PyTorch's way to a result with a history is known to be shorter.
-bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs, bool batched);
+// Whether `gradient` of no batch would be refused since PyTorch's way to a result with a history is known to be shorter.
+bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs);
 
 // [i][j] = d^2 output / d inputs[i] d inputs[j] of a one-element output.
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode);

@@ -215,12 +215,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"), py::arg("at_once") = false);
   m.def(
       "is_shorter_in_pytorch",
-      [](const py::object& outputs, const py::object& inputs, bool batched) {
+      [](const py::object& outputs, const py::object& inputs) {
         Tensors ys, xs;
-        return take_plain(outputs, ys) && take_plain(inputs, xs) && accumulate::is_shorter_in_pytorch(ys, xs, batched);
+        return take_plain(outputs, ys) && take_plain(inputs, xs) && accumulate::is_shorter_in_pytorch(ys, xs);
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("is_grads_batched"),
-      "Of a tensor, a tuple or a list of tensors; False of anything else.");
+      py::arg("outputs"), py::arg("inputs"), "Of a tensor, a tuple or a list of tensors; False of anything else.");
   m.def("refusal", &wengert::tape::ambient_refusal);
   m.def("forward_mode", [](const py::sequence& outputs) {
     const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs));

@@ -41,9 +41,9 @@ def refusal() -> str | None:
     return C.refusal()
 
 
-def is_shorter_in_pytorch(outputs: Any, inputs: Any, is_grads_batched: bool) -> bool:
+def is_shorter_in_pytorch(outputs: Any, inputs: Any) -> bool:
     """Whether a gradient with a history is known to be: asked first, as a refusal by the engine would be felt."""
-    return C.is_shorter_in_pytorch(outputs, inputs, is_grads_batched)
+    return C.is_shorter_in_pytorch(outputs, inputs)
 
 
 def is_plain(t: object) -> bool:
@@ -211,7 +211,7 @@ def vjp(
     reason: str | None = None,
 ) -> Sequence[Tensor | None]:
     """`native_vjp`, or the same from PyTorch's engine."""
-    if create_graph and reason is None and is_shorter_in_pytorch(outputs, inputs, is_grads_batched):
+    if create_graph and not is_grads_batched and reason is None and is_shorter_in_pytorch(outputs, inputs):
         reason = SHORTER_IN_PYTORCH
     options = (retain_graph, create_graph, is_grads_batched)
     result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)

@@ -56,7 +56,7 @@ def grad(
             [0., 4.]]),)
     """
     reason = _refusal()
-    if reason is None and create_graph and _is_shorter_in_pytorch(outputs, inputs, is_grads_batched):
+    if reason is None and create_graph and not is_grads_batched and _is_shorter_in_pytorch(outputs, inputs):
         reason = _engine.SHORTER_IN_PYTORCH
     if reason is None:
         if type(outputs) is Tensor:

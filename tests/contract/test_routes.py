@@ -65,7 +65,11 @@ CASES = {
                 assert counts() == (1, {SHORTER: 1})  # the gradient, then its derivative
     """,
     "batches are the engine's": """
+        y = net(x)
+        cotangents = torch.randn(7, *y.shape, dtype=y.dtype)
         for _ in range(2):
+            wengert.grad(y, weights, cotangents, create_graph=True, is_grads_batched=True)
+            assert counts() == (1, {})
             jacobian = wengert.batch_jacobian(net, x.clone().requires_grad_(), create_graph=True)
             assert counts() == (1, {})
     """,
