@@ -301,7 +301,7 @@ def test_positions_of_one_axis_are_taken_along_it():
     features, weights = rows(12, 6), rows(6, 40).requires_grad_()
     y = rows(12, 40).mul(0).index_add(0, target, (features[source] @ weights).sin()).square().sum()
     plan = _C.plan([y], [weights], "gradient")
-    assert [line for line in plan.splitlines() if line.startswith("take")][0].endswith("along axis 0"), plan
+    assert next(line for line in plan.splitlines() if line.startswith("take")).endswith("along axis 0"), plan
     torch.testing.assert_close(wengert.grad(y, weights, retain_graph=True), torch.autograd.grad(y, weights, retain_graph=True))
     first = [g.grad(y, weights, create_graph=True)[0] for g in (wengert, torch.autograd)]
     torch.testing.assert_close(*(torch.autograd.grad(g.sin().sum(), weights, retain_graph=True) for g in first))
