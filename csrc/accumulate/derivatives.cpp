@@ -271,7 +271,7 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
   const auto find = [&] {
     const std::size_t width = mode == Mode::at_once ? asked.inputs.size() : answer.results.size();
     const Counterparts theirs = question ? question->counterparts() : own_columns(answer.results, width);
-    if (question && route.is_open()) route.choose(answer.results, rows_of(theirs, asked.inputs.size(), rows));
+    if (question && route.is_open()) route.choose(asked.outputs, answer.results, rows_of(theirs, asked.inputs.size(), rows));
     return std::make_unique<History>(answer.ends, theirs, answer.results, question != nullptr);
   };
   memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, question);

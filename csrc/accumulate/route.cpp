@@ -1,12 +1,11 @@
 #include "accumulate/route.h"
 
-#include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
-#include <limits>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -15,6 +14,7 @@
 #include "common/behind.h"
 #include "common/fork_safe_mutex.h"
 #include "common/lru.h"
+#include "common/pointer_index.h"
 
 namespace wengert::accumulate {
 
@@ -22,9 +22,8 @@ namespace {
 
 namespace autograd = torch::autograd;
 
-constexpr double kSecondsPerNode = 3e-6, kBytesPerSecond = 5e9;
-constexpr double kWorthwhile = 1.1;                                         // what follows is the quicker for our nests
-constexpr std::uint64_t kLeaf = std::numeric_limits<std::uint64_t>::max();  // the sequence number of leaves
+constexpr double kSecondsPerNode = 3e-6, kSecondsPerPass = 15e-6, kBytesPerSecond = 5e9;
+constexpr double kWorthwhile = 1.1;  // what follows is the quicker for our nests
 
 bool compares_ways() {
   static const bool compares = [] {
@@ -63,13 +62,12 @@ bool is_view(const autograd::Node& node) {
          std::ranges::any_of(kViews, [&](std::string_view view) { return name.starts_with(view); });
 }
 
-// Estimated seconds for the nodes that lead to the results and were made since a sequence number: on the CPU one thread numbers
-// them all.
-double seconds_of(const std::vector<at::Tensor>& results, std::uint64_t since) {
+// Estimated seconds for the nodes that lead to the results, but for those of the graph that was differentiated.
+double seconds_of(const std::vector<at::Tensor>& results, common::PointerIndex& differentiated) {
   common::PointerIndex seen;
   std::vector<const autograd::Node*> stack;
   const auto enter = [&](const autograd::Node* node) {
-    if (node == nullptr || node->sequence_nr() < since || node->sequence_nr() == kLeaf) return;
+    if (node == nullptr || differentiated[node] >= 0) return;
     std::int32_t& mark = seen[node];
     if (mark < 0) mark = 0, stack.push_back(node);
   };
@@ -130,25 +128,34 @@ Route::Route(int kind, at::TensorList outputs, at::TensorList inputs) {
   };
   mix(kind);
   mix(outputs.size());
+  common::PointerIndex places;  // which nodes the inputs are
+  for (const at::Tensor& input : inputs) {
+    if (input.requires_grad())
+      places[autograd::impl::gradient_edge(input).function.get()] = static_cast<std::int32_t>(&input - inputs.data());
+  }
   // Sizes count by their power of two: what is the shorter way for one length of a sequence is that for the next one too.
   const auto mix_size = [&mix](double elements) { mix(std::bit_width(static_cast<std::uint64_t>(elements))); };
-  for (const at::Tensor& input : inputs) mix_size(static_cast<double>(input.numel()));
   common::visit_behind(outputs, inputs, [&](const autograd::Node& node) {
     mix(reinterpret_cast<std::uintptr_t>(&typeid(node)));  // its hash is one of its name, each time
     mix(node.num_outputs());
+    mix(places[&node]);
     if (node.num_inputs() != 0) mix_size(elements_of(node.input_metadata(0)));
     return true;
   });
   structure_ = hash | 1;
-  since_ = at::sequence_number::peek();
 }
 
 bool Route::is_shorter_there() const { return is_open() && shorter_there().contains(structure_); }
 
-void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
+void Route::choose(at::TensorList outputs, const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
+  common::PointerIndex differentiated;
+  common::visit_behind(outputs, {}, [&](const autograd::Node& node) {
+    differentiated[&node] = 0;
+    return true;
+  });
   double seconds = 0;
-  for (const Row& row : theirs) seconds += row.times * seconds_of(row.tensors, since_);
-  if (theirs.empty() || seconds_of(ours, since_) <= kWorthwhile * seconds) return;
+  for (const Row& row : theirs) seconds += row.times * (kSecondsPerPass + seconds_of(row.tensors, differentiated));
+  if (theirs.empty() || seconds_of(ours, differentiated) <= kWorthwhile * seconds) return;
   shorter_there().insert(structure_);
   throw ShorterThere();
 }

@@ -31,16 +31,16 @@ class Route {
   void follow() const {
     if (is_shorter_there()) throw ShorterThere();
   }
-  // `theirs`: each of some tensors of PyTorch's, and how many like it there would be.  Throws ShorterThere where they are.
+  // Of derivatives of the outputs.  `theirs`: each of some tensors of PyTorch's, and how many like it there would be.  Throws
+  // ShorterThere where they are.
   struct Row {
     std::vector<at::Tensor> tensors;
     double times;
   };
-  void choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const;
+  void choose(at::TensorList outputs, const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const;
 
  private:
   std::uint64_t structure_ = 0;  // a hash, quicker than a signature: another structure with the same one just goes the same way
-  std::uint64_t since_ = 0;      // sequence number of the first node that is made
 };
 
 // What is known takes memory, within a bound; and is known no longer.

@@ -209,9 +209,10 @@ def vjp(
     is_grads_batched: bool = False,
     *,
     reason: str | None = None,
+    asked: bool = False,
 ) -> Sequence[Tensor | None]:
-    """`native_vjp`, or the same from PyTorch's engine."""
-    if create_graph and not is_grads_batched and reason is None and is_shorter_in_pytorch(outputs, inputs):
+    """`native_vjp`, or the same from PyTorch's engine; `asked` whether that one is known to be shorter."""
+    if create_graph and not asked and not is_grads_batched and reason is None and is_shorter_in_pytorch(outputs, inputs):
         reason = SHORTER_IN_PYTORCH
     options = (retain_graph, create_graph, is_grads_batched)
     result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)

@@ -96,7 +96,7 @@ def grad(
             materialize_grads,
         )
     retain = create_graph if retain_graph is None else retain_graph
-    result = _engine.vjp("grad", outs, ins, cotangents, retain, create_graph, is_grads_batched)
+    result = _engine.vjp("grad", outs, ins, cotangents, retain, create_graph, is_grads_batched, asked=True)
     if materialize_grads:
         result = [torch.zeros_like(x, requires_grad=create_graph) if g is None else g for g, x in zip(result, ins)]
     elif not allow_unused:
