@@ -237,6 +237,12 @@ struct Asked {
   at::TensorList outputs, inputs, cotangents;
 };
 
+std::vector<tape::Shape> shapes_of(at::TensorList tensors) {
+  std::vector<tape::Shape> out;
+  for (const at::Tensor& tensor : tensors) out.push_back(tensor.sizes().vec());
+  return out;
+}
+
 // Rows that PyTorch takes at once, below vmap, are not what it tells of one.
 Route route_for(Question::Of of, at::TensorList outputs, at::TensorList inputs, Mode mode) {
   const bool one_by_one = mode == Mode::differentiable && of != Question::Of::batched_gradient;
@@ -244,10 +250,10 @@ Route route_for(Question::Of of, at::TensorList outputs, at::TensorList inputs, 
 }
 
 // Of each result's rows PyTorch has made the first.
-std::vector<Route::Row> rows_of(const Counterparts& theirs, std::size_t width, at::TensorList rows) {
+std::vector<Route::Row> rows_of(const Counterparts& theirs, std::size_t width, const std::vector<tape::Shape>& rows) {
   std::vector<Route::Row> out;
   for (std::size_t first = 0; first < theirs.size(); first += width) {
-    out.push_back({.tensors = {}, .times = rows.empty() ? 1 : static_cast<double>(rows[first / width].numel())});
+    out.push_back({.tensors = {}, .times = rows.empty() ? 1 : static_cast<double>(blocks::numel(rows[first / width]))});
     for (std::size_t j = 0; j < width; ++j) {
       out.back().tensors.insert(out.back().tensors.end(), theirs[first + j].begin(), theirs[first + j].end());
     }
@@ -255,7 +261,7 @@ std::vector<Route::Row> rows_of(const Counterparts& theirs, std::size_t width, a
   return out;
 }
 
-void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& asked, at::TensorList rows,
+void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& asked, const std::vector<tape::Shape>& rows,
               const Route& route = Route()) {
   if (mode == Mode::plain) return;
   std::shared_ptr<Question> question;
@@ -298,7 +304,7 @@ TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bo
   const Route route = route_for(Question::Of::jacobian, outputs, inputs, mode);
   route.follow();
   Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
-  complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, outputs, route);
+  complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, shapes_of(outputs), route);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }
@@ -339,7 +345,10 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
     request.cotangents.push_back(std::move(cotangent));
   }
   Answer answer = run(tape, request, inputs, given, mode, retain_graph || batched);
-  if (history) complete(answer, mode, answer.planned->history, {of, outputs, inputs, cotangents}, {}, route);
+  if (history) {
+    const tape::Shape lead = batched && !given.empty() ? tape::Shape{given[0].size(0)} : tape::Shape();
+    complete(answer, mode, answer.planned->history, {of, outputs, inputs, cotangents}, {lead}, route);
+  }
   if (!retain_graph) tape::release(tape);
   return answer;
 }
@@ -383,7 +392,7 @@ TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
     }
   }
   answer.results = std::move(blocks);
-  complete(answer, mode, answer.planned->second, {Question::Of::hessian, output, inputs, {}}, inputs, route);
+  complete(answer, mode, answer.planned->second, {Question::Of::hessian, output, inputs, {}}, shapes_of(inputs), route);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());
 }

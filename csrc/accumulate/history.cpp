@@ -601,12 +601,12 @@ History::History(const Edges& ends, const Counterparts& theirs, const std::vecto
   }
 }
 
-void History::apply(std::vector<at::Tensor>& results, const Edges& ends, at::TensorList rows, at::TensorList inputs,
-                    const std::shared_ptr<const ops::Origin>& origin) const {
+void History::apply(std::vector<at::Tensor>& results, const Edges& ends, const std::vector<tape::Shape>& rows,
+                    at::TensorList inputs, const std::shared_ptr<const ops::Origin>& origin) const {
   if (!rows.empty()) {
     for (const std::int32_t r : absent_) {
       const at::Tensor& input = inputs[r % std::ssize(inputs)];
-      std::vector<std::int64_t> shape = rows[r / std::ssize(inputs)].sizes().vec();
+      tape::Shape shape = rows[r / std::ssize(inputs)];
       shape.insert(shape.end(), input.sizes().begin(), input.sizes().end());
       results[r] = at::zeros(shape, input.options());
     }

@@ -66,8 +66,8 @@ class History {
   // With `confirm`, an end counts as reached only where a gradient arrives, which takes running the nodes on the way.
   History(const Edges& ends, const Counterparts& theirs, const std::vector<at::Tensor>& ours, bool confirm);
 
-  // Result i * inputs + j is the derivative of rows[i] in inputs[j]; where there are no rows, results that are missing stay so.
-  void apply(std::vector<at::Tensor>& results, const Edges& ends, at::TensorList rows, at::TensorList inputs,
+  // Result i * inputs + j has the shape rows[i] + that of inputs[j]; where there are no rows, results that are missing stay so.
+  void apply(std::vector<at::Tensor>& results, const Edges& ends, const std::vector<tape::Shape>& rows, at::TensorList inputs,
              const std::shared_ptr<const ops::Origin>& origin) const;
 
  private:
