@@ -259,8 +259,8 @@ class EndEdges {
       from.push_back(edge_of(tensor));
     }
     for (const std::int32_t end : asked) to.push_back(at(end));
-    try {
-      const auto found = autograd::Engine::get_default_engine().execute(from, ones, /*keep_graph=*/true, /*create_graph=*/false,
+    try {  // with a graph: without one some nodes give zeros for what they leave out with one (native_group_norm's, from 2.14 on)
+      const auto found = autograd::Engine::get_default_engine().execute(from, ones, /*keep_graph=*/true, /*create_graph=*/true,
                                                                         /*accumulate_grad=*/false, to);
       std::vector<std::int32_t> out;
       for (std::size_t k = 0; k < asked.size(); ++k) {

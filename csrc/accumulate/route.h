@@ -16,8 +16,9 @@
 
 namespace wengert::accumulate {
 
+inline constexpr const char* kShorterInPyTorch = "PyTorch's way to a result with a history is shorter";
 struct ShorterThere : tape::Unsupported {
-  ShorterThere() : Unsupported("PyTorch's way to a result with a history is shorter") {}
+  ShorterThere() : Unsupported(kShorterInPyTorch) {}
 };
 
 // The way to derivatives of some kind, with a history.  WENGERT_COMPARE_WAYS=0, for tests: what the engine can do it does.

@@ -14,6 +14,7 @@
 #include <typeinfo>
 
 #include "accumulate/derivatives.h"
+#include "accumulate/route.h"
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
 #include "bind/evaluator.h"
@@ -214,12 +215,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("output"), py::arg("inputs"), py::arg("create_graph"), py::arg("at_once") = false);
   m.def(
-      "is_shorter_in_pytorch",
-      [](const py::object& outputs, const py::object& inputs) {
+      "refusal_of_history",
+      [](const py::object& outputs, const py::object& inputs) -> py::object {
         Tensors ys, xs;
-        return take_plain(outputs, ys) && take_plain(inputs, xs) && accumulate::is_shorter_in_pytorch(ys, xs);
+        const bool refused = take_plain(outputs, ys) && take_plain(inputs, xs) && accumulate::is_shorter_in_pytorch(ys, xs);
+        return refused ? py::cast(accumulate::kShorterInPyTorch) : py::none();
       },
-      py::arg("outputs"), py::arg("inputs"), "Of a tensor, a tuple or a list of tensors; False of anything else.");
+      py::arg("outputs"), py::arg("inputs"), "Why a gradient with a history is known to be PyTorch's, or None.");
   m.def("refusal", &wengert::tape::ambient_refusal);
   m.def("forward_mode", [](const py::sequence& outputs) {
     const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs));

@@ -28,8 +28,6 @@ _strided = torch.strided
 
 # Graphs of which something is computed again when it is needed (checkpointing): below vmap there is no telling with what.
 SAVED_THROUGH_HOOKS = "saved tensors with hooks"
-# See csrc/accumulate/route.h.
-SHORTER_IN_PYTORCH = "PyTorch's way to a result with a history is shorter"
 
 HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change no derivative
 
@@ -39,11 +37,6 @@ def refusal() -> str | None:
     if _len_torch_function_stack() and not all(type(m) in HARMLESS_MODES for m in _get_current_function_mode_stack()):
         return "a torch function mode is active"
     return C.refusal()
-
-
-def is_shorter_in_pytorch(outputs: Any, inputs: Any) -> bool:
-    """Whether a gradient with a history is known to be: asked first, as a refusal by the engine would be felt."""
-    return C.is_shorter_in_pytorch(outputs, inputs)
 
 
 def is_plain(t: object) -> bool:
@@ -211,9 +204,9 @@ def vjp(
     reason: str | None = None,
     asked: bool = False,
 ) -> Sequence[Tensor | None]:
-    """`native_vjp`, or the same from PyTorch's engine; `asked` whether that one is known to be shorter."""
-    if create_graph and not asked and not is_grads_batched and reason is None and is_shorter_in_pytorch(outputs, inputs):
-        reason = SHORTER_IN_PYTORCH
+    """`native_vjp`, or the same from PyTorch's engine; `asked` whether the history was asked about before."""
+    if create_graph and not asked and not is_grads_batched and reason is None:
+        reason = C.refusal_of_history(outputs, inputs)
     options = (retain_graph, create_graph, is_grads_batched)
     result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)
     if result is not None:

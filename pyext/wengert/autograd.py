@@ -12,10 +12,10 @@ from torch.autograd.graph import GradientEdge
 
 from . import _engine
 from ._compile import eager
+from ._native import C
 
 _refusal = _engine.refusal
 _is_plain = _engine.is_plain
-_is_shorter_in_pytorch = _engine.is_shorter_in_pytorch
 
 
 @eager
@@ -56,8 +56,8 @@ def grad(
             [0., 4.]]),)
     """
     reason = _refusal()
-    if reason is None and create_graph and not is_grads_batched and _is_shorter_in_pytorch(outputs, inputs):
-        reason = _engine.SHORTER_IN_PYTORCH
+    if reason is None and create_graph and not is_grads_batched:
+        reason = C.refusal_of_history(outputs, inputs)  # first, as a refusal by the engine would be felt
     if reason is None:
         if type(outputs) is Tensor:
             outs = (outputs,)
