@@ -12,6 +12,7 @@
 #include <typeindex>
 #include <unordered_map>
 
+#include "accumulate/convolution.h"
 #include "accumulate/steps.h"
 #include "common/fork_safe_mutex.h"
 #include "ops/fused.h"
@@ -221,8 +222,8 @@ class Callee {
   std::vector<bool> wanted_;
 };
 
-// How many rows go through a node at a time: as many as the caches hold, on the CPU, with what its kernels lay out for them. With
-// a graph every call would be nodes of its own, and code of the user's is not run more often than in PyTorch.
+// How many rows go through a node at a time.  With a graph every call would be nodes of its own, and code of the user's is not
+// run more often than in PyTorch.
 std::int64_t rows_at_once(const torch::autograd::Node& fn, const std::vector<at::Tensor>& cotangents,
                           const blocks::CallNode& step, const blocks::Plan& plan, std::int64_t batch) {
   if (at::GradMode::is_enabled() || tape::is_custom(fn)) return batch;
@@ -238,13 +239,25 @@ std::int64_t rows_at_once(const torch::autograd::Node& fn, const std::vector<at:
     bytes += static_cast<double>(blocks::numel(result.shape)) *
              static_cast<double>(c10::elementSize(ops::to_scalar_type(result.dtype)));
   }
-  const auto parts = static_cast<std::int64_t>(std::ceil(bytes / kBytesAtOnce));
-  return parts <= 1 ? batch : std::max((batch + parts - 1) / parts, kLeastRowsAtOnce);
+  return within_caches(bytes, batch);
 }
 
 // Results are undefined where the node gives nothing.
-std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& plan, torch::autograd::Node& fn,
+std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& plan, const common::NodePtr& node,
                              std::vector<bool> wanted, std::vector<at::Tensor> cotangents) {
+  torch::autograd::Node& fn = *node;
+  if (wanted[0] && cotangents.size() == 1 && cotangents[0].defined()) {
+    std::int64_t calls = 0;
+    if (at::Tensor data = convolution_gradient(node, cotangents[0], calls); data.defined()) {
+      count_calls(calls);
+      wanted[0] = false;
+      std::vector<at::Tensor> results(wanted.size());
+      if (std::ranges::find(wanted, true) != wanted.end())
+        results = call(step, plan, node, std::move(wanted), std::move(cotangents));
+      results[0] = std::move(data);
+      return results;
+    }
+  }
   const Callee callee(fn, std::move(wanted));
   std::int64_t batch = 1;
   blocks::Shape lead;
@@ -295,11 +308,17 @@ std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& p
 
 }  // namespace
 
+std::int64_t within_caches(double bytes, std::int64_t rows) {
+  const auto parts = static_cast<std::int64_t>(std::ceil(bytes / kBytesAtOnce));
+  return parts <= 1 ? rows : std::max((rows + parts - 1) / parts, kLeastRowsAtOnce);
+}
+
 Calls::~Calls() { forget(); }
 
 std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const blocks::Plan& plan,
                                           std::vector<at::Tensor> cotangents) {
-  torch::autograd::Node& fn = *tape_.nodes[step.node].fn;
+  const common::NodePtr& node = tape_.nodes[step.node].fn;
+  torch::autograd::Node& fn = *node;
   std::vector<at::Tensor> results;
   const bool custom = tape_.custom && tape::is_custom(fn), known = custom && next_ < made_.size();
   std::vector<bool> asked = wanted(step);
@@ -307,7 +326,7 @@ std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const bl
     if (call.node != step.node) continue;
     for (const std::size_t edge : call.edges) asked[edge] = true;
   }
-  results = known ? replayed(step, plan) : call(step, plan, fn, asked, cotangents);
+  results = known ? replayed(step, plan) : call(step, plan, node, asked, cotangents);
   const auto gave_nothing = [&] {
     GaveNothing nothing{step.node, {}};
     for (std::size_t j = 0; j < step.results.size(); ++j) {
@@ -319,7 +338,7 @@ std::vector<at::Tensor> Calls::operator()(const blocks::CallNode& step, const bl
   if (!nothing.edges.empty() && !step.zeros.empty()) {
     // Along those edges zeros may give zeros.
     fill_zeros(step, plan, cotangents);
-    results = call(step, plan, fn, asked, cotangents);
+    results = call(step, plan, node, asked, cotangents);
     nothing = gave_nothing();
   }
   for (std::size_t j = 0; j < step.results.size(); ++j) {

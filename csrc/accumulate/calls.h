@@ -22,6 +22,10 @@ struct GaveNothing {
 // A node gives a gradient along an edge along which it once gave none.
 struct GaveSomething {};
 
+// How many of some rows a kernel takes at a time, on the CPU, where it reads and writes so many bytes for all of them: as many as
+// the caches hold.
+std::int64_t within_caches(double bytes, std::int64_t rows);
+
 // The calls of one derivation.  Custom Functions are called once, however many plans it takes.
 class Calls {
  public:

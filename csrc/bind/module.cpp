@@ -119,32 +119,63 @@ bool may_retry(const std::exception& error) {
   return true;
 }
 
-// The function form for one plain tensor in and one out, which is most calls, without going through Python for every step:
-// `derive` of `func` at `input`.  None: nothing has been done yet.  A triple (leaf, output, reason): `func` has run, and the rest
-// has to be done with more care, or by PyTorch for that reason.
+// The leaf that a function form differentiates by; undefined where the engine does not take the input.
+at::Tensor fresh_leaf(PyObject* input) {
+  if (!THPVariable_CheckExact(input)) return {};
+  const at::Tensor& x = THPVariable_Unpack(input);
+  if (x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return {};
+  return x.detach().set_requires_grad(true);
+}
+
+py::object nest(const Tensors& row, bool several) {
+  if (!several) return py::cast(row[0]);
+  py::tuple out(row.size());
+  for (std::size_t j = 0; j < row.size(); ++j) out[j] = py::cast(row[j]);
+  return std::move(out);
+}
+
+py::object nest(const accumulate::TensorRows& rows, bool several) {
+  if (rows.size() == 1 || !several) return nest(rows[0], several);
+  py::tuple out(rows.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) out[i] = nest(rows[i], several);
+  return std::move(out);
+}
+
+// The function form for plain tensors in, a tuple of them or one, and one out, which is most calls, without going through Python
+// for every step: `derive` of `func` at `inputs`.  None: nothing has been done yet.  A list (leaves, output, reason): `func` has
+// run, and the rest has to be done with more care, or by PyTorch for that reason.
 template <class Derive>
-py::object of_function(const py::object& func, const py::object& input, const Derive& derive) {
-  if (!THPVariable_CheckExact(input.ptr()) || at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||
-      wengert::tape::ambient_refusal() != nullptr)
-    return py::none();
-  const at::Tensor& x = THPVariable_Unpack(input.ptr());
-  if (x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return py::none();
+py::object of_function(const py::object& func, const py::object& inputs, const Derive& derive) {
+  if (at::impl::PythonTorchFunctionTLS::stack_len() != 0 || wengert::tape::ambient_refusal() != nullptr) return py::none();
+  const bool several = PyTuple_CheckExact(inputs.ptr()) != 0;
+  const std::size_t count = several ? PyTuple_GET_SIZE(inputs.ptr()) : 1;
+  if (count == 0) return py::none();
   const torch::autograd::AutoGradMode grad_mode(true);
-  const at::Tensor leaf = x.detach().set_requires_grad(true);
-  const py::object argument = py::cast(leaf);
-  const py::object output = py::reinterpret_steal<py::object>(PyObject_CallOneArg(func.ptr(), argument.ptr()));
+  Tensors leaves(count);
+  py::tuple arguments(count);
+  for (std::size_t k = 0; k < count; ++k) {
+    leaves[k] = fresh_leaf(several ? PyTuple_GET_ITEM(inputs.ptr(), k) : inputs.ptr());
+    if (!leaves[k].defined()) return py::none();
+    arguments[k] = py::cast(leaves[k]);
+  }
+  const py::object output = py::reinterpret_steal<py::object>(PyObject_Call(func.ptr(), arguments.ptr(), nullptr));
   if (!output) throw py::error_already_set();
   py::object reason = py::none();
   if (THPVariable_CheckExact(output.ptr())) {
     try {
-      const accumulate::TensorRows rows = derive({THPVariable_Unpack(output.ptr())}, {leaf});
-      if (rows[0][0].defined()) return py::cast(rows[0][0]);
+      const accumulate::TensorRows rows = derive({THPVariable_Unpack(output.ptr())}, leaves);
+      const auto defined = [](const Tensors& row) { return std::ranges::all_of(row, &at::Tensor::defined); };
+      if (std::ranges::all_of(rows, defined)) return nest(rows, several);
     } catch (const accumulate::CoupledSamples&) {  // met again where it is known what to do about them
     } catch (const wengert::tape::Unsupported& error) {
       reason = py::str(error.what());
     }
   }
-  return py::make_tuple(argument, output, reason);
+  py::list begun;
+  begun.append(arguments);
+  begun.append(output);
+  begun.append(reason);
+  return std::move(begun);
 }
 
 }  // namespace
@@ -179,21 +210,23 @@ PYBIND11_MODULE(_C, m) {
         return to_python(released([&] { return accumulate::batch_jacobian(ys, xs, mode(create_graph), check); }));
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("check"));
-  m.def("jacobian_of", [](const py::object& func, const py::object& input) {
-    return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
+  m.def("jacobian_of", [](const py::object& func, const py::object& inputs) {
+    return of_function(func, inputs, [](const Tensors& ys, const Tensors& xs) {
       if (ys[0].numel() == 0) throw wengert::tape::Unsupported("an output without elements");
       return released([&] { return accumulate::jacobian(ys, xs, accumulate::Mode::plain); });
     });
   });
-  m.def("hessian_of", [](const py::object& func, const py::object& input) {
-    return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
+  m.def("hessian_of", [](const py::object& func, const py::object& inputs) {
+    return of_function(func, inputs, [](const Tensors& ys, const Tensors& xs) {
       if (ys[0].numel() != 1) throw wengert::tape::Unsupported("an output of several elements");
-      if (xs[0].numel() == 0) throw wengert::tape::Unsupported("an input without elements");
+      if (std::ranges::any_of(xs, [](const at::Tensor& x) { return x.numel() == 0; })) {
+        throw wengert::tape::Unsupported("an input without elements");
+      }
       return released([&] { return accumulate::hessian(ys[0], xs, accumulate::Mode::plain); });
     });
   });
-  m.def("batch_jacobian_of", [](const py::object& func, const py::object& input) {
-    return of_function(func, input, [](const Tensors& ys, const Tensors& xs) {
+  m.def("batch_jacobian_of", [](const py::object& func, const py::object& inputs) {
+    return of_function(func, inputs, [](const Tensors& ys, const Tensors& xs) {
       return released([&] { return accumulate::batch_jacobian(ys, xs, accumulate::Mode::plain, true); });
     });
   });

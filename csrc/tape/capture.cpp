@@ -5,7 +5,6 @@
 #include <array>
 #include <limits>
 #include <map>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_set>
@@ -394,37 +393,6 @@ std::int32_t SlotTable::add(at::Tensor tensor) {
   slots_.push_back(std::move(tensor));
   before_.push_back(latest);
   return latest = static_cast<std::int32_t>(before_.size()) - 1;
-}
-
-namespace {
-
-// PyTorch guards what a node saved by a mutex that only classes derived from Node can name.
-class SavedBy : public autograd::Node {
- public:
-  static std::unique_lock<std::mutex> locked(autograd::Node& fn) { return std::unique_lock(fn.*(&SavedBy::mutex_)); }
-};
-
-void check_saved(const SavedVariable& saved) {
-  if (saved.has_hooks()) throw Unsupported("saved tensors with hooks");
-}
-
-}  // namespace
-
-at::Tensor Take::unpack(const SavedVariable& saved, bool is_result) const {
-  const auto lock = SavedBy::locked(*node_.fn);
-  check_saved(saved);
-  return is_result ? saved.unpack(node_.fn) : saved.unpack();
-}
-
-std::vector<at::Tensor> Take::unpack(const std::vector<SavedVariable>& saved, const bool& released) const {
-  const auto lock = SavedBy::locked(*node_.fn);
-  TORCH_CHECK(!released, autograd::ERR_BACKWARD_TWICE);
-  std::vector<at::Tensor> tensors;
-  for (const SavedVariable& one : saved) {
-    check_saved(one);
-    tensors.push_back(one.unpack());
-  }
-  return tensors;
 }
 
 void Take::slot(const SavedVariable& saved, bool wanted) { wanted ? derived(unpack(saved)) : no_slot(); }

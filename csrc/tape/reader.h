@@ -17,6 +17,7 @@
 
 #include "common/pointer_index.h"
 #include "common/recycled.h"
+#include "tape/saved.h"
 #include "tape/tape.h"
 
 namespace wengert::tape {
@@ -46,8 +47,10 @@ class Take {
   const NodePtr& fn() const { return node_.fn; }
 
   // What the node saved, with PyTorch's complaints where it was freed or changed since, by another thread for instance.
-  at::Tensor unpack(const SavedVariable& saved, bool is_result = false) const;
-  std::vector<at::Tensor> unpack(const std::vector<SavedVariable>& saved, const bool& released) const;
+  at::Tensor unpack(const SavedVariable& saved, bool is_result = false) const { return tape::unpack(fn(), saved, is_result); }
+  std::vector<at::Tensor> unpack(const std::vector<SavedVariable>& saved, const bool& released) const {
+    return tape::unpack(fn(), saved, released);
+  }
   void slot(const SavedVariable& saved, bool wanted = true);    // an argument of the op
   void result(const SavedVariable& saved, bool wanted = true);  // an output of the op
   // A tensor computed while reading (under the caller's grad mode, so that it keeps its history when a graph is wanted).

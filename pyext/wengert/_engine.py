@@ -58,26 +58,26 @@ def fresh_leaves(inputs: tuple[Tensor, ...], create_graph: bool) -> tuple[Tensor
 
 
 def of_function(name: str, method: Callable[..., Any], func: Callable[..., Any], inputs: Any, special: bool) -> Any:
-    """The function form in one native call, counted under `name`: the result where it is one plain tensor of one.
+    """The function form in one native call, counted under `name`: the result where it is that of one plain tensor.
 
-    None where nothing has been done, as for whatever is `special`; a triple (leaf, output, reason) for `values` where the
+    None where nothing has been done, as for whatever is `special`; a list (leaves, output, reason) for `values` where the
     function has run all the same.
     """
-    if special or type(inputs) is not Tensor:
+    if special or (type(inputs) is not Tensor and type(inputs) is not tuple):
         return None
     result = method(func, inputs)
-    if type(result) is Tensor:
+    if result is not None and type(result) is not list:
         native_calls[name] += 1
     return result
 
 
 def values(
-    name: str, func: Callable[..., Any], inputs: Any, create_graph: bool, begun: tuple[Tensor, Any, str | None] | None
+    name: str, func: Callable[..., Any], inputs: Any, create_graph: bool, begun: list[Any] | None
 ) -> tuple[bool, tuple[Tensor, ...], Any, str | None]:
     """Whether a tuple of inputs was given, fresh leaves of their values, what the function gives for them, and why the
     engine has refused that already."""
     if begun is not None:
-        return False, (begun[0],), begun[1], begun[2]
+        return type(inputs) is tuple, *begun
     is_tuple, given = as_tuple(inputs, "inputs", name)
     leaves = fresh_leaves(given, create_graph)
     return is_tuple, leaves, func(*leaves), None
@@ -168,7 +168,7 @@ def jacobian(
 
     Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
     """
-    result = attempt(name, reason, native_jacobian, outputs, inputs, create_graph, none_is_zero, vectorize)
+    result = attempt(name, reason, C.jacobian, outputs, inputs, create_graph, none_is_zero, vectorize)
     return result if result is not None else _torch_jacobian(outputs, inputs, create_graph, vectorize)
 
 

@@ -43,7 +43,7 @@ def batch_jacobian(func: Function, inputs: Tensors, create_graph: bool = False) 
     ValueError: ...
     """
     begun = _engine.of_function("batch_jacobian", C.batch_jacobian_of, func, inputs, create_graph)
-    if type(begun) is Tensor:
+    if begun is not None and type(begun) is not list:
         return begun
     refusal = _engine.refusal() if begun is None else None
     grad_mode = torch.is_grad_enabled()

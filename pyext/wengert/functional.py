@@ -71,13 +71,13 @@ def jacobian(
         return _graph_jacobian(func, inputs, create_graph, allow_unused)
     special = create_graph or strict or strategy != "reverse-mode"
     begun = _engine.of_function("jacobian", C.jacobian_of, func, inputs, special)
-    if type(begun) is Tensor:
-        return begun
     if begun is None:
         reason = _engine.refusal_of(strategy)
         if reason is not None:
             _engine.count_fallback("jacobian", reason)
             return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
+    elif type(begun) is not list:
+        return begun
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
@@ -106,7 +106,7 @@ def _blocks(
 ) -> list[list[Tensor]]:
     """Blocks without gaps, with the complaints of strict mode; by PyTorch if there is a reason."""
     # Which PyTorch refuses, but for one among others under vmap.
-    if not (any if vectorize else all)(out.numel() for out in outputs):
+    if not (any if vectorize else all)(map(Tensor.numel, outputs)):
         reason = "an output without elements"
     options = {"reason": reason, "vectorize": vectorize, "none_is_zero": not strict}
     blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, **options)
@@ -175,13 +175,13 @@ def hessian(
         return _graph_hessian(func, inputs, create_graph, allow_unused)
     special = create_graph or strict or outer_jacobian_strategy != "reverse-mode"
     begun = _engine.of_function("hessian", C.hessian_of, func, inputs, special)
-    if type(begun) is Tensor:
-        return begun
     if begun is None:
         reason = _engine.refusal_of(outer_jacobian_strategy)
         if reason is not None or (strict and vectorize):
             _engine.count_fallback("hessian", reason or "strict and vectorize together")
             return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)
+    elif type(begun) is not list:
+        return begun
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:

@@ -34,6 +34,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 from .. import _engine
 from .._compile import traced_as
 from .._engine import Refused
+from .._native import C
 from ._trees import differentiated, flatten, unflatten
 from ._watch import verdict_of
 
@@ -44,6 +45,7 @@ _torch_jacrev, _torch_jacfwd, _torch_hessian, _torch_vmap = _torch.jacrev, _torc
 _is_grad_enabled = torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
 _register_hook = Tensor.register_hook
+_load_decompositions = functools.cache(lazy_load_decompositions)
 _is_plain = _engine.is_plain
 
 
@@ -245,12 +247,16 @@ class Transform(Wrapped):
         verdict = verdict_of(self.func)
         shapes = tuple([x.shape if isinstance(x, Tensor) else None for x in flat])
         run = functools.partial(self.run, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
-        watched = not verdict.knows(shapes)
+        seen = verdict.structures(shapes)
+        watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
         while True:
             out = verdict.run(run, watched)
             result = self.derive_batch(out, leaves, inner_dims, grad_mode)
-            if verdict.confirm(shapes, watched):
+            structure = C.take_structures()
+            if watched:
+                verdict.remember(shapes, structure)
+            if watched or structure in seen:
                 return result, leaves.refused
             watched, leaves.refused = True, None
             if random is not None:
@@ -260,7 +266,7 @@ class Transform(Wrapped):
         self, flat: list[Any], spec: TreeSpec, dims: Sequence[int | None], kwargs: dict[str, Any], randomness: str
     ) -> Any:
         """torch.func.vmap of the checked function, batch axes in front."""
-        lazy_load_decompositions()
+        _load_decompositions()
         size = next(x.shape[0] for x, dim in zip(flat, dims) if dim is not None)
         depth = get_dynamic_layer_stack_depth()
         try:

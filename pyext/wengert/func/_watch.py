@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -28,6 +29,7 @@ from .._native import C
 
 _MOST_SHAPES = 64  # that one function's verdict remembers
 _MOST_STRUCTURES = 8  # for inputs of the same shapes; with more, every run is watched
+_NOTHING: AbstractSet[int] = frozenset()
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
 
 
@@ -86,9 +88,10 @@ class Verdict:
         if self.reason is not None:
             raise Rewritten(self.reason)
 
-    def knows(self, shapes: Any) -> bool:
-        """Whether a run with inputs of these shapes need not be watched."""
-        return 0 < len(self.seen.get(shapes, ())) <= _MOST_STRUCTURES
+    def structures(self, shapes: Any) -> AbstractSet[int]:
+        """Of watched graphs with inputs of these shapes.  Where there are some, a run need not be watched."""
+        seen = self.seen.get(shapes, _NOTHING)
+        return seen if len(seen) <= _MOST_STRUCTURES else _NOTHING
 
     def run(self, run: Callable[[], Any], watched: bool) -> Any:
         """What the function returns; raises Rewritten where PyTorch has to evaluate it."""
@@ -102,18 +105,14 @@ class Verdict:
         self.refuse()
         return out
 
-    def confirm(self, shapes: Any, watched: bool) -> bool:
-        """After the derivative: whether this graph has been watched, now (which is remembered) or before."""
-        structure = C.take_structures()
-        if not watched:
-            return structure in self.seen.get(shapes, ())
+    def remember(self, shapes: Any, structure: int) -> None:
+        """After the derivative of a watched run."""
         if structure:
             if shapes not in self.seen and len(self.seen) >= _MOST_SHAPES:
                 self.seen.clear()
             known = self.seen.setdefault(shapes, set())
             if len(known) <= _MOST_STRUCTURES:
                 known.add(structure)
-        return True
 
 
 # By object, as an object may be unhashable or equal to others: its own verdict, and those of its methods.
