@@ -25,6 +25,7 @@
 #include "ops/backend.h"
 #include "ops/fused_autograd.h"
 #include "ops/graph_stream.h"
+#include "tape/custom.h"
 #include "tape/pass.h"
 #include "tape/streams.h"
 
@@ -158,6 +159,27 @@ std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request
   return planned;
 }
 
+// What our operations leave out of a history PyTorch's may lead to with the derivative zero, and custom Functions on the way may
+// make something of zeros.  Throws Unsupported where there are such: PyTorch is not asked about histories with user code in them.
+void check_left_out(const blocks::Plan& plan, const tape::Tape& tape, at::TensorList inputs) {
+  std::vector<at::Tensor> left_out;
+  for (const blocks::Step& step : plan.steps) {
+    const auto* nest = std::get_if<blocks::Evaluate>(&step);
+    if (nest == nullptr) continue;
+    const auto effect = ops::effects(nest->program);
+    for (std::size_t i = 0; i < nest->targets.size(); ++i) {
+      for (const std::int32_t k : nest->program->pool().operands(nest->program->outputs()[i].expr)) {
+        const std::int32_t slot = nest->operands[k].slot;
+        if (slot >= std::ssize(tape.slots) || (*effect)[i * nest->operands.size() + k]) continue;
+        if (tape.slots[slot].requires_grad()) left_out.push_back(tape.slots[slot]);
+      }
+    }
+  }
+  if (!left_out.empty() && tape::passes_custom(left_out, inputs)) {
+    throw tape::Unsupported("a custom Function behind a derivative that is zero");
+  }
+}
+
 struct Answer {
   std::vector<at::Tensor> results;
   std::shared_ptr<const Planned> planned;
@@ -181,6 +203,7 @@ Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::
       plan_cache().put(tape.signature, planned);
     }
   };
+  if (tape.custom && mode != Mode::plain) check_left_out(answer.planned->plan, tape, inputs);
   const auto run_plan = [&] {
     for (;;) {
       const blocks::Plan& plan = answer.planned->plan;
@@ -277,7 +300,7 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
   const auto find = [&] {
     const std::size_t width = mode == Mode::at_once ? asked.inputs.size() : answer.results.size();
     const Counterparts theirs = question ? question->counterparts() : own_columns(answer.results, width);
-    if (question && route.is_open()) route.choose(asked.outputs, answer.results, rows_of(theirs, asked.inputs.size(), rows));
+    if (question) route.choose(answer.results, rows_of(theirs, asked.inputs.size(), rows));
     return std::make_unique<History>(answer.ends, theirs, answer.results, question != nullptr);
   };
   memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, question);
@@ -322,10 +345,10 @@ namespace {
 
 // With `history`, as PyTorch's; without it, as it comes.
 Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph, Mode mode,
-                 bool batched, bool none_is_zero, bool history) {
+                 bool batched, bool none_is_zero, bool history, bool asked = true) {
   const auto of = batched ? Question::Of::batched_gradient : Question::Of::gradient;
   const Route route = history ? route_for(of, outputs, inputs, mode) : Route();
-  route.follow();
+  if (!asked) route.follow();
   tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, !batched);
   Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}, .none_is_zero = none_is_zero};
   std::vector<at::Tensor> given;
@@ -356,11 +379,11 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
 }  // namespace
 
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
-                                 Mode mode, bool batched, bool none_is_zero) {
+                                 Mode mode, bool batched, bool none_is_zero, bool asked) {
   const ops::GraphStream stream = stream_of(outputs, inputs);
   stream.given(cotangents);
   std::vector<at::Tensor> results =
-      gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true).results;
+      gradients(outputs, inputs, cotangents, retain_graph, mode, batched, none_is_zero, true, asked).results;
   stream.returned(results);
   return results;
 }
@@ -371,7 +394,7 @@ bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs) {
 
 TensorRows hessian(const at::Tensor& output, at::TensorList inputs, Mode mode) {
   const ops::GraphStream stream = stream_of({output}, inputs);
-  const Route route = route_for(Question::Of::hessian, {output}, inputs, mode);
+  const Route route = route_for(Question::Of::hessian, output, inputs, mode);
   route.follow();
   const Mode first = mode == Mode::plain ? Mode::differentiable : mode;
   Answer answer = gradients({output}, inputs, {}, true, first, false, true, false);

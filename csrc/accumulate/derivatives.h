@@ -28,9 +28,10 @@ TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mo
 // Sum over outputs of the vector-Jacobian products with `cotangents`; an undefined cotangent of a one-element output stands
 // for 1. With `batched`, every cotangent has one more leading axis, and so has every result.
 std::vector<at::Tensor> gradient(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph,
-                                 Mode mode, bool batched, bool none_is_zero = false);
+                                 Mode mode, bool batched, bool none_is_zero = false, bool asked = false);
 
-// Whether `gradient` of no batch would be refused since PyTorch's way to a result with a history is known to be shorter.
+// Whether `gradient` of no batch would be refused since PyTorch's way to a result with a history is known to be shorter; one that
+// has `asked` this does not look again.
 bool is_shorter_in_pytorch(at::TensorList outputs, at::TensorList inputs);
 
 // [i][j] = d^2 output / d inputs[i] d inputs[j] of a one-element output.

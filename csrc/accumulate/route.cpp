@@ -15,6 +15,7 @@
 #include "common/fork_safe_mutex.h"
 #include "common/lru.h"
 #include "common/pointer_index.h"
+#include "ops/tether.h"
 
 namespace wengert::accumulate {
 
@@ -118,45 +119,57 @@ Known& shorter_there() {
 
 }  // namespace
 
-Route::Route(int kind, at::TensorList outputs, at::TensorList inputs) {
+Route::Route(int kind, at::TensorList outputs, at::TensorList inputs) : kind_(kind) {
   const auto on_cpu = [](const at::Tensor& tensor) { return tensor.is_cpu(); };
   if (!compares_ways() || !std::ranges::all_of(outputs, on_cpu) || !std::ranges::all_of(inputs, on_cpu)) return;
+  outputs_ = outputs;
+  inputs_ = inputs;
+}
+
+std::uint64_t Route::structure() const {
+  if (outputs_.empty()) return 0;
   std::uint64_t hash = 1;
   const auto mix = [&hash](std::uint64_t word) {
     hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
     hash ^= hash >> 29;
   };
-  mix(kind);
-  mix(outputs.size());
+  mix(kind_);
+  mix(outputs_.size());
   common::PointerIndex places;  // which nodes the inputs are
-  for (const at::Tensor& input : inputs) {
+  for (const at::Tensor& input : inputs_) {
     if (input.requires_grad())
-      places[autograd::impl::gradient_edge(input).function.get()] = static_cast<std::int32_t>(&input - inputs.data());
+      places[autograd::impl::gradient_edge(input).function.get()] = static_cast<std::int32_t>(&input - inputs_.data());
   }
   // Sizes count by their power of two: what is the shorter way for one length of a sequence is that for the next one too.
   const auto mix_size = [&mix](double elements) { mix(std::bit_width(static_cast<std::uint64_t>(elements))); };
-  common::visit_behind(outputs, inputs, [&](const autograd::Node& node) {
+  const bool theirs = common::visit_behind(outputs_, inputs_, [&](const autograd::Node& node) {
     mix(reinterpret_cast<std::uintptr_t>(&typeid(node)));  // its hash is one of its name, each time
     mix(node.num_outputs());
-    mix(places[&node]);
+    const std::int32_t place = places[&node];
+    mix(place);
     if (node.num_inputs() != 0) mix_size(elements_of(node.input_metadata(0)));
-    return true;
+    return place >= 0 || typeid(node) != typeid(ops::TetherBackward);
   });
-  structure_ = hash | 1;
+  return theirs ? hash | 1 : 0;
 }
 
-bool Route::is_shorter_there() const { return is_open() && shorter_there().contains(structure_); }
+bool Route::is_shorter_there() const {
+  const std::uint64_t known = structure();
+  return known != 0 && shorter_there().contains(known);
+}
 
-void Route::choose(at::TensorList outputs, const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
+void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
+  const std::uint64_t structure = this->structure();
+  if (structure == 0) return;
   common::PointerIndex differentiated;
-  common::visit_behind(outputs, {}, [&](const autograd::Node& node) {
+  common::visit_behind(outputs_, {}, [&](const autograd::Node& node) {
     differentiated[&node] = 0;
     return true;
   });
   double seconds = 0;
   for (const Row& row : theirs) seconds += row.times * (kSecondsPerPass + seconds_of(row.tensors, differentiated));
   if (theirs.empty() || seconds_of(ours, differentiated) <= kWorthwhile * seconds) return;
-  shorter_there().insert(structure_);
+  shorter_there().insert(structure);
   throw ShorterThere();
 }
 

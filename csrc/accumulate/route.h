@@ -24,24 +24,27 @@ struct ShorterThere : tape::Unsupported {
 // The way to derivatives of some kind, with a history.  WENGERT_COMPARE_WAYS=0, for tests: what the engine can do it does.
 class Route {
  public:
-  Route() = default;  // there is no choice
-  Route(int kind, at::TensorList outputs, at::TensorList inputs);
+  Route() = default;                                               // there is no choice
+  Route(int kind, at::TensorList outputs, at::TensorList inputs);  // lists that outlive it
 
-  bool is_open() const { return structure_ != 0; }
   bool is_shorter_there() const;  // as far as is known
   void follow() const {
     if (is_shorter_there()) throw ShorterThere();
   }
-  // Of derivatives of the outputs.  `theirs`: each of some tensors of PyTorch's, and how many like it there would be.  Throws
-  // ShorterThere where they are.
+  // `theirs`: each of some tensors of PyTorch's, and how many like it there would be.  Throws ShorterThere where they are.
   struct Row {
     std::vector<at::Tensor> tensors;
     double times;
   };
-  void choose(at::TensorList outputs, const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const;
+  void choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const;
 
  private:
-  std::uint64_t structure_ = 0;  // a hash, quicker than a signature: another structure with the same one just goes the same way
+  // A hash, quicker than a signature: another structure with the same one just goes the same way.  0 where there is no choice.
+  // Results of ours among the outputs' graph leave none: only our derivatives of them are given the history that PyTorch's have.
+  std::uint64_t structure() const;
+
+  int kind_ = 0;
+  at::TensorList outputs_, inputs_;  // none: there is no choice
 };
 
 // What is known takes memory, within a bound; and is known no longer.

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <ATen/Functions.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 
 #include <algorithm>
@@ -127,6 +128,19 @@ at::Tensor fresh_leaf(PyObject* input) {
   return x.detach().set_requires_grad(true);
 }
 
+// Zeros for what is not connected: block [i][j] belongs to one of `outputs` and one of `inputs`, whose first axes it shares.
+accumulate::TensorRows filled(accumulate::TensorRows blocks, const Tensors& outputs, const Tensors& inputs, int shared = 0) {
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    for (std::size_t j = 0; j < blocks[i].size(); ++j) {
+      if (blocks[i][j].defined()) continue;
+      std::vector<std::int64_t> shape = outputs[i].sizes().vec();
+      shape.insert(shape.end(), inputs[j].sizes().begin() + shared, inputs[j].sizes().end());
+      blocks[i][j] = at::zeros(shape, inputs[j].options());
+    }
+  }
+  return blocks;
+}
+
 py::object nest(const Tensors& row, bool several) {
   if (!several) return py::cast(row[0]);
   py::tuple out(row.size());
@@ -134,18 +148,19 @@ py::object nest(const Tensors& row, bool several) {
   return std::move(out);
 }
 
-py::object nest(const accumulate::TensorRows& rows, bool several) {
-  if (rows.size() == 1 || !several) return nest(rows[0], several);
+py::object nest(const accumulate::TensorRows& rows, bool several_outputs, bool several_inputs) {
+  if (!several_outputs) return nest(rows[0], several_inputs);
   py::tuple out(rows.size());
-  for (std::size_t i = 0; i < rows.size(); ++i) out[i] = nest(rows[i], several);
+  for (std::size_t i = 0; i < rows.size(); ++i) out[i] = nest(rows[i], several_inputs);
   return std::move(out);
 }
 
 // The function form for plain tensors in, a tuple of them or one, and one out, which is most calls, without going through Python
 // for every step: `derive` of `func` at `inputs`.  None: nothing has been done yet.  A list (leaves, output, reason): `func` has
-// run, and the rest has to be done with more care, or by PyTorch for that reason.
+// run, and the rest has to be done with more care, or by PyTorch for that reason.  `square`: the rows are nested as the inputs
+// are.
 template <class Derive>
-py::object of_function(const py::object& func, const py::object& inputs, const Derive& derive) {
+py::object of_function(const py::object& func, const py::object& inputs, const Derive& derive, bool square = false) {
   if (at::impl::PythonTorchFunctionTLS::stack_len() != 0 || wengert::tape::ambient_refusal() != nullptr) return py::none();
   const bool several = PyTuple_CheckExact(inputs.ptr()) != 0;
   const std::size_t count = several ? PyTuple_GET_SIZE(inputs.ptr()) : 1;
@@ -163,9 +178,7 @@ py::object of_function(const py::object& func, const py::object& inputs, const D
   py::object reason = py::none();
   if (THPVariable_CheckExact(output.ptr())) {
     try {
-      const accumulate::TensorRows rows = derive({THPVariable_Unpack(output.ptr())}, leaves);
-      const auto defined = [](const Tensors& row) { return std::ranges::all_of(row, &at::Tensor::defined); };
-      if (std::ranges::all_of(rows, defined)) return nest(rows, several);
+      return nest(derive({THPVariable_Unpack(output.ptr())}, leaves), square && several, several);
     } catch (const accumulate::CoupledSamples&) {  // met again where it is known what to do about them
     } catch (const wengert::tape::Unsupported& error) {
       reason = py::str(error.what());
@@ -213,33 +226,37 @@ PYBIND11_MODULE(_C, m) {
   m.def("jacobian_of", [](const py::object& func, const py::object& inputs) {
     return of_function(func, inputs, [](const Tensors& ys, const Tensors& xs) {
       if (ys[0].numel() == 0) throw wengert::tape::Unsupported("an output without elements");
-      return released([&] { return accumulate::jacobian(ys, xs, accumulate::Mode::plain); });
+      return filled(released([&] { return accumulate::jacobian(ys, xs, accumulate::Mode::plain); }), ys, xs);
     });
   });
   m.def("hessian_of", [](const py::object& func, const py::object& inputs) {
-    return of_function(func, inputs, [](const Tensors& ys, const Tensors& xs) {
-      if (ys[0].numel() != 1) throw wengert::tape::Unsupported("an output of several elements");
-      if (std::ranges::any_of(xs, [](const at::Tensor& x) { return x.numel() == 0; })) {
-        throw wengert::tape::Unsupported("an input without elements");
-      }
-      return released([&] { return accumulate::hessian(ys[0], xs, accumulate::Mode::plain); });
-    });
+    return of_function(
+        func, inputs,
+        [](const Tensors& ys, const Tensors& xs) {
+          if (ys[0].numel() != 1) throw wengert::tape::Unsupported("an output of several elements");
+          if (std::ranges::any_of(xs, [](const at::Tensor& x) { return x.numel() == 0; })) {
+            throw wengert::tape::Unsupported("an input without elements");
+          }
+          return filled(released([&] { return accumulate::hessian(ys[0], xs, accumulate::Mode::plain); }), xs, xs);
+        },
+        /*square=*/true);
   });
   m.def("batch_jacobian_of", [](const py::object& func, const py::object& inputs) {
     return of_function(func, inputs, [](const Tensors& ys, const Tensors& xs) {
-      return released([&] { return accumulate::batch_jacobian(ys, xs, accumulate::Mode::plain, true); });
+      return filled(released([&] { return accumulate::batch_jacobian(ys, xs, accumulate::Mode::plain, true); }), ys, xs, 1);
     });
   });
   m.def(
       "grad",
       [](const py::sequence& outputs, const py::sequence& inputs, const py::sequence& cotangents, bool retain_graph,
-         bool create_graph, bool batched) {
+         bool create_graph, bool batched, bool asked) {
         const Tensors ys = plain(outputs), xs = plain(inputs), given = plain(cotangents);
-        return to_python(
-            released([&] { return accumulate::gradient(ys, xs, given, retain_graph, mode(create_graph), batched); }));
+        return to_python(released([&] {
+          return accumulate::gradient(ys, xs, given, retain_graph, mode(create_graph), batched, /*none_is_zero=*/false, asked);
+        }));
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("cotangents"), py::arg("retain_graph"), py::arg("create_graph"),
-      py::arg("is_grads_batched"));
+      py::arg("is_grads_batched"), py::arg("asked"));
   m.def(
       "hessian",
       [](const py::object& output, const py::sequence& inputs, bool create_graph, bool at_once) {

@@ -4,19 +4,27 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <vector>
 
+#include "common/node_ptr.h"
 #include "common/pointer_index.h"
 
 namespace wengert::common {
 
 // Calls `visit` for each node that gradients of `outputs` may pass on their way to `until`, those of `until` included but nothing
-// behind them, as long as it returns true.  Whether it always did.
+// behind them, as long as it returns true.  Whether it always did.  All nodes where `until` is empty.
 template <class Visit>
 bool visit_behind(at::TensorList outputs, at::TensorList until, Visit&& visit) {
+  // A node with a lower number leads to none of them: what may lie behind the graph in question can be much longer than it.
+  std::uint64_t least = until.empty() ? 0 : std::numeric_limits<std::uint64_t>::max();
+  for (const at::Tensor& end : until) least = std::min(least, end.grad_fn() ? topological_nr(*end.grad_fn()) : 0);
   PointerIndex seen;
   std::vector<torch::autograd::Node*> stack;
   const auto is_new = [&](torch::autograd::Node* node) {
+    if (topological_nr(*node) < least) return false;
     std::int32_t& mark = seen[node];
     return mark < 0 && (mark = 0, true);
   };

@@ -136,9 +136,13 @@ def native_vjp(
     retain_graph: bool,
     create_graph: bool,
     is_grads_batched: bool = False,
+    asked: bool = False,
 ) -> Sequence[Tensor | None]:
-    """torch.autograd.grad with ``allow_unused=True`` and explicit cotangents, on outputs that require grad."""
-    return C.grad(outputs, inputs, cotangents, retain_graph, create_graph, is_grads_batched)
+    """torch.autograd.grad with ``allow_unused=True`` and explicit cotangents, on outputs that require grad.
+
+    `asked`: whether `C.refusal_of_history` was.
+    """
+    return C.grad(outputs, inputs, cotangents, retain_graph, create_graph, is_grads_batched, asked)
 
 
 def attempt(name: str, reason: str | None, method: Callable[..., Any], *args: Any) -> Any:
@@ -208,7 +212,7 @@ def vjp(
     if create_graph and not asked and not is_grads_batched and reason is None:
         reason = C.refusal_of_history(outputs, inputs)
     options = (retain_graph, create_graph, is_grads_batched)
-    result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options)
+    result = attempt(name, reason, native_vjp, outputs, inputs, cotangents, *options, True)
     if result is not None:
         return result
     return torch_grad(

@@ -410,3 +410,30 @@ def test_indices_that_were_freed():
         torch.autograd.grad(y, x)
         with pytest.raises(RuntimeError, match="second time"):
             wengert.grad(y, x)
+
+
+FOLLOWED_BY = {
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "hinge": lambda y: (1 - y).clamp(min=0),
+    "l1_loss": lambda y: torch.nn.functional.l1_loss(y, torch.zeros_like(y), reduction="none"),
+    "another behind relu": lambda y: PENALTY(y.relu()).abs(),
+}
+PENALTY = function(lambda ctx, g: g + 0.1 * ctx.saved_tensors[0].sign(), lambda ctx, x: ctx.save_for_backward(x) or x.clone())
+
+
+@pytest.mark.parametrize("after", FOLLOWED_BY.values(), ids=FOLLOWED_BY)
+def test_zeros_arrive_from_derivatives_that_are_zero(after):
+    """A backward that makes something of zeros: the second derivative is what it makes, as in PyTorch."""
+    f = lambda x: (after(PENALTY(x)) * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).sum()
+    x = torch.tensor([0.7, -2.0, 3.0], dtype=torch.float64)
+    for name, arguments in (("hessian", ()), ("vhp", (x,)), ("hvp", (x,))):
+        assert_same(getattr(wengert, name)(f, x, *arguments), getattr(F, name)(f, x, *arguments))
+
+    def second(grad):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = grad(f(leaf), leaf, create_graph=True)
+        return grad(gradient.square().sum(), leaf)
+
+    for _ in range(2):
+        assert_same(second(wengert.grad), second(torch.autograd.grad))

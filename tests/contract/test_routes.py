@@ -83,6 +83,37 @@ CASES = {
             except RuntimeError as error:
                 assert "second time" in str(error)
     """,
+    "what is behind the inputs or leads to none of them does not count": """
+        def loss(before, beside):
+            here, there = x.clone().requires_grad_(), x.clone().requires_grad_()
+            for _ in range(before):
+                here = here * 1.0
+            for _ in range(beside):
+                there = there * 1.0
+            return (net(here) * there[:, :1].sin()).square().sum(), here
+        y, here = loss(50, 3)
+        wengert.grad(y, here, create_graph=True)
+        assert counts() == (0, {SHORTER: 1})
+        for before, beside in ((51, 50), (90, 7)):
+            y, here = loss(before, beside)
+            same(wengert.grad(y, here, create_graph=True), torch.autograd.grad(y, here, create_graph=True))
+            assert counts() == (0, {SHORTER: 1})
+    """,
+    "results of the engine's are differentiated by it, whose results lead where PyTorch's do": """
+        def second(jacobian, grad):
+            leaves = [torch.linspace(-1, k, 9, dtype=torch.float64).view(3, 3).requires_grad_() for k in (1, 2, 3)]
+            a, w, u = leaves
+            j = jacobian(lambda a: (a.relu() @ w).abs() @ u, a, create_graph=True)
+            return grad((j * j).sum(), leaves, create_graph=True)
+        index = torch.tensor([1, 0, 1])
+        f = lambda a: (a[index].cumsum(0) ** 2).sum()
+        a, v = torch.arange(9.0, dtype=torch.float64).view(3, 3), torch.ones(3, 3, dtype=torch.float64)
+        for _ in range(2):
+            same(second(wengert.jacobian, wengert.grad), second(torch.autograd.functional.jacobian, torch.autograd.grad))
+            for name in ("hvp", "vhp"):
+                ours, theirs = (getattr(m, name)(f, a, v, create_graph=True, strict=True) for m in (wengert, torch.autograd.functional))
+                same(ours, theirs)
+    """,
     "a Hessian of few elements and many steps": """
         def f(x):
             for _ in range(6):
