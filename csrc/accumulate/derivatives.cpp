@@ -129,10 +129,11 @@ std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request
   common::Key& key = tape.signature;
   common::KeyWriter writer(key);
   if (mode != Mode::plain) sign_edges(tape, ends, writer);
-  writer.room(5);
+  writer.room(6);
   writer.put(mode);
   writer.put(request.seed);
   writer.put(request.none_is_zero);
+  writer.put(request.by_sample);
   writer.put(ops::can_launch(tape.device));
   writer.put(request.cotangents.size());
   for (const Cotangent& cotangent : request.cotangents) {
@@ -248,10 +249,11 @@ TensorRows rows(std::vector<at::Tensor> flat, std::size_t width) {
   return out;
 }
 
-Answer jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
+Answer jacobians(Seed seed, at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero, bool by_sample = false) {
   const bool one_row = std::ranges::all_of(outputs, [](const at::Tensor& output) { return output.numel() <= 1; });
   tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, one_row);
-  return run(tape, {.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero}, inputs, {}, mode, /*keep_graph=*/true);
+  const Request request{.seed = seed, .cotangents = {}, .none_is_zero = none_is_zero, .by_sample = by_sample};
+  return run(tape, request, inputs, {}, mode, /*keep_graph=*/true);
 }
 
 // With the history that PyTorch's results have.
@@ -322,11 +324,11 @@ bool same_batch(at::TensorList outputs, at::TensorList inputs) {
 
 }  // namespace
 
-TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero) {
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero, bool by_sample) {
   const ops::GraphStream stream = stream_of(outputs, inputs);
   const Route route = route_for(Question::Of::jacobian, outputs, inputs, mode);
   route.follow();
-  Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero);
+  Answer answer = jacobians(Seed::jacobian, outputs, inputs, mode, none_is_zero, by_sample);
   complete(answer, mode, answer.planned->history, {Question::Of::jacobian, outputs, inputs, {}}, shapes_of(outputs), route);
   stream.returned(answer.results);
   return rows(std::move(answer.results), inputs.size());

@@ -18,8 +18,9 @@ enum class Mode : std::uint8_t { plain, differentiable, at_once };
 using TensorRows = std::vector<std::vector<at::Tensor>>;  // undefined = not connected
 
 // [i][j] = d outputs[i] / d inputs[j], of shape outputs[i].shape + inputs[j].shape.  The graph is kept.  Where a node of
-// PyTorch's gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.
-TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero = true);
+// PyTorch's gives no gradient at all, that is zero, or with `none_is_zero` false the call is refused.  `by_sample`: so it is
+// where each sample, of which the first axis of the outputs counts some, would take a pass of all of them through a node.
+TensorRows jacobian(at::TensorList outputs, at::TensorList inputs, Mode mode, bool none_is_zero = true, bool by_sample = false);
 
 // outputs (B, *out), inputs (B, *in): (B, *out, *in).  With `check`, throws CoupledSamples unless the blocks show that samples
 // do not depend on each other; without it, independence is trusted.

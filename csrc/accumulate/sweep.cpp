@@ -34,8 +34,8 @@ std::atomic<std::int64_t> total_blocks{0}, total_densified{0};
 
 class Sweep {
  public:
-  Sweep(const tape::Tape& tape, Builder& builder, Report* report)
-      : tape_(tape), builder_(builder), report_(report), lists_(tape.nodes.size()) {
+  Sweep(const tape::Tape& tape, Builder& builder, bool by_sample, Report* report)
+      : tape_(tape), builder_(builder), by_sample_(by_sample), report_(report), lists_(tape.nodes.size()) {
     for (std::size_t n = 0; n < tape.nodes.size(); ++n) lists_[n].resize(tape.nodes[n].outputs.size());
   }
 
@@ -218,7 +218,12 @@ class Sweep {
         Shape shape = row_shape_;
         shape.insert(shape.end(), meta.shape.begin(), meta.shape.end());
         std::vector<Part> parts;
-        for (const Block& block : states[o].list.blocks()) parts.push_back(blocks::as_part(block));
+        for (const Block& block : states[o].list.blocks()) {
+          for (std::size_t k = 0; k < block.loops(); ++k) {
+            if (block.moves_col(k)) check_samples(n, block, k);
+          }
+          parts.push_back(blocks::as_part(block));
+        }
         slot = argument(shape, to_fused(meta.dtype), std::move(parts));
       }
       step.cotangents.push_back(slot);
@@ -241,6 +246,13 @@ class Sweep {
     for (auto [target, slot] : made) {
       const tape::Meta& meta = tape_.nodes[target.node].outputs[target.output];
       if (numel(meta.shape) != 0) deliver(dense_block(slot, meta), target);
+    }
+  }
+
+  // Before the node is called with what lies along all of a tied loop, for each row of it.
+  void check_samples(std::int32_t n, const Block& block, std::size_t loop) const {
+    if (by_sample_ && !block.row.empty() && block.extents[loop] > 1 && block.row[0].moves(loop)) {
+      throw tape::Unsupported(std::string("samples that would all be given to ") + tape::name(tape_.nodes[n]) + " for each");
     }
   }
 
@@ -305,7 +317,9 @@ class Sweep {
     for (std::size_t k = 0; k < loops; ++k) {
       if (kept.loops[k] || !block.moves_row(k)) continue;
       batch.push_back(k);
-      if (block.moves_col(k)) builder_.lose(Loss::local);  // a tied loop had to be untied
+      if (!block.moves_col(k)) continue;
+      check_samples(n, block, k);
+      builder_.lose(Loss::local);  // a tied loop had to be untied
     }
     // In the order of the rows, as the result will have to lie.
     std::ranges::stable_sort(batch, {}, [&](std::size_t k) {
@@ -499,6 +513,7 @@ class Sweep {
   const tape::Tape& tape_;
   Builder& builder_;
   Shape row_shape_;
+  bool by_sample_;
   Report* report_;
   bool watch_batch_ = false;
   std::vector<std::vector<State>> lists_;
@@ -570,7 +585,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   Builder builder(std::move(given), abilities);
   std::vector<std::int32_t> results, taken;
   std::vector<Shape> shapes;
-  Sweep sweep(tape, builder, report);
+  Sweep sweep(tape, builder, request.by_sample, report);
   auto finish = [&](tape::Value input, const Shape& row_shape, const std::vector<std::size_t>& order) {
     shapes.emplace_back();
     if (!sweep.reached(input)) {

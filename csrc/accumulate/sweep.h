@@ -29,6 +29,9 @@ struct Request {
   Seed seed = Seed::jacobian;
   std::vector<Cotangent> cotangents;  // gradients only: one per output
   bool none_is_zero = false;          // nobody asks whether PyTorch would have answered None
+  // Jacobians only: the first axis of the outputs counts samples, of which no node is to be called with all for each; throws
+  // Unsupported where one would be.
+  bool by_sample = false;
 };
 
 // One row of explain: what happened to the blocks at one node.

@@ -211,11 +211,14 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "jacobian",
-      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool none_is_zero, bool at_once) {
+      [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool none_is_zero, bool at_once,
+         bool by_sample) {
         const Tensors ys = plain(outputs), xs = plain(inputs);
-        return to_python(released([&] { return accumulate::jacobian(ys, xs, mode(create_graph, at_once), none_is_zero); }));
+        return to_python(
+            released([&] { return accumulate::jacobian(ys, xs, mode(create_graph, at_once), none_is_zero, by_sample); }));
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("none_is_zero") = true, py::arg("at_once") = false);
+      py::arg("outputs"), py::arg("inputs"), py::arg("create_graph"), py::arg("none_is_zero") = true, py::arg("at_once") = false,
+      py::arg("by_sample") = false);
   m.def(
       "batch_jacobian",
       [](const py::sequence& outputs, const py::sequence& inputs, bool create_graph, bool check) {

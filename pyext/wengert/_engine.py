@@ -106,12 +106,14 @@ def native_jacobian(
     create_graph: bool,
     none_is_zero: bool = True,
     vectorize: bool = False,
+    by_sample: bool = False,
 ) -> Blocks:
     """``[i][j]`` of shape ``outputs[i].shape + inputs[j].shape``; the graph is never freed.
 
-    Like the other native functions: not counted, and raises Refused.
+    Like the other native functions: not counted, and raises Refused; with `by_sample` also where each of the samples that the
+    first axis of the outputs counts would take a pass over all of them.
     """
-    return C.jacobian(outputs, inputs, create_graph, none_is_zero, vectorize)
+    return C.jacobian(outputs, inputs, create_graph, none_is_zero, vectorize, by_sample)
 
 
 def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool, vectorize: bool = False) -> Blocks:

@@ -111,8 +111,8 @@ CASES = {
         for _ in range(2):
             same(second(wengert.jacobian, wengert.grad), second(torch.autograd.functional.jacobian, torch.autograd.grad))
             for name in ("hvp", "vhp"):
-                ours, theirs = (getattr(m, name)(f, a, v, create_graph=True, strict=True) for m in (wengert, torch.autograd.functional))
-                same(ours, theirs)
+                call = lambda m: getattr(m, name)(f, a, v, create_graph=True, strict=True)
+                same(call(wengert), call(torch.autograd.functional))
     """,
     "a Hessian of few elements and many steps": """
         def f(x):

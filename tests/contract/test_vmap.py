@@ -481,3 +481,32 @@ def test_what_is_known_of_methods_leaves_with_their_objects():
     owners = [once() for _ in range(3)]
     gc.collect()
     assert not any(owner() for owner in owners)
+
+
+def solved(b, s):
+    """Of b, which all samples share, and a triangular matrix for each."""
+    return torch.linalg.solve_triangular(s.tril() + 3 * torch.eye(3, dtype=s.dtype), b, upper=False).square().sum()
+
+
+def test_samples_that_would_all_go_through_a_node_for_each():
+    """PyTorch's way takes one pass for all; it is known from the third call on, when the function runs once only."""
+    calls = []
+
+    def loss(b, s):
+        calls.append(0)
+        return solved(b, s)
+
+    b, s = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
+    expected = torch.func.vmap(torch.func.grad(solved), (None, 0))(b, s)
+    runs = []
+    for _ in range(4):
+        calls.clear()
+        wengert.reset_stats()
+        torch.testing.assert_close(wengert.func.vmap(wengert.func.grad(loss), (None, 0))(b, s), expected)
+        (reason,) = wengert.stats().fallback["func.vmap(grad)"]
+        assert "samples that would all be given to LinalgSolveTriangularBackward0" in reason
+        runs.append(len(calls))
+    assert runs == [2, 2, 1, 1]
+    torch.testing.assert_close(wengert.func.vmap(wengert.func.grad(loss, 1), (None, 0))(b, s),
+                               torch.func.vmap(torch.func.grad(solved, 1), (None, 0))(b, s))  # fmt: skip
+    assert wengert.stats().native == {"func.vmap(grad)": 1}

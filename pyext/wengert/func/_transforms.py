@@ -134,6 +134,7 @@ class Transform(Wrapped):
         self.argnums = argnums
         self.has_aux = has_aux
         self.options = options  # what else the peer takes
+        self._peers: dict[Argnums, Callable[..., Any]] = {}
 
     def make_peer(self, argnums: Argnums) -> Callable[..., Any]:
         """torch.func's own function."""
@@ -152,10 +153,11 @@ class Transform(Wrapped):
         raise NotImplementedError
 
     def peer(self, *args: Any, **kwargs: Any) -> Any:
-        argnums = self.argnums
-        if args and isinstance(argnums, (int, tuple)):
-            argnums = _validate_and_wrap_argnums(argnums, len(args))  # torch 2.13's jacfwd gives zeros for negative ones
-        return self.make_peer(argnums)(*args, **kwargs)
+        if not (args and isinstance(self.argnums, (int, tuple))):
+            return self.make_peer(self.argnums)(*args, **kwargs)
+        argnums = _validate_and_wrap_argnums(self.argnums, len(args))  # torch 2.13's jacfwd gives zeros for negative ones
+        made = self._peers.get(argnums) or self._peers.setdefault(argnums, self.make_peer(argnums))
+        return made(*args, **kwargs)
 
     def unusual(self, flat: Sequence[Any], args_spec: Any) -> str | None:
         """Why PyTorch should see these arguments (to raise an error, most often), or None."""
@@ -469,6 +471,7 @@ class _HessianAtPoint(Transform):
         self.options = hessian.options
         self.inner = hessian.func
         self.make_peer = hessian.make_peer  # type: ignore[method-assign]
+        self._peers = {}
 
     def check(self, out: Any) -> Any:
         return self.inner.check(out)
@@ -535,8 +538,9 @@ def _batch_columns(
     inputs = leaves.tensors
     tied = [x for x, dim in zip(inputs, dims) if dim is not None]
     shared = [x for x, dim in zip(inputs, dims) if dim is None]
-    # Refused, the shared ones are torch.func's: row by row they would be a pass over the whole batch for every sample.
-    of_shared = _engine.native_jacobian(outputs, shared, create_graph) if shared else [[] for _ in outputs]
+    of_shared: _engine.Blocks = [[] for _ in outputs]
+    if shared:  # refused, they are torch.func's: row by row they would be a pass over the whole batch for every sample
+        of_shared = _engine.native_jacobian(outputs, shared, create_graph, by_sample=True)
     of_tied: _engine.Blocks = [[] for _ in outputs]
     if tied:
         try:

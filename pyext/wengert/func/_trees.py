@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 _LEAF_TYPES = {Tensor, Parameter, int, float, bool}
 _LEAF = tree_flatten(0)[1]
+_children = TreeSpec.children if hasattr(TreeSpec, "children") else operator.attrgetter("children_specs")  # before torch 2.13
 
 
 @functools.cache
@@ -53,4 +55,14 @@ def batched(in_dims: Any, args: tuple[Any, ...], func: Callable[..., Any]) -> tu
         size = args[0].shape[0]
         if all(x.shape[0] == size for x in args):
             return size, [0] * len(args), list(args), _tuple_of(len(args))
+    if type(in_dims) is tuple and len(in_dims) == len(args) and all(d is None or (type(d) is int and d == 0) for d in in_dims):
+        flat, spec = flatten(args)
+        dims: list[int | None] = []
+        for dim, tree in zip(in_dims, _children(spec)):
+            dims += [dim] * tree.num_leaves
+        over = [x for x, dim in zip(flat, dims) if dim is not None]
+        if all(type(x) is Tensor and x.dim() for x in over):
+            sizes = {x.shape[0] for x in over}
+            if len(sizes) == 1:
+                return sizes.pop(), dims, flat, spec
     return _process_batched_inputs(in_dims, args, func)

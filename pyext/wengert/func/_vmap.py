@@ -38,6 +38,7 @@ class BatchedTransform(Wrapped):
         self.peer = _torch_vmap(peer, in_dims, out_dims, randomness, chunk_size=chunk_size)
         self.in_dims, self.out_dims = in_dims, out_dims
         self.has_aux = any(t.has_aux for t in transform.chain())
+        *_, self.innermost = transform.chain()
         self.randomness, self.chunk_size = randomness, chunk_size
         self.name = f"func.vmap({transform.name.removeprefix('func.')})"
 
@@ -49,6 +50,10 @@ class BatchedTransform(Wrapped):
         reason = _engine.refusal()
         if reason is None and (type(self.out_dims) is not int or (kwargs and not self.func.takes_kwargs)):
             reason = "unusual arguments"
+        grad_mode = torch.is_grad_enabled()
+        verdict = verdict_of(self.innermost.func)
+        if reason is None and verdict.refusals:
+            reason = verdict.expected(self._request(args, grad_mode))
         if reason is None:
             size, dims, flat, spec = batched(self.in_dims, args, self.func)
             reason = self._unusual(size, flat, spec)
@@ -56,9 +61,8 @@ class BatchedTransform(Wrapped):
                 done, result = self._run_single(dims, flat, spec, kwargs)
                 if done:
                     return result
-        verdict = None
+        rewritten = False
         if reason is None:
-            grad_mode = torch.is_grad_enabled()
             torch._C._set_grad_enabled(True)
             random = None if self.randomness == "error" else _random_state(flat)  # the function may run again
             try:
@@ -71,17 +75,18 @@ class BatchedTransform(Wrapped):
                 reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
                 if random is not None:
                     random.restore()
-                elif isinstance(error, Rewritten):
-                    *_, innermost = self.func.chain()
-                    verdict = verdict_of(innermost.func)
+                else:
+                    rewritten = isinstance(error, Rewritten)
+                if isinstance(error, Refused) and not isinstance(error, Rewritten):
+                    verdict.refused(self._request(args, grad_mode), reason)
             finally:
                 torch._C._set_grad_enabled(grad_mode)
         _engine.count_fallback(self.name, reason)
-        if verdict is None or not verdict.one_by_one:
+        if not (rewritten and verdict.one_by_one):
             try:
                 return self.peer(*args, **kwargs)
             except RuntimeError:
-                if verdict is None:
+                if not rewritten:
                     raise
                 verdict.one_by_one = True
         random = _random_state(flat)
@@ -90,6 +95,11 @@ class BatchedTransform(Wrapped):
             random.restore()
             return self.peer(*args, **kwargs)
         return result
+
+    def _request(self, args: tuple[Any, ...], grad_mode: bool) -> Any:
+        """What a refusal depends on, roughly: where it is taken for another, PyTorch computes what the engine could have."""
+        kinds = [(x.shape, x.dtype) if type(x) is Tensor else None for x in args]
+        return self.name, self.innermost.argnums, str(self.in_dims), self.randomness, grad_mode, *kinds
 
     def _run_one_by_one(
         self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]

@@ -29,6 +29,7 @@ from .._native import C
 
 _MOST_SHAPES = 64  # that one function's verdict remembers
 _MOST_STRUCTURES = 8  # for inputs of the same shapes; with more, every run is watched
+_ENOUGH_REFUSALS = 2  # the first may be due to what the function was given
 _NOTHING: AbstractSet[int] = frozenset()
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
 
@@ -76,17 +77,29 @@ class Rewritten(Refused):
 class Verdict:
     """What is known of one function."""
 
-    __slots__ = ("one_by_one", "reason", "seen")
+    __slots__ = ("one_by_one", "reason", "refusals", "seen")
 
     def __init__(self) -> None:
         self.reason: str | None = None  # why PyTorch has to evaluate it
         self.one_by_one = False  # for PyTorch cannot either
         self.seen: dict[Any, set[int]] = {}  # structures of watched graphs, by the shapes of the inputs
+        self.refusals: dict[Any, tuple[str, int]] = {}  # why the engine refused a request, and how often
 
     def refuse(self) -> None:
         """Raise if the function is known to need PyTorch."""
         if self.reason is not None:
             raise Rewritten(self.reason)
+
+    def expected(self, request: Any) -> str | None:
+        """What a request was refused for, where it always was: the function need not run to be refused again."""
+        reason, times = self.refusals.get(request, (None, 0))
+        return reason if times >= _ENOUGH_REFUSALS else None
+
+    def refused(self, request: Any, reason: str) -> None:
+        """A request was."""
+        if request not in self.refusals and len(self.refusals) >= _MOST_SHAPES:
+            self.refusals.clear()
+        self.refusals[request] = (reason, self.refusals.get(request, ("", 0))[1] + 1)
 
     def structures(self, shapes: Any) -> AbstractSet[int]:
         """Of watched graphs with inputs of these shapes.  Where there are some, a run need not be watched."""
