@@ -66,13 +66,20 @@ Pullback convolution(const Site& s, const Convolution& p) {
   return f.finish(value, {w.begin() + 1, w.end()}, std::move(weight));
 }
 
+// One number may stand for all axes.
+Integers per_axis(const std::vector<c10::SymInt>& numbers, std::int64_t axes) {
+  return numbers.size() == 1 ? Integers(axes, Take::concrete(numbers[0])) : Take::concrete(numbers);
+}
+
 template <class N>
 Convolution take_convolution(Take& k, const N& n) {
-  Convolution result{k.concrete(n.stride), k.concrete(n.dilation), {}};
+  const std::int64_t spatial = std::ssize(k.node().outputs[0].shape) - 2;
+  Convolution result{per_axis(n.stride, spatial), per_axis(n.dilation, spatial), {}};
   // One row is PyTorch's: its kernels need no windows written out.
   if (n.transposed || !k.needs(1) || k.one_row()) return result;
-  std::vector<std::int64_t> padding;  // from the last axis on, both sides
-  for (auto side = n.padding.rbegin(); side != n.padding.rend(); ++side) padding.insert(padding.end(), 2, Take::concrete(*side));
+  const Integers sides = per_axis(n.padding, spatial);
+  Integers padding;  // from the last axis on, both sides
+  for (auto side = sides.rbegin(); side != sides.rend(); ++side) padding.append(2, *side);
   const at::Tensor data = k.unpack(n.input_);
   const bool padded = std::ranges::any_of(padding, [](std::int64_t side) { return side != 0; });
   result.data = k.derived(padded ? at::constant_pad_nd(data, padding) : data);
