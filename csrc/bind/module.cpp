@@ -26,8 +26,10 @@
 #include "tape/ambient.h"
 #include "tape/custom.h"
 #include "tape/forward_mode.h"
+#include "tape/opaque_reasons.h"
 #include "tape/pass.h"
 #include "tape/print.h"
+#include "tape/reader.h"
 #include "tape/tape.h"
 #include "tape/vmap_watch.h"
 
@@ -300,6 +302,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("tape", [](const Tensors& outputs, const Tensors& inputs) {
     return released([&] { return wengert::tape::to_string(wengert::tape::capture(outputs, inputs, false)); });
   });
+  m.def(
+      "readers",
+      [] {
+        const auto kinds = [](const wengert::tape::Table& table) {
+          py::dict kind_of;
+          for (const auto& [type, row] : table.rows()) kind_of[row.name] = wengert::tape::name(row.op);
+          return kind_of;
+        };
+        py::list reasons;
+        for (const wengert::tape::OpaqueReason& reason : wengert::tape::opaque_reasons())
+          reasons.append(py::make_tuple(reason.why, reason.nodes));
+        return py::make_tuple(kinds(wengert::tape::table()), kinds(wengert::tape::complex_table()), reasons);
+      },
+      "The kinds of the nodes that have a row, of those of complex values, and [(reason, nodes)] of those without.");
   m.def("plan", [](const Tensors& outputs, const Tensors& inputs, const std::string& kind) {
     using accumulate::Seed;
     const Seed seed = kind == "gradient" ? Seed::gradient

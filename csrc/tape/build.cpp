@@ -47,9 +47,9 @@ AxisMap along(int source, std::int64_t step, std::int64_t start) {
   return map;
 }
 
-AxisMap looked_up(int slot, Axes index_axes) {
+AxisMap looked_up(Slot slot, Axes index_axes) {
   AxisMap map;
-  map.index_slot = slot;
+  map.index_slot = slot.number;
   map.index_axes = std::move(index_axes);
   return map;
 }
@@ -83,12 +83,12 @@ int wrap_axis(std::int64_t axis, std::int64_t rank) {
   return static_cast<int>(axis < 0 ? axis + std::max<std::int64_t>(rank, 1) : axis);
 }
 
-ExprId FactorBuilder::read(int slot, Axes axes) {
+ExprId FactorBuilder::read(Slot slot, Axes axes) {
   if (!site_.has(slot)) {
     complete_ = false;
     return kNone;
   }
-  operands_.push_back({site_.node.slots[slot], std::move(axes)});
+  operands_.push_back({slot.number, std::move(axes)});
   return site_.pool.operand(static_cast<std::int32_t>(operands_.size()) - 1);
 }
 
@@ -207,16 +207,18 @@ torch::autograd::variable_list answer_to_ones(const Take& take, int output) {
   return (*take.fn())(std::move(seeds));
 }
 
-void take_table(Take& take, int edges, const torch::autograd::variable_list& grads) {
+Slots take_tables(Take& take, int edges, const torch::autograd::variable_list& grads) {
+  Slots tables;
   for (int edge = 0; edge < edges; ++edge)
-    take.derived(take.needs(edge) && edge < std::ssize(grads) ? grads[edge] : at::Tensor());
+    tables.push_back(take.derived(take.needs(edge) && edge < std::ssize(grads) ? grads[edge] : at::Tensor()));
+  return tables;
 }
 
 }  // namespace
 
-void tabulate(Take& take, int edges, int output) { take_table(take, edges, answer_to_ones(take, output)); }
+Slots tabulate(Take& take, int edges, int output) { return take_tables(take, edges, answer_to_ones(take, output)); }
 
-void tabulate_fully(Take& take, int edges, int output) {
+Slots tabulate_fully(Take& take, int edges, int output) {
   torch::autograd::variable_list grads;
   {
     const at::AutoGradMode with_graph(true);
@@ -225,13 +227,16 @@ void tabulate_fully(Take& take, int edges, int output) {
   if (!at::GradMode::is_enabled()) {
     for (at::Tensor& grad : grads) grad = grad.defined() ? grad.detach() : grad;
   }
-  take_table(take, edges, grads);
+  return take_tables(take, edges, grads);
 }
 
-Pullback tabulated(const Site& site) {
-  if (!site.has(site.input) || site.slot(site.input).sizes() != at::IntArrayRef(site.y())) return opaque();
+Slot table_of(const Site& site, const Slots& tables) { return site.input < std::ssize(tables) ? tables[site.input] : Slot(); }
+
+Pullback tabulated(const Site& site, const Slots& tables) {
+  const Slot table = table_of(site, tables);
+  if (!site.has(table, site.y())) return opaque();
   FactorBuilder f(site);
-  return f.finish(f.read(site.input));
+  return f.finish(f.read(table));
 }
 
 }  // namespace wengert::tape

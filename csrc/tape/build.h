@@ -18,7 +18,7 @@ Pullback terms(std::vector<Term> list);
 
 AxisMap at_start(std::int64_t start);                                      // fixed coordinate
 AxisMap along(int source, std::int64_t step = 1, std::int64_t start = 0);  // start + step * source
-AxisMap looked_up(int slot, Axes index_axes);                              // an element of an integer tensor
+AxisMap looked_up(Slot slot, Axes index_axes);                             // an element of an integer tensor
 
 Axes own_axes(int rank);                               // coordinate a = source a
 Axes broadcast(const Shape& small, const Shape& big);  // right-aligned, axes of extent 1 stay at 0
@@ -32,11 +32,10 @@ class FactorBuilder {
  public:
   explicit FactorBuilder(const Site& site) : site_(site) {}
 
-  fused::ExprId read(int slot, Axes axes);
-  fused::ExprId read(int slot) { return read(slot, site_.has(slot) ? broadcast(site_.slot(slot).sizes(), site_.y()) : Axes()); }
+  fused::ExprId read(Slot slot, Axes axes);
+  fused::ExprId read(Slot slot) { return read(slot, site_.has(slot) ? broadcast(site_.slot(slot).sizes(), site_.y()) : Axes()); }
   // For arguments that a partial may do without.
-  fused::ExprId read_if_saved(int slot) { return site_.has(slot) ? read(slot) : fused::kNone; }
-  fused::ExprId real(int k) { return constant(site_.real(k)); }
+  fused::ExprId read_if_saved(Slot slot) { return site_.has(slot) ? read(slot) : fused::kNone; }
   fused::ExprId constant(double value) { return value == 1 ? fused::kOne : site_.pool.constant(value); }
   fused::ExprId select(fused::ExprId condition, fused::ExprId yes, fused::ExprId no);
   fused::ExprId compare(fused::Prim prim, fused::ExprId a, fused::ExprId b);
@@ -74,12 +73,13 @@ Pullback local_batch(const Site& site, int y_core, int x_core);
 // The same for a node that works element by element: every axis along which its input does not broadcast is carried along.
 Pullback called_elementwise(const Site& site);
 
-// Runs the node once on ones and takes what it gives for each needed edge as that edge's slot.  Where every input element moves
+// Runs the node once on ones and takes what it gives for each needed edge, one slot an edge.  Where every input element moves
 // at most one output element, this is the whole derivative, with PyTorch's own numerics; it stands for ops without a primitive.
-void tabulate(Take& take, int edges, int output = 0);
+Slots tabulate(Take& take, int edges, int output = 0);
 // The same as the node answers where a graph is wanted, whether or not one is: some nodes take a shorter way without one, which
 // gives up where the longer one does not.
-void tabulate_fully(Take& take, int edges, int output = 0);
-Pullback tabulated(const Site& site);  // elementwise: the table has the shape of the output
+Slots tabulate_fully(Take& take, int edges, int output = 0);
+Slot table_of(const Site& site, const Slots& tables);       // of the site's edge
+Pullback tabulated(const Site& site, const Slots& tables);  // elementwise: the table has the shape of the output
 
 }  // namespace wengert::tape

@@ -395,28 +395,31 @@ std::int32_t SlotTable::add(at::Tensor tensor) {
   return latest = static_cast<std::int32_t>(before_.size()) - 1;
 }
 
-void Take::slot(const SavedVariable& saved, bool wanted) { wanted ? derived(unpack(saved)) : no_slot(); }
+Slot Take::saved(const SavedVariable& saved, bool wanted) { return wanted ? derived(unpack(saved)) : Slot(); }
 
-void Take::result(const SavedVariable& saved, bool wanted) { wanted ? derived(unpack(saved, true)) : no_slot(); }
+Slot Take::result(const SavedVariable& saved, bool wanted) { return wanted ? derived(unpack(saved, true)) : Slot(); }
 
-void Take::derived(at::Tensor tensor) {
-  const std::int32_t slot = tensor.defined() ? slots_.add(std::move(tensor)) : -1;
-  node_.slots.push_back(slot);
-}
+Slot Take::derived(at::Tensor tensor) { return {tensor.defined() ? slots_.add(std::move(tensor)) : -1}; }
 
 at::Tensor Take::flags(at::IntArrayRef shape) const {
   return at::ones(shape, at::TensorOptions().dtype(at::kBool).device(node_.fn->input_metadata(0).device()));
 }
 
-void Take::real(const at::Scalar& value) {
+double Take::number(const at::Scalar& value) {
   if (value.isComplex()) throw Unsupported("complex numbers");
   if (value.isSymbolic()) throw Unsupported("symbolic sizes");
-  node_.reals.push_back(value.toDouble());
+  return value.toDouble();
 }
 
 std::int64_t Take::concrete(const c10::SymInt& value) {
   if (value.is_heap_allocated()) throw Unsupported("symbolic sizes");
   return value.as_int_unchecked();
+}
+
+Integers Take::concrete(c10::ArrayRef<c10::SymInt> values) {
+  Integers result;
+  for (const c10::SymInt& value : values) result.push_back(concrete(value));
+  return result;
 }
 
 namespace {

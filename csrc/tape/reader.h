@@ -7,9 +7,11 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <concepts>
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <type_traits>
 #include <typeindex>
 #include <unordered_map>
 #include <utility>
@@ -17,6 +19,7 @@
 
 #include "common/pointer_index.h"
 #include "common/recycled.h"
+#include "tape/parameters.h"
 #include "tape/saved.h"
 #include "tape/tape.h"
 
@@ -36,7 +39,8 @@ class SlotTable {
   common::RecycledVector<std::int32_t> before_;  // of each slot: the one before at the same address
 };
 
-// What a row sees while its node is read.  Everything describe() depends on must be taken here, as it makes the signature.
+// What a row sees while its node is read; it gives the values of the row's parameters.  Everything describe() depends on must be
+// among these.
 class Take {
  public:
   Take(Node& node, SlotTable& slots, bool one_row) : node_(node), slots_(slots), one_row_(one_row) {}
@@ -51,25 +55,25 @@ class Take {
   std::vector<at::Tensor> unpack(const std::vector<SavedVariable>& saved, const bool& released) const {
     return tape::unpack(fn(), saved, released);
   }
-  void slot(const SavedVariable& saved, bool wanted = true);    // an argument of the op
-  void result(const SavedVariable& saved, bool wanted = true);  // an output of the op
+  Slot saved(const SavedVariable& saved, bool wanted = true);   // an argument of the op
+  Slot result(const SavedVariable& saved, bool wanted = true);  // an output of the op
   // A tensor computed while reading (under the caller's grad mode, so that it keeps its history when a graph is wanted).
-  void derived(at::Tensor tensor);
-  void no_slot() { node_.slots.push_back(-1); }
+  Slot derived(at::Tensor tensor);
   at::Tensor flags(at::IntArrayRef shape) const;  // all true, where the node's values lie; for a mask to be derived from
 
-  void integer(std::int64_t value) { node_.ints.push_back(value); }
-  void integer(const c10::SymInt& value) { node_.ints.push_back(concrete(value)); }
-  void integers(c10::ArrayRef<std::int64_t> values) { node_.ints.insert(node_.ints.end(), values.begin(), values.end()); }
-  void integers(c10::ArrayRef<c10::SymInt> values) {
-    for (const c10::SymInt& value : values) integer(value);
-  }
-  void real(double value) { node_.reals.push_back(value); }
-  void real(const at::Scalar& value);
+  static double number(const at::Scalar& value);
+  // Sizes and the like, of either type: which it is differs between PyTorch's versions.
+  static std::int64_t concrete(const c10::SymInt& value);
+  static std::int64_t concrete(std::int64_t value) { return value; }
+  static Integers concrete(c10::ArrayRef<c10::SymInt> values);
+  static Integers concrete(c10::ArrayRef<std::int64_t> values) { return Integers(values); }
 
   void program(std::shared_ptr<const fused::Program> program) { node_.program = std::move(program); }
 
-  static std::int64_t concrete(const c10::SymInt& value);
+  template <class P>
+  void keep(const P& taken) {
+    parameters::write(taken, node_);
+  }
 
  private:
   Node& node_;
@@ -92,25 +96,41 @@ struct Site {
   }
   const Shape& y() const { return output_meta().shape; }
   const Shape& x() const { return input_meta().shape; }
-  std::int64_t integer(int k) const { return node.ints[k]; }
-  double real(int k) const { return node.reals[k]; }
-  bool has(int k) const { return k < std::ssize(node.slots) && node.slots[k] >= 0; }
-  const at::Tensor& slot(int k) const { return tape.slots[node.slots[k]]; }
+  bool has(Slot saved) const { return saved.number >= 0; }
+  bool has(Slot saved, const Shape& shape) const { return has(saved) && slot(saved).sizes() == at::IntArrayRef(shape); }
+  const at::Tensor& slot(Slot saved) const { return tape.slots[saved.number]; }
 };
 
-using TypedRead = void (*)();
-using ErasedRead = void (*)(TypedRead, Take&, const torch::autograd::Node&);
-using ErasedRewrite = at::Tensor (*)(TypedRead, const Take&, const torch::autograd::Node&);
-using Describe = Pullback (*)(const Site&);
+// What the operator of a row is, in its data where edges differ.
+enum class Op : std::uint8_t {
+  elementwise,  // a factor at each element, inputs broadcast
+  broadcast,    // the input repeated along axes
+  reduction,    // new loops over the reduced axes, with a factor
+  view,         // axes moved, dropped, split or sliced
+  index,        // read at the entries of an index tensor
+  product,      // matrix products: the contracted axis is a new loop, the other matrix the factor
+  scatter,      // written into a part of the output, at an offset or at the entries of an index tensor
+  zero,         // the derivative is zero everywhere
+  local,        // the node is called; axes that it does not couple stay tied
+  composed,     // read as the graph of what it is composed of
+  program,      // the expression of a fused loop nest
+  opaque,       // the node is called with everything it has
+};
+const char* name(Op op);
+
+using Function = void (*)();  // typed functions of a row, which the erased ones next to them know how to call
+using ErasedRead = void (*)(Function, Take&, const torch::autograd::Node&);
+using ErasedDescribe = Pullback (*)(Function, const Site&);
+using ErasedRewrite = at::Tensor (*)(Function, const Take&, const torch::autograd::Node&);
 
 struct Reader {
-  const char* name;                     // PyTorch's name of the node
-  Describe describe = nullptr;          // null: opaque
-  fused::Prim prim = fused::Prim::add;  // for rows that share a describe and differ in the primitive
-  ErasedRead erased = nullptr;          // null: nothing is taken
-  TypedRead typed = nullptr;
-  ErasedRewrite erased_rewrite = nullptr;  // null: the node is read as it is
-  TypedRead typed_rewrite = nullptr;
+  const char* name;  // PyTorch's name of the node
+  Op op = Op::opaque;
+  fused::Prim prim = fused::Prim::add;       // for rows that share a describe and differ in the primitive
+  ErasedRead erased_read = nullptr;          // null: nothing is taken
+  ErasedDescribe erased_describe = nullptr;  // null: opaque
+  ErasedRewrite erased_rewrite = nullptr;    // null: the node is read as it is
+  Function typed_read = nullptr, typed_describe = nullptr, typed_rewrite = nullptr;
 
   // The op's only result, computed once more by ops that have readers, from what the node saved, with its history; undefined
   // where that is not possible or does not pay.
@@ -119,42 +139,68 @@ struct Reader {
   }
 
   void read(Take& take, const torch::autograd::Node& node) const {
-    if (erased) erased(typed, take, node);
+    if (erased_read) erased_read(typed_read, take, node);
   }
+
+  bool describes() const { return erased_describe != nullptr; }
+  Pullback describe(const Site& site) const { return erased_describe(typed_describe, site); }
 };
 
 class Table {
  public:
-  template <class N>
-  void add(const char* name, void (*read)(Take&, const N&), Describe describe, fused::Prim prim = fused::Prim::add) {
-    Reader row{name, describe, prim};
-    row.typed = reinterpret_cast<TypedRead>(read);
-    row.erased = [](TypedRead typed, Take& take, const torch::autograd::Node& node) {
-      reinterpret_cast<void (*)(Take&, const N&)>(typed)(take, static_cast<const N&>(node));
-    };
-    rows_.insert_or_assign(std::type_index(typeid(N)), row);
+  // A row: `read` makes parameters of a node, from which and the shapes alone `describe` makes the operator of an edge.
+  template <class N, class Read, class Describe>
+    requires std::invocable<Read, Take&, const N&>
+  void add(const char* name, Op op, Read read, Describe describe, fused::Prim prim = fused::Prim::add) {
+    add_typed<N>(name, op, +read, +describe, prim);
   }
   // A row whose operator follows from the shapes alone.
   template <class N>
-  void add(const char* name, Describe describe, fused::Prim prim = fused::Prim::add) {
-    rows_.insert_or_assign(std::type_index(typeid(N)), Reader{name, describe, prim});
+  void add(const char* name, Op op, Pullback (*describe)(const Site&), fused::Prim prim = fused::Prim::add) {
+    Reader row{name, op, prim};
+    row.typed_describe = reinterpret_cast<Function>(describe);
+    row.erased_describe = [](Function typed, const Site& site) {
+      return reinterpret_cast<Pullback (*)(const Site&)>(typed)(site);
+    };
+    put<N>(row);
   }
   // A row for an op that stands for a composition of others.
   template <class N>
   void add_composed(const char* name, at::Tensor (*rewrite)(const Take&, const N&)) {
-    Reader row{name};
-    row.typed_rewrite = reinterpret_cast<TypedRead>(rewrite);
-    row.erased_rewrite = [](TypedRead typed, const Take& take, const torch::autograd::Node& node) {
+    Reader row{name, Op::composed};
+    row.typed_rewrite = reinterpret_cast<Function>(rewrite);
+    row.erased_rewrite = [](Function typed, const Take& take, const torch::autograd::Node& node) {
       return reinterpret_cast<at::Tensor (*)(const Take&, const N&)>(typed)(take, static_cast<const N&>(node));
     };
-    rows_.insert_or_assign(std::type_index(typeid(N)), row);
+    put<N>(row);
   }
   const Reader* find(const std::type_info& type) const {
     const auto row = rows_.find(std::type_index(type));
     return row == rows_.end() ? nullptr : &row->second;
   }
+  const std::unordered_map<std::type_index, Reader>& rows() const { return rows_; }
 
  private:
+  template <class N, class P, class Given>
+  void add_typed(const char* name, Op op, P (*read)(Take&, const N&), Pullback (*describe)(const Site&, Given),
+                 fused::Prim prim) {
+    static_assert(std::same_as<P, std::remove_cvref_t<Given>>, "describe takes what read gives");
+    Reader row{name, op, prim};
+    row.typed_read = reinterpret_cast<Function>(read);
+    row.erased_read = [](Function typed, Take& take, const torch::autograd::Node& node) {
+      take.keep(reinterpret_cast<P (*)(Take&, const N&)>(typed)(take, static_cast<const N&>(node)));
+    };
+    row.typed_describe = reinterpret_cast<Function>(describe);
+    row.erased_describe = [](Function typed, const Site& site) {
+      return reinterpret_cast<Pullback (*)(const Site&, Given)>(typed)(site, parameters::read<P>(site.node));
+    };
+    put<N>(row);
+  }
+  template <class N>
+  void put(const Reader& row) {
+    rows_.insert_or_assign(std::type_index(typeid(N)), row);
+  }
+
   std::unordered_map<std::type_index, Reader> rows_;
 };
 

@@ -23,10 +23,10 @@ Pullback elementwise(const Site& s) { return local_batch(s, s.output_meta().comp
 Pullback same_pairs(const Site&) { return identity(); }
 Pullback reshaped(const Site& s) { return terms({Term{Step(Reshape{s.x()})}}); }
 
-Pullback fourier(const Site& s) {  // ints: the transformed axes
+Pullback fourier(const Site& s, const Integers& transformed) {
   const int n = static_cast<int>(s.x().size()) - s.input_meta().complex;
   std::vector<bool> coupled(n, false);
-  for (const std::int64_t axis : s.node.ints) coupled[wrap_axis(axis, n)] = true;
+  for (const std::int64_t axis : transformed) coupled[wrap_axis(axis, n)] = true;
   std::vector<std::pair<int, int>> tied;
   for (int a = 0; a < n; ++a) {
     if (!coupled[a]) tied.emplace_back(a, a);
@@ -36,7 +36,7 @@ Pullback fourier(const Site& s) {  // ints: the transformed axes
 
 template <class N>
 void add_fourier(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integers(n.dim); }, fourier);
+  t.add<N>(name, Op::local, [](Take& k, const N& n) { return k.concrete(n.dim); }, fourier);
 }
 
 }  // namespace
@@ -45,33 +45,33 @@ void add_complex(Table& t) {
   add_fourier<gen::FftR2CBackward0>(t, "FftR2CBackward0");
   add_fourier<gen::FftC2RBackward0>(t, "FftC2RBackward0");
   add_fourier<gen::FftC2CBackward0>(t, "FftC2CBackward0");
-  t.add<gen::ViewAsRealBackward0>("ViewAsRealBackward0", same_pairs);
-  t.add<gen::ViewAsComplexBackward0>("ViewAsComplexBackward0", same_pairs);
-  t.add<gen::CloneBackward0>("CloneBackward0", same_pairs);
-  t.add<gen::ViewBackward0>("ViewBackward0", reshaped);
-  t.add<gen::UnsafeViewBackward0>("UnsafeViewBackward0", reshaped);
-  t.add<gen::ComplexBackward0>("ComplexBackward0", elementwise);
-  t.add<gen::PolarBackward0>("PolarBackward0", elementwise);
-  t.add<gen::AbsBackward0>("AbsBackward0", elementwise);
-  t.add<gen::AngleBackward0>("AngleBackward0", elementwise);
-  t.add<gen::SgnBackward0>("SgnBackward0", elementwise);
-  t.add<gen::ConjBackward0>("ConjBackward0", elementwise);
-  t.add<gen::ConjPhysicalBackward0>("ConjPhysicalBackward0", elementwise);
-  t.add<gen::ToCopyBackward0>("ToCopyBackward0", elementwise);
-  t.add<gen::AddBackward0>("AddBackward0", elementwise);
-  t.add<gen::SubBackward0>("SubBackward0", elementwise);
-  t.add<gen::MulBackward0>("MulBackward0", elementwise);
-  t.add<gen::DivBackward0>("DivBackward0", elementwise);
-  t.add<gen::NegBackward0>("NegBackward0", elementwise);
-  t.add<gen::ReciprocalBackward0>("ReciprocalBackward0", elementwise);
-  t.add<gen::PowBackward0>("PowBackward0", elementwise);
-  t.add<gen::PowBackward1>("PowBackward1", elementwise);
-  t.add<gen::SqrtBackward0>("SqrtBackward0", elementwise);
-  t.add<gen::ExpBackward0>("ExpBackward0", elementwise);
-  t.add<gen::LogBackward0>("LogBackward0", elementwise);
-  t.add<gen::SinBackward0>("SinBackward0", elementwise);
-  t.add<gen::CosBackward0>("CosBackward0", elementwise);
-  t.add<gen::TanhBackward0>("TanhBackward0", elementwise);
+  t.add<gen::ViewAsRealBackward0>("ViewAsRealBackward0", Op::view, same_pairs);
+  t.add<gen::ViewAsComplexBackward0>("ViewAsComplexBackward0", Op::view, same_pairs);
+  t.add<gen::CloneBackward0>("CloneBackward0", Op::elementwise, same_pairs);
+  t.add<gen::ViewBackward0>("ViewBackward0", Op::view, reshaped);
+  t.add<gen::UnsafeViewBackward0>("UnsafeViewBackward0", Op::view, reshaped);
+  t.add<gen::ComplexBackward0>("ComplexBackward0", Op::local, elementwise);
+  t.add<gen::PolarBackward0>("PolarBackward0", Op::local, elementwise);
+  t.add<gen::AbsBackward0>("AbsBackward0", Op::local, elementwise);
+  t.add<gen::AngleBackward0>("AngleBackward0", Op::local, elementwise);
+  t.add<gen::SgnBackward0>("SgnBackward0", Op::local, elementwise);
+  t.add<gen::ConjBackward0>("ConjBackward0", Op::local, elementwise);
+  t.add<gen::ConjPhysicalBackward0>("ConjPhysicalBackward0", Op::local, elementwise);
+  t.add<gen::ToCopyBackward0>("ToCopyBackward0", Op::local, elementwise);
+  t.add<gen::AddBackward0>("AddBackward0", Op::local, elementwise);
+  t.add<gen::SubBackward0>("SubBackward0", Op::local, elementwise);
+  t.add<gen::MulBackward0>("MulBackward0", Op::local, elementwise);
+  t.add<gen::DivBackward0>("DivBackward0", Op::local, elementwise);
+  t.add<gen::NegBackward0>("NegBackward0", Op::local, elementwise);
+  t.add<gen::ReciprocalBackward0>("ReciprocalBackward0", Op::local, elementwise);
+  t.add<gen::PowBackward0>("PowBackward0", Op::local, elementwise);
+  t.add<gen::PowBackward1>("PowBackward1", Op::local, elementwise);
+  t.add<gen::SqrtBackward0>("SqrtBackward0", Op::local, elementwise);
+  t.add<gen::ExpBackward0>("ExpBackward0", Op::local, elementwise);
+  t.add<gen::LogBackward0>("LogBackward0", Op::local, elementwise);
+  t.add<gen::SinBackward0>("SinBackward0", Op::local, elementwise);
+  t.add<gen::CosBackward0>("CosBackward0", Op::local, elementwise);
+  t.add<gen::TanhBackward0>("TanhBackward0", Op::local, elementwise);
 }
 
 }  // namespace wengert::tape

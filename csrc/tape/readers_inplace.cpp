@@ -48,38 +48,38 @@ std::optional<std::vector<ScatterAxis>> box(const at::TensorGeometry& base, cons
   return axes;
 }
 
-// ints: per axis of the base (moving axis of the view, offset, step), then the shape of the view.  slot 0: what is left of the
-// base.
-void read_copy(Take& k, const CopySlices& n) {
+struct Copy {
+  bool is_box = false;  // else nothing is taken
+  c10::SmallVector<ScatterAxis, 4> base = {};
+  Integers view = {};  // its shape
+  Slot kept = {};      // what is left of the base
+};
+
+Copy read_copy(Take& k, const CopySlices& n) {
   if (!n.fn || dynamic_cast<const CopyBackwards*>(n.fn.get()) == nullptr || n.base.sym_numel() == 0 || n.view.sym_numel() == 0)
-    return;
+    return {};
   const auto axes = box(n.base, n.view);
-  if (!axes) return;
-  for (const ScatterAxis& axis : *axes) {
-    for (const std::int64_t value : {std::int64_t{axis.in_axis}, axis.offset, axis.step}) k.integer(value);
-  }
+  if (!axes) return {};
   const Shape view = concrete(n.view.sym_sizes());
-  k.integers(view);
-  if (!k.needs(0)) return k.no_slot();
+  Copy result{true, {axes->begin(), axes->end()}, Integers(view), {}};
+  if (!k.needs(0)) return result;
   at::Tensor kept = k.flags(concrete(n.base.sym_sizes()));
   const std::int64_t offset = Take::concrete(n.view.sym_storage_offset()) - Take::concrete(n.base.sym_storage_offset());
   kept.as_strided(view, concrete(n.view.sym_strides()), offset).fill_(false);
-  k.derived(std::move(kept));
+  result.kept = k.derived(std::move(kept));
+  return result;
 }
 
-Pullback copied(const Site& s) {
-  const std::size_t rank = s.y().size();
-  if (s.node.slots.empty() || s.node.ints.size() < 3 * rank || s.input > 1) return opaque();
+Pullback copied(const Site& s, const Copy& p) {
+  if (!p.is_box || p.base.size() != s.y().size() || s.input > 1) return opaque();
   if (s.input == 0) {
     FactorBuilder f(s);
-    const fused::ExprId kept = f.read(0);
+    const fused::ExprId kept = f.read(p.kept);
     return f.complete() ? f.finish(f.select(kept, fused::kOne, fused::kZero)) : opaque();
   }
-  const Shape view(s.node.ints.begin() + 3 * rank, s.node.ints.end());
+  const Shape view(p.view.begin(), p.view.end());
   Scatter scatter;
-  for (std::size_t a = 0; a < rank; ++a) {
-    scatter.axes.push_back({static_cast<std::int32_t>(s.integer(3 * a)), s.integer(3 * a + 1), s.integer(3 * a + 2)});
-  }
+  scatter.axes.assign(p.base.begin(), p.base.end());
   for (const std::int64_t length : view) {
     if (length != 1) scatter.in_shape.push_back(length);
   }
@@ -99,6 +99,6 @@ Pullback copied(const Site& s) {
 
 }  // namespace
 
-void add_inplace(Table& t) { t.add<CopySlices>("torch::autograd::CopySlices", read_copy, copied); }
+void add_inplace(Table& t) { t.add<CopySlices>("torch::autograd::CopySlices", Op::scatter, read_copy, copied); }
 
 }  // namespace wengert::tape

@@ -17,11 +17,11 @@ using fused::kOne;
 
 int rank(const Shape& shape) { return static_cast<int>(shape.size()); }
 
-// Everything but one axis is carried along; ints: dim.
-Pullback along_one_axis(const Site& s) {
+// Everything but one axis is carried along.
+Pullback along_one_axis(const Site& s, std::int64_t dim) {
   const int n = rank(s.x());
   if (n == 0 || n != rank(s.y())) return opaque();
-  const int axis = wrap_axis(s.integer(0), n);
+  const int axis = wrap_axis(dim, n);
   std::vector<std::pair<int, int>> tied;
   for (int a = 0; a < n; ++a) {
     if (a != axis) tied.emplace_back(a, a);
@@ -31,44 +31,59 @@ Pullback along_one_axis(const Site& s) {
 
 template <class N>
 void add_scan(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, along_one_axis);
+  t.add<N>(name, Op::local, [](Take&, const N& n) { return n.dim; }, along_one_axis);
+}
+// The value of a scan that also gives indices; these have no derivative.
+template <class N>
+void add_picking_scan(Table& t, const char* name) {
+  t.add<N>(
+      name, Op::local, [](Take&, const N& n) { return n.dim; },
+      [](const Site& s, std::int64_t dim) { return s.output == 0 ? along_one_axis(s, dim) : opaque(); });
 }
 
 // y[b, o, h..] = sum over c, i..  x[b, c, stride * h + dilation * i ..] * w[o, c, i..]  + bias[o]
-// ints: stride.., dilation..; slot 0: the padded data, where structure in the weights is wanted.
-Pullback convolution(const Site& s) {
+struct Convolution {
+  Integers stride, dilation;
+  Slot data;  // padded, where structure in the weights is wanted
+};
+Pullback convolution(const Site& s, const Convolution& p) {
   if (s.input == 0) return leading(s, 1);
   FactorBuilder f(s);
   if (s.input == 2) return f.finish(kOne, {}, {along(1)});
-  if (!s.has(0)) return opaque();
+  if (!s.has(p.data)) return opaque();
   const int n = rank(s.y()), spatial = n - 2, loops = n;  // the number of the first loop
-  const Shape &w = s.x(), x = s.slot(0).sizes().vec();
+  const Shape &w = s.x(), x = s.slot(p.data).sizes().vec();
   const bool depthwise = w[1] == 1 && x[1] == w[0];
   if (x[1] != w[1] && !depthwise) return opaque();  // groups of several channels: which one is no affine function of o
   Axes data{along(0), depthwise ? along(1) : along(loops)}, weight{along(1), along(loops)};
   for (int d = 0; d < spatial; ++d) {
-    AxisMap at = along(2 + d, s.integer(d));
-    at.terms.push_back({loops + 1 + d, s.integer(spatial + d)});
+    AxisMap at = along(2 + d, p.stride[d]);
+    at.terms.push_back({loops + 1 + d, p.dilation[d]});
     data.push_back(std::move(at));
     weight.push_back(along(loops + 1 + d));
   }
-  const ExprId value = f.read(0, std::move(data));
+  const ExprId value = f.read(p.data, std::move(data));
   return f.finish(value, {w.begin() + 1, w.end()}, std::move(weight));
 }
 
+// One number may stand for all axes.
+Integers per_axis(const std::vector<c10::SymInt>& numbers, std::int64_t axes) {
+  return numbers.size() == 1 ? Integers(axes, Take::concrete(numbers[0])) : Take::concrete(numbers);
+}
+
 template <class N>
-void take_convolution(Take& k, const N& n) {
-  k.integers(n.stride);
-  k.integers(n.dilation);
-  if (n.transposed || !k.needs(1) || k.one_row()) {  // one row is PyTorch's: its kernels need no windows written out
-    k.no_slot();
-    return;
-  }
-  std::vector<std::int64_t> padding;  // from the last axis on, both sides
-  for (auto side = n.padding.rbegin(); side != n.padding.rend(); ++side) padding.insert(padding.end(), 2, Take::concrete(*side));
+Convolution take_convolution(Take& k, const N& n) {
+  const std::int64_t spatial = std::ssize(k.node().outputs[0].shape) - 2;
+  Convolution result{per_axis(n.stride, spatial), per_axis(n.dilation, spatial), {}};
+  // One row is PyTorch's: its kernels need no windows written out.
+  if (n.transposed || !k.needs(1) || k.one_row()) return result;
+  const Integers sides = per_axis(n.padding, spatial);
+  Integers padding;  // from the last axis on, both sides
+  for (auto side = sides.rbegin(); side != sides.rend(); ++side) padding.append(2, *side);
   const at::Tensor data = k.unpack(n.input_);
   const bool padded = std::ranges::any_of(padding, [](std::int64_t side) { return side != 0; });
-  k.derived(padded ? at::constant_pad_nd(data, padding) : data);
+  result.data = k.derived(padded ? at::constant_pad_nd(data, padding) : data);
+  return result;
 }
 
 // Of the older ops and of the backward's backward only the data's batch is known.
@@ -80,16 +95,17 @@ Pullback by_channel(const Site& s) {
   return s.output == 0 ? local_batch(s, Core, Core) : opaque();
 }
 
-// max pooling kept the position of every maximum within the flattened plane; slot 0.
+// max pooling kept the position of every maximum within the flattened plane.  One row is PyTorch's, which adds them there at
+// once.
 template <int Core>
-Pullback max_pool(const Site& s) {
-  if (s.output != 0 || !s.has(0) || s.slot(0).sizes() != at::IntArrayRef(s.y()) || rank(s.x()) < Core) return opaque();
+Pullback max_pool(const Site& s, Slot positions) {
+  if (s.output != 0 || !s.has(positions, s.y()) || rank(s.x()) < Core) return opaque();
   const int batch = rank(s.x()) - Core;
   Gather gather;
   gather.axes = own_axes(batch);
   gather.in_shape.assign(s.x().begin(), s.x().begin() + batch);
   gather.in_shape.push_back(product(s.x()) / std::max<std::int64_t>(product(gather.in_shape), 1));
-  gather.axes.push_back(looked_up(s.node.slots[0], own_axes(rank(s.y()))));
+  gather.axes.push_back(looked_up(positions, own_axes(rank(s.y()))));
   return terms({Term{Step(std::move(gather)), Step(Reshape{s.x()})}});
 }
 
@@ -102,107 +118,107 @@ Pullback backward_by_channel(const Site& s) {
 
 template <class N, int Core>
 void add_max_pool(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.result(n.result1_); }, max_pool<Core>);
+  t.add<N>(name, Op::index, [](Take& k, const N& n) { return k.result(n.result1_, !k.one_row()); }, max_pool<Core>);
 }
 
 // Matrices: batch axes stand before the last two.
 Pullback matrix(const Site& s) { return local_batch(s, 2, 2); }
 // An entry of a matrix moves one determinant, so that the node's answer to ones is the whole derivative.  Called batched it would
 // go through singular values, whose own derivative does not exist where two are equal, as those of the identity are.
-Pullback determinant(const Site& s) {
-  if (!s.has(0) || s.slot(0).sizes() != at::IntArrayRef(s.x())) return local_batch(s, 0, 2);
+Pullback determinant(const Site& s, Slot table) {
+  if (!s.has(table, s.x())) return local_batch(s, 0, 2);
   Reduction r = reduction(s.x(), {rank(s.x()) - 2, rank(s.x()) - 1}, /*keepdim=*/false);
   FactorBuilder f(s);
-  const fused::ExprId entry = f.read(0, r.axes);
+  const fused::ExprId entry = f.read(table, r.axes);
   return f.finish(entry, std::move(r.loops), std::move(r.axes));
 }
 // Decompositions give vectors and matrices: whatever follows the batch axes of the input belongs to the matrix.
 Pullback decomposition(const Site& s) { return leading(s, rank(s.x()) - 2); }
 // Solutions of equations: y and the right-hand side are matrices, or vectors where they lack an axis of A.
-Pullback solution(const Site& s) {  // ints: rank of A
-  const int core = rank(s.y()) < s.integer(0) ? 1 : 2;
+Pullback solution(const Site& s, std::int64_t rank_of_a) {
+  const int core = rank(s.y()) < rank_of_a ? 1 : 2;
   return local_batch(s, core, s.input == 0 ? 2 : core);
 }
 
 void add_linear_algebra(Table& t) {
   t.add<gen::LinalgDetBackward0>(
-      "LinalgDetBackward0",
+      "LinalgDetBackward0", Op::reduction,
       // Without a graph the node says 0 of a matrix whose determinant is exactly 0.
-      [](Take& k, const gen::LinalgDetBackward0&) { tabulate_fully(k, 1); },
-      [](const Site& s) { return s.output == 0 ? determinant(s) : opaque(); });
+      [](Take& k, const gen::LinalgDetBackward0&) { return tabulate_fully(k, 1)[0]; },
+      [](const Site& s, Slot table) { return s.output == 0 ? determinant(s, table) : opaque(); });
   t.add<gen::LinalgSlogdetBackward0>(  // gives the sign, which does not move, and the logarithm
-      "LinalgSlogdetBackward0",
+      "LinalgSlogdetBackward0", Op::reduction,
       [](Take& k, const gen::LinalgSlogdetBackward0&) {
         try {
-          tabulate(k, 1, 1);
+          return tabulate(k, 1, 1)[0];
         } catch (const c10::Error&) {  // a singular matrix, of which the logarithm may not be wanted
-          k.no_slot();
+          return Slot();
         }
       },
-      [](const Site& s) { return s.output == 1 ? determinant(s) : none(); });
-  t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", matrix);
-  t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", matrix);
-  t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", matrix);
+      [](const Site& s, Slot table) { return s.output == 1 ? determinant(s, table) : none(); });
+  t.add<gen::LinalgInvExBackward0>("LinalgInvExBackward0", Op::local, matrix);
+  t.add<gen::LinalgPinvBackward0>("LinalgPinvBackward0", Op::local, matrix);
+  t.add<gen::LinalgCholeskyExBackward0>("LinalgCholeskyExBackward0", Op::local, matrix);
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 14  // later, cholesky is linalg_cholesky_ex
-  t.add<gen::CholeskyBackward0>("CholeskyBackward0", matrix);
+  t.add<gen::CholeskyBackward0>("CholeskyBackward0", Op::local, matrix);
 #endif
-  t.add<gen::CholeskyInverseBackward0>("CholeskyInverseBackward0", matrix);
-  t.add<gen::CholeskySolveBackward0>("CholeskySolveBackward0", matrix);
-  t.add<gen::TriangularSolveBackward0>("TriangularSolveBackward0",
+  t.add<gen::CholeskyInverseBackward0>("CholeskyInverseBackward0", Op::local, matrix);
+  t.add<gen::CholeskySolveBackward0>("CholeskySolveBackward0", Op::local, matrix);
+  t.add<gen::TriangularSolveBackward0>("TriangularSolveBackward0", Op::local,
                                        [](const Site& s) { return s.output == 0 ? matrix(s) : opaque(); });
-  t.add<gen::LinalgSolveTriangularBackward0>("LinalgSolveTriangularBackward0", matrix);
-  t.add<gen::LinalgMatrixExpBackward0>("LinalgMatrixExpBackward0", matrix);
-  t.add<gen::LinalgLuSolveBackward0>("LinalgLuSolveBackward0", matrix);
-  t.add<gen::LinalgSvdBackward0>("LinalgSvdBackward0", decomposition);
-  t.add<gen::LinalgEighBackward0>("LinalgEighBackward0", decomposition);
-  t.add<gen::LinalgQrBackward0>("LinalgQrBackward0", matrix);
+  t.add<gen::LinalgSolveTriangularBackward0>("LinalgSolveTriangularBackward0", Op::local, matrix);
+  t.add<gen::LinalgMatrixExpBackward0>("LinalgMatrixExpBackward0", Op::local, matrix);
+  t.add<gen::LinalgLuSolveBackward0>("LinalgLuSolveBackward0", Op::local, matrix);
+  t.add<gen::LinalgSvdBackward0>("LinalgSvdBackward0", Op::local, decomposition);
+  t.add<gen::LinalgEighBackward0>("LinalgEighBackward0", Op::local, decomposition);
+  t.add<gen::LinalgQrBackward0>("LinalgQrBackward0", Op::local, matrix);
   t.add<gen::LinalgSolveExBackward0>(
-      "LinalgSolveExBackward0",
-      [](Take& k, const gen::LinalgSolveExBackward0& n) { k.integer(k.unpack(n.LU_, /*is_result=*/true).dim()); }, solution);
+      "LinalgSolveExBackward0", Op::local,
+      [](Take& k, const gen::LinalgSolveExBackward0& n) { return k.unpack(n.LU_, /*is_result=*/true).dim(); }, solution);
 }
 
 void add_images(Table& t) {
-  t.add<gen::ConvolutionBackward0>("ConvolutionBackward0", take_convolution<gen::ConvolutionBackward0>, convolution);
-  t.add<gen::ConvolutionBackward1>("ConvolutionBackward1", take_convolution<gen::ConvolutionBackward1>, convolution);
-  t.add<gen::SlowConv2DBackward0>("SlowConv2DBackward0", convolution_of_data);
-  t.add<gen::SlowConvDilated2DBackward0>("SlowConvDilated2DBackward0", convolution_of_data);
-  t.add<gen::SlowConvTranspose2DBackward0>("SlowConvTranspose2DBackward0", convolution_of_data);
-  t.add<gen::SlowConvTranspose3DBackward0>("SlowConvTranspose3DBackward0", convolution_of_data);
-  t.add<gen::AvgPool2DBackward0>("AvgPool2DBackward0", by_channel<2>);
-  t.add<gen::AvgPool3DBackward0>("AvgPool3DBackward0", by_channel<3>);
-  t.add<gen::AdaptiveAvgPool2DBackward0>("AdaptiveAvgPool2DBackward0", by_channel<2>);
-  t.add<gen::AdaptiveAvgPool3DBackward0>("AdaptiveAvgPool3DBackward0", by_channel<3>);
-  t.add<gen::ReflectionPad1DBackward0>("ReflectionPad1DBackward0", by_channel<1>);
-  t.add<gen::ReflectionPad2DBackward0>("ReflectionPad2DBackward0", by_channel<2>);
-  t.add<gen::ReflectionPad3DBackward0>("ReflectionPad3DBackward0", by_channel<3>);
-  t.add<gen::ReplicationPad1DBackward0>("ReplicationPad1DBackward0", by_channel<1>);
-  t.add<gen::ReplicationPad2DBackward0>("ReplicationPad2DBackward0", by_channel<2>);
-  t.add<gen::ReplicationPad3DBackward0>("ReplicationPad3DBackward0", by_channel<3>);
-  t.add<gen::UpsampleLinear1DBackward0>("UpsampleLinear1DBackward0", by_channel<1>);
-  t.add<gen::UpsampleBilinear2DBackward0>("UpsampleBilinear2DBackward0", by_channel<2>);
-  t.add<gen::UpsampleBicubic2DBackward0>("UpsampleBicubic2DBackward0", by_channel<2>);
-  t.add<gen::UpsampleTrilinear3DBackward0>("UpsampleTrilinear3DBackward0", by_channel<3>);
-  t.add<gen::UpsampleNearest1DBackward0>("UpsampleNearest1DBackward0", by_channel<1>);
-  t.add<gen::UpsampleNearest2DBackward0>("UpsampleNearest2DBackward0", by_channel<2>);
-  t.add<gen::UpsampleNearest3DBackward0>("UpsampleNearest3DBackward0", by_channel<3>);
-  t.add<gen::PixelShuffleBackward0>("PixelShuffleBackward0", by_channel<3>);
-  t.add<gen::PixelUnshuffleBackward0>("PixelUnshuffleBackward0", by_channel<3>);
-  t.add<gen::ConvolutionBackwardBackward0>("ConvolutionBackwardBackward0",
+  t.add<gen::ConvolutionBackward0>("ConvolutionBackward0", Op::local, take_convolution<gen::ConvolutionBackward0>, convolution);
+  t.add<gen::ConvolutionBackward1>("ConvolutionBackward1", Op::local, take_convolution<gen::ConvolutionBackward1>, convolution);
+  t.add<gen::SlowConv2DBackward0>("SlowConv2DBackward0", Op::local, convolution_of_data);
+  t.add<gen::SlowConvDilated2DBackward0>("SlowConvDilated2DBackward0", Op::local, convolution_of_data);
+  t.add<gen::SlowConvTranspose2DBackward0>("SlowConvTranspose2DBackward0", Op::local, convolution_of_data);
+  t.add<gen::SlowConvTranspose3DBackward0>("SlowConvTranspose3DBackward0", Op::local, convolution_of_data);
+  t.add<gen::AvgPool2DBackward0>("AvgPool2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::AvgPool3DBackward0>("AvgPool3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::AdaptiveAvgPool2DBackward0>("AdaptiveAvgPool2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::AdaptiveAvgPool3DBackward0>("AdaptiveAvgPool3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::ReflectionPad1DBackward0>("ReflectionPad1DBackward0", Op::local, by_channel<1>);
+  t.add<gen::ReflectionPad2DBackward0>("ReflectionPad2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::ReflectionPad3DBackward0>("ReflectionPad3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::ReplicationPad1DBackward0>("ReplicationPad1DBackward0", Op::local, by_channel<1>);
+  t.add<gen::ReplicationPad2DBackward0>("ReplicationPad2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::ReplicationPad3DBackward0>("ReplicationPad3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::UpsampleLinear1DBackward0>("UpsampleLinear1DBackward0", Op::local, by_channel<1>);
+  t.add<gen::UpsampleBilinear2DBackward0>("UpsampleBilinear2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::UpsampleBicubic2DBackward0>("UpsampleBicubic2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::UpsampleTrilinear3DBackward0>("UpsampleTrilinear3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::UpsampleNearest1DBackward0>("UpsampleNearest1DBackward0", Op::local, by_channel<1>);
+  t.add<gen::UpsampleNearest2DBackward0>("UpsampleNearest2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::UpsampleNearest3DBackward0>("UpsampleNearest3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::PixelShuffleBackward0>("PixelShuffleBackward0", Op::local, by_channel<3>);
+  t.add<gen::PixelUnshuffleBackward0>("PixelUnshuffleBackward0", Op::local, by_channel<3>);
+  t.add<gen::ConvolutionBackwardBackward0>("ConvolutionBackwardBackward0", Op::local,
                                            [](const Site& s) { return s.output == 0 ? convolution_of_data(s) : opaque(); });
-  t.add<gen::AvgPool2DBackwardBackward0>("AvgPool2DBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::AvgPool3DBackwardBackward0>("AvgPool3DBackwardBackward0", backward_by_channel<3>);
-  t.add<gen::AdaptiveAvgPool2DBackwardBackward0>("AdaptiveAvgPool2DBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::AdaptiveAvgPool3DBackwardBackward0>("AdaptiveAvgPool3DBackwardBackward0", backward_by_channel<3>);
-  t.add<gen::MaxPool2DWithIndicesBackwardBackward0>("MaxPool2DWithIndicesBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::MaxPool3DWithIndicesBackwardBackward0>("MaxPool3DWithIndicesBackwardBackward0", backward_by_channel<3>);
-  t.add<gen::AdaptiveMaxPool2DBackwardBackward0>("AdaptiveMaxPool2DBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::AdaptiveMaxPool3DBackwardBackward0>("AdaptiveMaxPool3DBackwardBackward0", backward_by_channel<3>);
-  t.add<gen::ReflectionPad1DBackwardBackward0>("ReflectionPad1DBackwardBackward0", backward_by_channel<1>);
-  t.add<gen::ReflectionPad2DBackwardBackward0>("ReflectionPad2DBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::ReplicationPad1DBackwardBackward0>("ReplicationPad1DBackwardBackward0", backward_by_channel<1>);
-  t.add<gen::ReplicationPad2DBackwardBackward0>("ReplicationPad2DBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::UpsampleBilinear2DBackwardBackward0>("UpsampleBilinear2DBackwardBackward0", backward_by_channel<2>);
-  t.add<gen::UpsampleNearest2DBackwardBackward0>("UpsampleNearest2DBackwardBackward0", backward_by_channel<2>);
+  t.add<gen::AvgPool2DBackwardBackward0>("AvgPool2DBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::AvgPool3DBackwardBackward0>("AvgPool3DBackwardBackward0", Op::local, backward_by_channel<3>);
+  t.add<gen::AdaptiveAvgPool2DBackwardBackward0>("AdaptiveAvgPool2DBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::AdaptiveAvgPool3DBackwardBackward0>("AdaptiveAvgPool3DBackwardBackward0", Op::local, backward_by_channel<3>);
+  t.add<gen::MaxPool2DWithIndicesBackwardBackward0>("MaxPool2DWithIndicesBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::MaxPool3DWithIndicesBackwardBackward0>("MaxPool3DWithIndicesBackwardBackward0", Op::local, backward_by_channel<3>);
+  t.add<gen::AdaptiveMaxPool2DBackwardBackward0>("AdaptiveMaxPool2DBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::AdaptiveMaxPool3DBackwardBackward0>("AdaptiveMaxPool3DBackwardBackward0", Op::local, backward_by_channel<3>);
+  t.add<gen::ReflectionPad1DBackwardBackward0>("ReflectionPad1DBackwardBackward0", Op::local, backward_by_channel<1>);
+  t.add<gen::ReflectionPad2DBackwardBackward0>("ReflectionPad2DBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::ReplicationPad1DBackwardBackward0>("ReplicationPad1DBackwardBackward0", Op::local, backward_by_channel<1>);
+  t.add<gen::ReplicationPad2DBackwardBackward0>("ReplicationPad2DBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::UpsampleBilinear2DBackwardBackward0>("UpsampleBilinear2DBackwardBackward0", Op::local, backward_by_channel<2>);
+  t.add<gen::UpsampleNearest2DBackwardBackward0>("UpsampleNearest2DBackwardBackward0", Op::local, backward_by_channel<2>);
   add_max_pool<gen::MaxPool2DWithIndicesBackward0, 2>(t, "MaxPool2DWithIndicesBackward0");
   add_max_pool<gen::MaxPool3DWithIndicesBackward0, 3>(t, "MaxPool3DWithIndicesBackward0");
   add_max_pool<gen::AdaptiveMaxPool2DBackward0, 2>(t, "AdaptiveMaxPool2DBackward0");
@@ -215,14 +231,9 @@ void add_local(Table& t) {
   add_scan<gen::CumsumBackward0>(t, "CumsumBackward0");
   add_scan<gen::CumprodBackward0>(t, "CumprodBackward0");
   add_scan<gen::LogcumsumexpBackward0>(t, "LogcumsumexpBackward0");
-  t.add<gen::LinalgCrossBackward0>(
-      "LinalgCrossBackward0", [](Take& k, const gen::LinalgCrossBackward0& n) { k.integer(n.dim); }, along_one_axis);
-  t.add<gen::CummaxBackward0>(
-      "CummaxBackward0", [](Take& k, const gen::CummaxBackward0& n) { k.integer(n.dim); },
-      [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
-  t.add<gen::CumminBackward0>(
-      "CumminBackward0", [](Take& k, const gen::CumminBackward0& n) { k.integer(n.dim); },
-      [](const Site& s) { return s.output == 0 ? along_one_axis(s) : opaque(); });
+  add_scan<gen::LinalgCrossBackward0>(t, "LinalgCrossBackward0");
+  add_picking_scan<gen::CummaxBackward0>(t, "CummaxBackward0");
+  add_picking_scan<gen::CumminBackward0>(t, "CumminBackward0");
   add_images(t);
   add_linear_algebra(t);
 }

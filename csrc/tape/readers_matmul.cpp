@@ -14,12 +14,12 @@ using fused::ExprId;
 
 // y = scale * contraction of the input with the other operand, axes named by letters as in einsum.
 struct Letters {
-  std::string_view y, x, other;
+  std::string_view y, x, other;  // of a product of two: left and right
 };
 
-Pullback contracted(const Site& s, const Letters& letters, int other_slot, double scale) {
+Pullback contracted(const Site& s, const Letters& letters, Slot saved, double scale) {
   FactorBuilder f(s);
-  if (!s.has(other_slot)) return opaque();
+  if (!s.has(saved)) return opaque();
   std::vector<std::int64_t> loops;
   std::string_view::value_type fresh[4] = {};
   const int y_rank = static_cast<int>(letters.y.size());
@@ -35,89 +35,84 @@ Pullback contracted(const Site& s, const Letters& letters, int other_slot, doubl
   };
   Axes axes, other;
   for (std::size_t a = 0; a < letters.x.size(); ++a) axes.push_back(along(source(letters.x[a], s.x()[a])));
-  const at::IntArrayRef other_shape = s.slot(other_slot).sizes();
+  const at::IntArrayRef other_shape = s.slot(saved).sizes();
   for (std::size_t a = 0; a < letters.other.size(); ++a) other.push_back(along(source(letters.other[a], other_shape[a])));
-  ExprId expr = f.read(other_slot, std::move(other));
+  ExprId expr = f.read(saved, std::move(other));
   if (scale != 1) expr = s.pool.mul(expr, f.constant(scale));
   return f.finish(expr, std::move(loops), std::move(axes));
 }
 
-// y = left @ right; edges `first` and first + 1, slots 0 and 1 in that order.
-Pullback product_of_two(const Site& s, std::string_view y, std::string_view left, std::string_view right, int first,
-                        double scale) {
-  const bool is_left = s.input == first;
-  return contracted(s, is_left ? Letters{y, left, right} : Letters{y, right, left}, is_left ? 1 : 0, scale);
+struct Factors {
+  Slot left, right;
+};
+
+// y = left @ right; edges `first` and first + 1.
+Pullback product_of_two(const Site& s, const Factors& p, const Letters& letters, int first = 0, double scale = 1) {
+  const auto& [y, left, right] = letters;
+  return s.input == first ? contracted(s, {y, left, right}, p.right, scale) : contracted(s, {y, right, left}, p.left, scale);
 }
 
-// The added term: reals are beta, alpha.
-Pullback added(const Site& s) {
+constexpr Letters kMatrices{"ij", "ik", "kj"}, kBatches{"bij", "bik", "bkj"}, kMatrixVector{"i", "ik", "k"},
+    kVectors{"", "k", "k"}, kOuter{"ij", "i", "j"}, kSummedBatches{"ij", "bik", "bkj"};
+
+template <const Letters& letters>
+Pullback multiplied(const Site& s, const Factors& p) {
+  return product_of_two(s, p, letters);
+}
+
+// beta * added + alpha * left @ right
+struct AddedProduct {
+  double beta, alpha;
+  Factors of;
+};
+template <const Letters& letters>
+Pullback added(const Site& s, const AddedProduct& p) {
+  if (s.input != 0) return product_of_two(s, p.of, letters, 1, p.alpha);
   FactorBuilder f(s);
-  return f.finish(f.real(0));
+  return f.finish(f.constant(p.beta));
 }
 
-Pullback matrix(const Site& s) { return product_of_two(s, "ij", "ik", "kj", 0, 1); }
-Pullback batched(const Site& s) { return product_of_two(s, "bij", "bik", "bkj", 0, 1); }
-
-void read_two(Take& k, const SavedVariable& left, const SavedVariable& right, int first) {
-  k.slot(left, k.needs(first + 1));
-  k.slot(right, k.needs(first));
+Factors two(Take& k, const SavedVariable& left, const SavedVariable& right, int first = 0) {
+  return {k.saved(left, k.needs(first + 1)), k.saved(right, k.needs(first))};
+}
+template <class N>
+AddedProduct added_two(Take& k, const N& n, const SavedVariable& left, const SavedVariable& right) {
+  return {k.number(n.beta), k.number(n.alpha), two(k, left, right, 1)};
 }
 
 }  // namespace
 
 void add_matmul(Table& t) {
-  t.add<gen::MmBackward0>("MmBackward0", [](Take& k, const gen::MmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, matrix);
+  t.add<gen::MmBackward0>(
+      "MmBackward0", Op::product, [](Take& k, const gen::MmBackward0& n) { return two(k, n.self_, n.mat2_); },
+      multiplied<kMatrices>);
   t.add<gen::BmmBackward0>(
-      "BmmBackward0", [](Take& k, const gen::BmmBackward0& n) { read_two(k, n.self_, n.mat2_, 0); }, batched);
+      "BmmBackward0", Op::product, [](Take& k, const gen::BmmBackward0& n) { return two(k, n.self_, n.mat2_); },
+      multiplied<kBatches>);
   t.add<gen::MvBackward0>(
-      "MvBackward0", [](Take& k, const gen::MvBackward0& n) { read_two(k, n.self_, n.vec_, 0); },
-      [](const Site& s) { return product_of_two(s, "i", "ik", "k", 0, 1); });
+      "MvBackward0", Op::product, [](Take& k, const gen::MvBackward0& n) { return two(k, n.self_, n.vec_); },
+      multiplied<kMatrixVector>);
   t.add<gen::DotBackward0>(
-      "DotBackward0", [](Take& k, const gen::DotBackward0& n) { read_two(k, n.self_, n.tensor_, 0); },
-      [](const Site& s) { return product_of_two(s, "", "k", "k", 0, 1); });
+      "DotBackward0", Op::product, [](Take& k, const gen::DotBackward0& n) { return two(k, n.self_, n.tensor_); },
+      multiplied<kVectors>);
   t.add<gen::VdotBackward0>(
-      "VdotBackward0", [](Take& k, const gen::VdotBackward0& n) { read_two(k, n.self_, n.other_, 0); },
-      [](const Site& s) { return product_of_two(s, "", "k", "k", 0, 1); });
+      "VdotBackward0", Op::product, [](Take& k, const gen::VdotBackward0& n) { return two(k, n.self_, n.other_); },
+      multiplied<kVectors>);
   t.add<gen::AddmmBackward0>(
-      "AddmmBackward0",
-      [](Take& k, const gen::AddmmBackward0& n) {
-        k.real(n.beta);
-        k.real(n.alpha);
-        read_two(k, n.mat1_, n.mat2_, 1);
-      },
-      [](const Site& s) { return s.input == 0 ? added(s) : product_of_two(s, "ij", "ik", "kj", 1, s.real(1)); });
+      "AddmmBackward0", Op::product, [](Take& k, const gen::AddmmBackward0& n) { return added_two(k, n, n.mat1_, n.mat2_); },
+      added<kMatrices>);
   t.add<gen::AddmvBackward0>(
-      "AddmvBackward0",
-      [](Take& k, const gen::AddmvBackward0& n) {
-        k.real(n.beta);
-        k.real(n.alpha);
-        read_two(k, n.mat_, n.vec_, 1);
-      },
-      [](const Site& s) { return s.input == 0 ? added(s) : product_of_two(s, "i", "ik", "k", 1, s.real(1)); });
+      "AddmvBackward0", Op::product, [](Take& k, const gen::AddmvBackward0& n) { return added_two(k, n, n.mat_, n.vec_); },
+      added<kMatrixVector>);
   t.add<gen::AddrBackward0>(
-      "AddrBackward0",
-      [](Take& k, const gen::AddrBackward0& n) {
-        k.real(n.beta);
-        k.real(n.alpha);
-        read_two(k, n.vec1_, n.vec2_, 1);
-      },
-      [](const Site& s) { return s.input == 0 ? added(s) : product_of_two(s, "ij", "i", "j", 1, s.real(1)); });
+      "AddrBackward0", Op::product, [](Take& k, const gen::AddrBackward0& n) { return added_two(k, n, n.vec1_, n.vec2_); },
+      added<kOuter>);
   t.add<gen::BaddbmmBackward0>(
-      "BaddbmmBackward0",
-      [](Take& k, const gen::BaddbmmBackward0& n) {
-        k.real(n.beta);
-        k.real(n.alpha);
-        read_two(k, n.batch1_, n.batch2_, 1);
-      },
-      [](const Site& s) { return s.input == 0 ? added(s) : product_of_two(s, "bij", "bik", "bkj", 1, s.real(1)); });
+      "BaddbmmBackward0", Op::product,
+      [](Take& k, const gen::BaddbmmBackward0& n) { return added_two(k, n, n.batch1_, n.batch2_); }, added<kBatches>);
   t.add<gen::AddbmmBackward0>(
-      "AddbmmBackward0",
-      [](Take& k, const gen::AddbmmBackward0& n) {
-        k.real(n.beta);
-        k.real(n.alpha);
-        read_two(k, n.batch1_, n.batch2_, 1);
-      },
-      [](const Site& s) { return s.input == 0 ? added(s) : product_of_two(s, "ij", "bik", "bkj", 1, s.real(1)); });
+      "AddbmmBackward0", Op::product,
+      [](Take& k, const gen::AddbmmBackward0& n) { return added_two(k, n, n.batch1_, n.batch2_); }, added<kSummedBatches>);
 }
 
 }  // namespace wengert::tape

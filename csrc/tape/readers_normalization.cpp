@@ -23,10 +23,9 @@ enum Edge : int { kData, kWeight, kBias };
 // What the weights are multiplied with, y = weight * normalized + bias, where somebody asks for it; one row is PyTorch's, whose
 // kernels sum it faster.
 template <class F>
-void take_normalized(Take& k, F normalized) {
+Slot take_normalized(Take& k, F normalized) {
   at::Tensor value = k.needs(kWeight) && !k.one_row() ? normalized() : at::Tensor();
-  if (value.defined() && value.scalar_type() == k.node().outputs[0].dtype) return k.derived(std::move(value));
-  k.no_slot();
+  return value.defined() && value.scalar_type() == k.node().outputs[0].dtype ? k.derived(std::move(value)) : Slot();
 }
 
 // (data - mean) / deviation over some axes; without a mean, data / deviation. The node saved the statistics without their
@@ -47,70 +46,77 @@ std::vector<std::int64_t> last_axes(std::int64_t count) {
   return axes;
 }
 
-// The parameters lie along `axes` of the data; slot 0: the normalized data.
-Pullback parameter(const Site& s, Axes axes) {
+// The parameters lie along `axes` of the data.
+Pullback parameter(const Site& s, Slot normalized, Axes axes) {
   if (s.output != 0) return opaque();
   FactorBuilder f(s);
   if (s.input == kBias) return f.finish(kOne, {}, std::move(axes));
-  if (!s.has(0)) return opaque();
-  return f.finish(f.read(0, own_axes(rank(s.y()))), {}, std::move(axes));
+  if (!s.has(normalized)) return opaque();
+  return f.finish(f.read(normalized, own_axes(rank(s.y()))), {}, std::move(axes));
 }
 
-// ---- layer_norm and rms_norm: over the last axes of every sample.  ints: how many.
+// ---- layer_norm and rms_norm: over the last axes of every sample.
 
-Pullback over_last_axes(const Site& s) {
-  const int batch = rank(s.y()) - static_cast<int>(s.integer(0));
+struct OverLastAxes {
+  std::int64_t count;
+  Slot normalized;
+};
+Pullback over_last_axes(const Site& s, const OverLastAxes& p) {
+  const int batch = rank(s.y()) - static_cast<int>(p.count);
   if (s.input == kData) return s.output == 0 ? leading(s, batch) : opaque();
   Axes axes;
   for (int a = batch; a < rank(s.y()); ++a) axes.push_back(along(a));
-  return parameter(s, std::move(axes));
+  return parameter(s, p.normalized, std::move(axes));
 }
 
-void take_layer_norm(Take& k, const gen::NativeLayerNormBackward0& n) {
+OverLastAxes take_layer_norm(Take& k, const gen::NativeLayerNormBackward0& n) {
   const std::int64_t count = std::ssize(n.normalized_shape);
-  k.integer(count);
-  take_normalized(k, [&] {
-    return normalized(k.unpack(n.input_), last_axes(count), k.unpack(n.result1_, true), k.unpack(n.result2_, true));
-  });
+  return {count, take_normalized(k, [&] {
+            return normalized(k.unpack(n.input_), last_axes(count), k.unpack(n.result1_, true), k.unpack(n.result2_, true));
+          })};
 }
 
-void take_rms_norm(Take& k, const gen::FusedRmsNormBackward0& n) {
+OverLastAxes take_rms_norm(Take& k, const gen::FusedRmsNormBackward0& n) {
   const std::int64_t count = std::ssize(n.normalized_shape);
-  k.integer(count);
-  take_normalized(k, [&] { return normalized(k.unpack(n.input_), last_axes(count), {}, k.unpack(n.result1_, true)); });
+  return {count,
+          take_normalized(k, [&] { return normalized(k.unpack(n.input_), last_axes(count), {}, k.unpack(n.result1_, true)); })};
 }
 
 // The gradient of the data follows sample by sample from grad_output (and from the data, where the op is not linear in it).
-Pullback over_last_axes_backward(const Site& s) {
-  return s.output == 0 && s.input < 2 ? leading(s, rank(s.x()) - static_cast<int>(s.integer(0))) : opaque();
+Pullback over_last_axes_backward(const Site& s, std::int64_t count) {
+  return s.output == 0 && s.input < 2 ? leading(s, rank(s.x()) - static_cast<int>(count)) : opaque();
 }
 
 // ---- group_norm: over groups of channels of every sample.
 
-Pullback over_groups(const Site& s) {
+Pullback over_groups(const Site& s, Slot normalized) {
   if (s.input == kData) return s.output == 0 ? leading(s, 1) : opaque();
-  return parameter(s, {along(1)});
+  return parameter(s, normalized, {along(1)});
 }
 
-void take_group_norm(Take& k, const gen::NativeGroupNormBackward0& n) {
-  take_normalized(k, [&] {
+Slot take_group_norm(Take& k, const gen::NativeGroupNormBackward0& n) {
+  return take_normalized(k, [&] {
     const at::Tensor data = k.unpack(n.input_), mean = k.unpack(n.result1_, true), inverse = k.unpack(n.result2_, true);
     const at::Tensor by_group = data.unflatten(1, {mean.size(1), data.size(1) / mean.size(1)}).flatten(2);
     return normalized(by_group, {-1}, mean.unsqueeze(-1), inverse.unsqueeze(-1)).reshape(data.sizes());
   });
 }
 
-// ---- batch_norm: over the batch in training, by fixed statistics otherwise.  ints: training; slot 1: what the data are
-// multiplied with then.
+// ---- batch_norm: over the batch in training, by fixed statistics otherwise.
 
-Pullback batch_norm(const Site& s) {
+struct BatchNorm {
+  bool training;
+  Slot normalized;
+  Slot scale;  // what the data are multiplied with, where the statistics are fixed
+};
+Pullback batch_norm(const Site& s, const BatchNorm& p) {
   const int channel = rank(s.y()) > 1 ? 1 : 0;
-  if (s.input != kData) return parameter(s, {along(channel)});
+  if (s.input != kData) return parameter(s, p.normalized, {along(channel)});
   if (s.output != 0) return opaque();
-  if (s.integer(0) != 0) return local(s, {{1, 1}});
-  if (!s.has(1)) return leading(s, rank(s.x()));
+  if (p.training) return local(s, {{1, 1}});
+  if (!s.has(p.scale)) return leading(s, rank(s.x()));
   FactorBuilder f(s);
-  return f.finish(f.read(1, {along(channel)}));
+  return f.finish(f.read(p.scale, {along(channel)}));
 }
 
 template <class N>
@@ -123,55 +129,49 @@ double eps_of(const N& n) {
 }
 
 template <class N>
-void take_batch_norm(Take& k, const N& n) {
-  bool training = false;
-  if constexpr (requires { n.training; }) training = n.training;
-  k.integer(training);
+BatchNorm take_batch_norm(Take& k, const N& n) {
+  BatchNorm result{};
+  if constexpr (requires { n.training; }) result.training = n.training;
   const auto by_channel = [](const at::Tensor& statistic, const at::Tensor& data) {
     std::vector<std::int64_t> shape(data.dim(), 1);
     shape[std::min<std::int64_t>(1, data.dim() - 1)] = statistic.numel();
     return statistic.reshape(shape);
   };
-  if (training) {
-    take_normalized(k, [&] {
+  if (result.training) {
+    result.normalized = take_normalized(k, [&] {
       const at::Tensor data = k.unpack(n.input_), mean = k.unpack(n.result1_, true), inverse = k.unpack(n.result2_, true);
       std::vector<std::int64_t> axes{0};
       for (std::int64_t a = 2; a < data.dim(); ++a) axes.push_back(a);
       return normalized(data, axes, by_channel(mean, data), by_channel(inverse, data));
     });
-    return k.no_slot();
+    return result;
   }
   if constexpr (requires { n.running_var_; }) {
     const at::Tensor data = k.unpack(n.input_), mean = k.unpack(n.running_mean_), variance = k.unpack(n.running_var_);
     if (mean.defined() && variance.defined() && variance.scalar_type() == data.scalar_type() && !mean.requires_grad() &&
         !variance.requires_grad()) {
       const at::Tensor inverse = (variance + eps_of(n)).rsqrt(), weight = k.unpack(n.weight_);
-      if (k.needs(kWeight)) {
-        k.derived((data - by_channel(mean, data)) * by_channel(inverse, data));
-      } else {
-        k.no_slot();
-      }
-      return k.derived(weight.defined() ? weight * inverse : inverse);
+      if (k.needs(kWeight)) result.normalized = k.derived((data - by_channel(mean, data)) * by_channel(inverse, data));
+      result.scale = k.derived(weight.defined() ? weight * inverse : inverse);
     }
   }
-  k.no_slot();
-  k.no_slot();
+  return result;
 }
 
 template <class N>
 void add_batch_norm(Table& t, const char* name) {
-  t.add<N>(name, take_batch_norm<N>, batch_norm);
+  t.add<N>(name, Op::local, take_batch_norm<N>, batch_norm);
 }
 
 }  // namespace
 
 void add_normalization(Table& t) {
-  t.add<gen::NativeLayerNormBackward0>("NativeLayerNormBackward0", take_layer_norm, over_last_axes);
-  t.add<gen::FusedRmsNormBackward0>("FusedRmsNormBackward0", take_rms_norm, over_last_axes);
-  t.add<gen::NativeGroupNormBackward0>("NativeGroupNormBackward0", take_group_norm, over_groups);
+  t.add<gen::NativeLayerNormBackward0>("NativeLayerNormBackward0", Op::local, take_layer_norm, over_last_axes);
+  t.add<gen::FusedRmsNormBackward0>("FusedRmsNormBackward0", Op::local, take_rms_norm, over_last_axes);
+  t.add<gen::NativeGroupNormBackward0>("NativeGroupNormBackward0", Op::local, take_group_norm, over_groups);
   t.add<gen::NativeLayerNormBackwardBackward0>(
-      "NativeLayerNormBackwardBackward0",
-      [](Take& k, const gen::NativeLayerNormBackwardBackward0& n) { k.integer(std::ssize(n.normalized_shape)); },
+      "NativeLayerNormBackwardBackward0", Op::local,
+      [](Take&, const gen::NativeLayerNormBackwardBackward0& n) -> std::int64_t { return std::ssize(n.normalized_shape); },
       over_last_axes_backward);
   add_batch_norm<gen::NativeBatchNormBackward0>(t, "NativeBatchNormBackward0");
   add_batch_norm<gen::NativeBatchNormLegitBackward0>(t, "NativeBatchNormLegitBackward0");

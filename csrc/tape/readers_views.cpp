@@ -20,21 +20,25 @@ Pullback reshaped(const Site& s) { return s.x() == s.y() ? identity() : terms({T
 
 Pullback expanded(const Site& s) { return FactorBuilder(s).finish(kOne); }
 
-Pullback swapped(const Site& s, int first, int second) {
+struct Transpose {
+  std::int64_t dim0, dim1;
+};
+Pullback transposed(const Site& s, const Transpose& p) {
   Axes axes = own_axes(rank(s.y()));
-  if (!axes.empty()) std::swap(axes[first], axes[second]);
+  if (!axes.empty()) std::swap(axes[wrap_axis(p.dim0, rank(s.x()))], axes[wrap_axis(p.dim1, rank(s.x()))]);
   return moved(s, std::move(axes));
 }
+Pullback transposed_matrix(const Site& s) { return rank(s.x()) < 2 ? identity() : transposed(s, {0, 1}); }
 
-Pullback permuted(const Site& s) {
+Pullback permuted(const Site& s, const Integers& dims) {
   const int n = rank(s.x());
   Axes axes(n);
-  for (int a = 0; a < n; ++a) axes[wrap_axis(s.integer(a), n)] = along(a);
+  for (int a = 0; a < n; ++a) axes[wrap_axis(dims[a], n)] = along(a);
   return moved(s, std::move(axes));
 }
 
 // The input has axes of extent 1 that the output lacks.
-Pullback squeezed(const Site& s, const std::vector<int>& dropped) {
+Pullback squeezed_axes(const Site& s, const std::vector<int>& dropped) {
   Axes axes;
   int next = 0;
   for (int a = 0; a < rank(s.x()); ++a) {
@@ -47,27 +51,31 @@ Pullback squeezed(const Site& s, const std::vector<int>& dropped) {
 Pullback squeezed_all(const Site& s) {
   std::vector<int> all;
   for (int a = 0; a < rank(s.x()); ++a) all.push_back(a);
-  return squeezed(s, all);
+  return squeezed_axes(s, all);
 }
 
-Pullback squeezed_listed(const Site& s) { return squeezed(s, wrapped_axes(s.node.ints, rank(s.x()))); }
+Pullback squeezed(const Site& s, const Integers& dims) { return squeezed_axes(s, wrapped_axes(dims, rank(s.x()))); }
 
-Pullback unsqueezed(const Site& s) {
-  const int axis = wrap_axis(s.integer(0), rank(s.y()));
+Pullback unsqueezed(const Site& s, std::int64_t dim) {
+  const int axis = wrap_axis(dim, rank(s.y()));
   Axes axes = own_axes(rank(s.y()));
   axes.erase(axes.begin() + axis);
   return moved(s, std::move(axes));
 }
 
 // The output lacks one axis of the input, which stays at an index.
-Pullback selected(const Site& s, int axis, std::int64_t index) {
+struct Select {
+  std::int64_t dim, index;
+};
+Pullback selected(const Site& s, const Select& p) {
+  const int axis = wrap_axis(p.dim, rank(s.x()));
   Axes axes = own_axes(rank(s.y()));
-  if (index < 0) index += s.x()[axis];
-  axes.insert(axes.begin() + axis, at_start(index));
+  axes.insert(axes.begin() + axis, at_start(p.index < 0 ? p.index + s.x()[axis] : p.index));
   return moved(s, std::move(axes));
 }
+Pullback unbound(const Site& s, std::int64_t dim) { return selected(s, {dim, s.output}); }
 
-Pullback sliced(const Site& s, int axis, std::int64_t start, std::int64_t step) {
+Pullback moved_along(const Site& s, int axis, std::int64_t start, std::int64_t step) {
   Axes axes = own_axes(rank(s.y()));
   axes[axis] = along(axis, step, start);
   return moved(s, std::move(axes));
@@ -77,30 +85,39 @@ std::int64_t clamped_start(std::int64_t start, std::int64_t extent) {
   return std::clamp<std::int64_t>(start < 0 ? start + extent : start, 0, extent);
 }
 
-Pullback slice(const Site& s) {  // ints: dim, start, step
-  const int axis = wrap_axis(s.integer(0), rank(s.x()));
-  return sliced(s, axis, clamped_start(s.integer(1), s.x()[axis]), s.integer(2));
+struct Slice {
+  std::int64_t dim, start, step;
+};
+Pullback sliced(const Site& s, const Slice& p) {
+  const int axis = wrap_axis(p.dim, rank(s.x()));
+  return moved_along(s, axis, clamped_start(p.start, s.x()[axis]), p.step);
 }
 
-// ints: dim, then the extents of the pieces before each output (one size, or all of them).
-Pullback split(const Site& s) {
-  const int axis = wrap_axis(s.integer(0), rank(s.x()));
+struct Split {
+  std::int64_t dim;
+  bool equal;      // then one size stands for all
+  Integers sizes;  // of the pieces along dim
+};
+Pullback split(const Site& s, const Split& p) {
+  const int axis = wrap_axis(p.dim, rank(s.x()));
   std::int64_t start = 0;
-  for (int o = 0; o < s.output; ++o) start += s.integer(s.integer(1) != 0 ? 2 : 2 + o);
-  return sliced(s, axis, start, 1);
+  for (int o = 0; o < s.output; ++o) start += p.sizes[p.equal ? 0 : o];
+  return moved_along(s, axis, start, 1);
 }
 
-Pullback diagonal(const Site& s) {  // ints: offset, dim1, dim2
+struct Diagonal {
+  std::int64_t offset, dim1, dim2;
+};
+Pullback diagonal(const Site& s, const Diagonal& p) {
   const int n = rank(s.x());
-  const std::int64_t offset = s.integer(0);
-  const int first = wrap_axis(s.integer(1), n), second = wrap_axis(s.integer(2), n), last = rank(s.y()) - 1;
+  const int first = wrap_axis(p.dim1, n), second = wrap_axis(p.dim2, n), last = rank(s.y()) - 1;
   Axes axes;
   int next = 0;
   for (int a = 0; a < n; ++a) {
     if (a == first) {
-      axes.push_back(along(last, 1, std::max<std::int64_t>(0, -offset)));
+      axes.push_back(along(last, 1, std::max<std::int64_t>(0, -p.offset)));
     } else if (a == second) {
-      axes.push_back(along(last, 1, std::max<std::int64_t>(0, offset)));
+      axes.push_back(along(last, 1, std::max<std::int64_t>(0, p.offset)));
     } else {
       axes.push_back(along(next++));
     }
@@ -108,29 +125,36 @@ Pullback diagonal(const Site& s) {  // ints: offset, dim1, dim2
   return moved(s, std::move(axes));
 }
 
-Pullback unfolded(const Site& s) {  // ints: dimension, step
+struct Unfold {
+  std::int64_t dimension, step;
+};
+Pullback unfolded(const Site& s, const Unfold& p) {
   const int n = rank(s.x());
   if (n == 0) return moved(s, {});
-  const int axis = wrap_axis(s.integer(0), n);
+  const int axis = wrap_axis(p.dimension, n);
   Axes axes = own_axes(n);
-  axes[axis] = along(axis, s.integer(1));
+  axes[axis] = along(axis, p.step);
   axes[axis].terms.push_back({n, 1});
   return moved(s, std::move(axes));
 }
 
-Pullback flipped(const Site& s) {
+Pullback flipped(const Site& s, const Integers& dims) {
   Axes axes = own_axes(rank(s.x()));
-  for (const int axis : wrapped_axes(s.node.ints, rank(s.x()))) axes[axis] = along(axis, -1, s.x()[axis] - 1);
+  for (const int axis : wrapped_axes(dims, rank(s.x()))) axes[axis] = along(axis, -1, s.x()[axis] - 1);
   return moved(s, std::move(axes));
 }
 
-// The input is contiguous, so its elements are storage positions counted from its own offset.
-Pullback strided(const Site& s) {  // ints: contiguous, offset within the input, strides of the output
-  if (!s.integer(0) || s.integer(1) < 0) return opaque();
-  AxisMap flat = at_start(s.integer(1));
-  std::int64_t last = s.integer(1);
+struct Strided {
+  bool contiguous;      // the input is: its elements are storage positions counted from its own offset
+  std::int64_t offset;  // within the input
+  Integers strides;     // of the output
+};
+Pullback strided(const Site& s, const Strided& p) {
+  if (!p.contiguous || p.offset < 0) return opaque();
+  AxisMap flat = at_start(p.offset);
+  std::int64_t last = p.offset;
   for (int a = 0; a < rank(s.y()); ++a) {
-    const std::int64_t stride = s.integer(2 + a);
+    const std::int64_t stride = p.strides[a];
     if (stride != 0) flat.terms.push_back({a, stride});
     last += stride * (s.y()[a] - 1);
   }
@@ -143,7 +167,7 @@ Pullback strided(const Site& s) {  // ints: contiguous, offset within the input,
 }
 
 template <class N>
-void read_strided(Take& k, const N& n) {
+Strided read_strided(Take& k, const N& n) {
   const auto& sizes = n.self_geometry.sym_sizes();
   const auto& strides = n.self_geometry.sym_strides();
   std::int64_t expected = 1;
@@ -154,23 +178,24 @@ void read_strided(Take& k, const N& n) {
     expected *= extent;
   }
   const std::int64_t own = Take::concrete(n.self_geometry.sym_storage_offset());
-  k.integer(contiguous);
-  k.integer(n.storage_offset.has_value() ? Take::concrete(*n.storage_offset) - own : 0);
-  k.integers(n.stride);
+  const std::int64_t offset = n.storage_offset.has_value() ? Take::concrete(*n.storage_offset) - own : 0;
+  return {contiguous, offset, k.concrete(n.stride)};
+}
+
+template <class N>
+void add_strided(Table& t, const char* name) {
+  t.add<N>(name, Op::view, read_strided<N>, strided);
 }
 
 template <class N>
 void add_split(Table& t, const char* name) {
   t.add<N>(
-      name,
+      name, Op::view,
       [](Take& k, const N& n) {
-        k.integer(n.dim);
         if constexpr (requires { n.split_size; }) {
-          k.integer(1);
-          k.integer(n.split_size);
+          return Split{n.dim, true, {k.concrete(n.split_size)}};
         } else {
-          k.integer(std::int64_t{0});
-          k.integers(n.split_sizes);
+          return Split{n.dim, false, k.concrete(n.split_sizes)};
         }
       },
       split);
@@ -179,111 +204,78 @@ void add_split(Table& t, const char* name) {
 template <class N>
 void add_slice(Table& t, const char* name) {
   t.add<N>(
-      name,
-      [](Take& k, const N& n) {
-        k.integer(n.dim);
-        k.integer(n.start.has_value() ? Take::concrete(*n.start) : 0);
-        k.integer(n.step);
-      },
-      slice);
+      name, Op::view,
+      [](Take& k, const N& n) { return Slice{n.dim, n.start.has_value() ? k.concrete(*n.start) : 0, k.concrete(n.step)}; },
+      sliced);
 }
 
 template <class N>
 void add_select(Table& t, const char* name) {
-  t.add<N>(
-      name,
-      [](Take& k, const N& n) {
-        k.integer(n.dim);
-        k.integer(n.index);
-      },
-      [](const Site& s) { return selected(s, wrap_axis(s.integer(0), rank(s.x())), s.integer(1)); });
+  t.add<N>(name, Op::view, [](Take& k, const N& n) { return Select{n.dim, k.concrete(n.index)}; }, selected);
 }
 
 template <class N>
 void add_transpose(Table& t, const char* name) {
-  t.add<N>(
-      name,
-      [](Take& k, const N& n) {
-        k.integer(n.dim0);
-        k.integer(n.dim1);
-      },
-      [](const Site& s) { return swapped(s, wrap_axis(s.integer(0), rank(s.x())), wrap_axis(s.integer(1), rank(s.x()))); });
+  t.add<N>(name, Op::view, [](Take&, const N& n) { return Transpose{n.dim0, n.dim1}; }, transposed);
 }
 
 template <class N>
 void add_permute(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integers(n.dims); }, permuted);
+  t.add<N>(name, Op::view, [](Take&, const N& n) { return Take::concrete(n.dims); }, permuted);
 }
 
 template <class N>
 void add_squeeze(Table& t, const char* name) {
   if constexpr (requires(const N& n) { n.dim; }) {
     t.add<N>(
-        name,
-        [](Take& k, const N& n) {
+        name, Op::view,
+        [](Take&, const N& n) {
           if constexpr (std::is_same_v<decltype(n.dim), std::int64_t>) {
-            k.integer(n.dim);
+            return Integers{n.dim};
           } else {
-            k.integers(n.dim);
+            return Take::concrete(n.dim);
           }
         },
-        squeezed_listed);
+        squeezed);
   } else {
-    t.add<N>(name, squeezed_all);
+    t.add<N>(name, Op::view, squeezed_all);
   }
 }
 
 template <class N>
 void add_unsqueeze(Table& t, const char* name) {
-  t.add<N>(name, [](Take& k, const N& n) { k.integer(n.dim); }, unsqueezed);
+  t.add<N>(name, Op::view, [](Take&, const N& n) { return n.dim; }, unsqueezed);
 }
 
 template <class N>
 void add_diagonal(Table& t, const char* name) {
-  t.add<N>(
-      name,
-      [](Take& k, const N& n) {
-        k.integer(n.offset);
-        k.integer(n.dim1);
-        k.integer(n.dim2);
-      },
-      diagonal);
+  t.add<N>(name, Op::view, [](Take&, const N& n) { return Diagonal{n.offset, n.dim1, n.dim2}; }, diagonal);
 }
 
 template <class N>
 void add_unfold(Table& t, const char* name) {
-  t.add<N>(
-      name,
-      [](Take& k, const N& n) {
-        k.integer(n.dimension);
-        k.integer(n.step);
-      },
-      unfolded);
+  t.add<N>(name, Op::view, [](Take&, const N& n) { return Unfold{n.dimension, n.step}; }, unfolded);
 }
-
-constexpr Describe kTransposed = [](const Site& s) { return rank(s.x()) < 2 ? identity() : swapped(s, 0, 1); };
 
 template <class N>
 void add_unbind(Table& t, const char* name) {
-  t.add<N>(
-      name, [](Take& k, const N& n) { k.integer(n.dim); },
-      [](const Site& s) { return selected(s, wrap_axis(s.integer(0), rank(s.x())), s.output); });
+  t.add<N>(name, Op::view, [](Take&, const N& n) { return n.dim; }, unbound);
 }
 
 }  // namespace
 
 void add_views(Table& t) {
-  t.add<gen::ViewBackward0>("ViewBackward0", reshaped);
-  t.add<gen::ViewBackward0_copy>("ViewBackward0_copy", reshaped);
-  t.add<gen::UnsafeViewBackward0>("UnsafeViewBackward0", reshaped);
-  t.add<gen::ReshapeAliasBackward0>("ReshapeAliasBackward0", reshaped);
-  t.add<gen::ReshapeAliasBackward0_copy>("ReshapeAliasBackward0_copy", reshaped);
-  t.add<gen::ReshapeCopyBackward0>("ReshapeCopyBackward0", reshaped);
-  t.add<gen::ExpandBackward0>("ExpandBackward0", expanded);
-  t.add<gen::ExpandBackward0_copy>("ExpandBackward0_copy", expanded);
-  t.add<gen::TBackward0>("TBackward0", kTransposed);
-  t.add<gen::TBackward1>("TBackward1", kTransposed);
-  t.add<gen::TBackward0_copy>("TBackward0_copy", kTransposed);
+  t.add<gen::ViewBackward0>("ViewBackward0", Op::view, reshaped);
+  t.add<gen::ViewBackward0_copy>("ViewBackward0_copy", Op::view, reshaped);
+  t.add<gen::UnsafeViewBackward0>("UnsafeViewBackward0", Op::view, reshaped);
+  t.add<gen::ReshapeAliasBackward0>("ReshapeAliasBackward0", Op::view, reshaped);
+  t.add<gen::ReshapeAliasBackward0_copy>("ReshapeAliasBackward0_copy", Op::view, reshaped);
+  t.add<gen::ReshapeCopyBackward0>("ReshapeCopyBackward0", Op::view, reshaped);
+  t.add<gen::ExpandBackward0>("ExpandBackward0", Op::broadcast, expanded);
+  t.add<gen::ExpandBackward0_copy>("ExpandBackward0_copy", Op::broadcast, expanded);
+  t.add<gen::TBackward0>("TBackward0", Op::view, transposed_matrix);
+  t.add<gen::TBackward1>("TBackward1", Op::view, transposed_matrix);
+  t.add<gen::TBackward0_copy>("TBackward0_copy", Op::view, transposed_matrix);
   add_transpose<gen::TransposeBackward0>(t, "TransposeBackward0");
   add_transpose<gen::TransposeBackward1>(t, "TransposeBackward1");
   add_transpose<gen::TransposeBackward0_copy>(t, "TransposeBackward0_copy");
@@ -317,15 +309,17 @@ void add_views(Table& t) {
   add_diagonal<gen::DiagonalBackward0_copy>(t, "DiagonalBackward0_copy");
   add_unfold<gen::UnfoldBackward0>(t, "UnfoldBackward0");
   add_unfold<gen::UnfoldBackward0_copy>(t, "UnfoldBackward0_copy");
-  t.add<gen::FlipBackward0>("FlipBackward0", [](Take& k, const gen::FlipBackward0& n) { k.integers(n.dims); }, flipped);
-  t.add<gen::AsStridedBackward0>("AsStridedBackward0", read_strided<gen::AsStridedBackward0>, strided);
+  t.add<gen::FlipBackward0>(
+      "FlipBackward0", Op::view, [](Take&, const gen::FlipBackward0& n) { return Take::concrete(n.dims); }, flipped);
+  add_strided<gen::AsStridedBackward0>(t, "AsStridedBackward0");
+  add_strided<gen::AsStridedBackward1>(t, "AsStridedBackward1");
+  add_strided<gen::AsStridedBackward0_copy>(t, "AsStridedBackward0_copy");
   // Reads and writes its cotangent's memory from its start, wherever in it the cotangent lies: what PyTorch makes of that only
   // its own calls can say.
   t.add<gen::AsStridedScatterBackward0>(
-      "AsStridedScatterBackward0", [](Take&, const gen::AsStridedScatterBackward0&) { throw Unsupported("as_strided_scatter"); },
-      [](const Site&) { return opaque(); });
-  t.add<gen::AsStridedBackward1>("AsStridedBackward1", read_strided<gen::AsStridedBackward1>, strided);
-  t.add<gen::AsStridedBackward0_copy>("AsStridedBackward0_copy", read_strided<gen::AsStridedBackward0_copy>, strided);
+      "AsStridedScatterBackward0", Op::opaque,
+      [](Take&, const gen::AsStridedScatterBackward0&) -> Nothing { throw Unsupported("as_strided_scatter"); },
+      [](const Site&, Nothing) { return opaque(); });
 }
 
 }  // namespace wengert::tape

@@ -41,6 +41,12 @@ const Table& complex_table() {
   return rows;
 }
 
+const char* name(Op op) {
+  constexpr const char* kNames[] = {"elementwise", "broadcast", "reduction", "view",     "index",   "product",
+                                    "scatter",     "zero",      "local",     "composed", "program", "opaque"};
+  return kNames[static_cast<int>(op)];
+}
+
 const Reader& opaque_reader() {
   static const auto* row = new Reader{"opaque"};
   return *row;
@@ -54,7 +60,7 @@ const Reader& accumulate_reader() {
 Pullback describe(const Tape& tape, const Node& node, int output, int input, fused::ExprPool& pool) {
   const Site site{tape, node, output, input, pool};
   if (product(site.y()) == 0) return zero();
-  if (node.reader->describe == nullptr) return opaque();  // which may give nothing, also of an input without elements
+  if (!node.reader->describes()) return opaque();  // which may give nothing, also of an input without elements
   return product(site.x()) == 0 ? zero() : node.reader->describe(site);
 }
 

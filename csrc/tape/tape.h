@@ -41,8 +41,9 @@ struct Reader;  // one row of the reader table: node name, how to read it, how t
 struct Node {
   const Reader* reader = nullptr;  // never null; nodes without a row of their own share the opaque row
   NodePtr fn;
-  // Few of each in most nodes; allocating them would cost as much as reading the node.
-  c10::SmallVector<std::int64_t, 4> ints;  // what the reader took from the node; meaning private to its row
+  // The parameters of the row (see parameters.h).  Few of each in most nodes; allocating them would cost as much as reading the
+  // node.
+  c10::SmallVector<std::int64_t, 6> ints;
   c10::SmallVector<double, 2> reals;
   c10::SmallVector<std::int32_t, 4> slots;        // saved tensors, -1 where absent or not needed
   std::shared_ptr<const fused::Program> program;  // nodes of wengert::fused only

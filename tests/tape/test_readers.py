@@ -92,6 +92,16 @@ def test_a_convolution_is_a_gather_in_its_weights():
     ]
 
 
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 1, 2)])
+def test_one_number_stands_for_all_axes_of_a_convolution(stride, padding, dilation):
+    x, w = torch.rand(2, 3, 5, 6), torch.rand(4, 3, 2, 2, requires_grad=True)
+    one, two = (
+        dict(tape([torch.convolution(x, w, None, n * [stride], n * [padding], n * [dilation], False, [0], 1)], [w]))
+        for n in (1, 2)
+    )
+    assert one == two
+
+
 def test_both_factors_of_a_product():
     x = leaf()
     y = x[:1]
