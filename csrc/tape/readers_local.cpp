@@ -140,6 +140,12 @@ Pullback solution(const Site& s, std::int64_t rank_of_a) {
   return local_batch(s, core, s.input == 0 ? 2 : core);
 }
 
+// Gates and states have samples along their first axis, biases have none.
+Pullback recurrent_cell(const Site& s) { return rank(s.x()) == 2 ? leading(s, 1) : opaque(); }
+// Of log probabilities (steps, samples, classes), or (steps, classes) of one sample, a loss for each sample.
+Pullback connectionist_loss(const Site& s) { return s.output == 0 && rank(s.x()) == 3 ? local(s, {{0, 1}}) : opaque(); }
+Pullback by_sample(const Site& s) { return leading(s, 1); }
+
 void add_linear_algebra(Table& t) {
   t.add<gen::LinalgDetBackward0>(
       "LinalgDetBackward0", Op::reduction,
@@ -172,6 +178,11 @@ void add_linear_algebra(Table& t) {
   t.add<gen::LinalgSvdBackward0>("LinalgSvdBackward0", Op::local, decomposition);
   t.add<gen::LinalgEighBackward0>("LinalgEighBackward0", Op::local, decomposition);
   t.add<gen::LinalgQrBackward0>("LinalgQrBackward0", Op::local, matrix);
+  t.add<gen::LinalgLuBackward0>("LinalgLuBackward0", Op::local, decomposition);
+  t.add<gen::LinalgLuFactorExBackward0>("LinalgLuFactorExBackward0", Op::local, decomposition);
+  t.add<gen::LuUnpackBackward0>("LuUnpackBackward0", Op::local, decomposition);
+  t.add<gen::LinalgLstsqBackward0>("LinalgLstsqBackward0", Op::local, decomposition);
+  t.add<gen::CdistBackward0>("CdistBackward0", Op::local, matrix);
   t.add<gen::LinalgSolveExBackward0>(
       "LinalgSolveExBackward0", Op::local,
       [](Take& k, const gen::LinalgSolveExBackward0& n) { return k.unpack(n.LU_, /*is_result=*/true).dim(); }, solution);
@@ -201,6 +212,18 @@ void add_images(Table& t) {
   t.add<gen::UpsampleNearest1DBackward0>("UpsampleNearest1DBackward0", Op::local, by_channel<1>);
   t.add<gen::UpsampleNearest2DBackward0>("UpsampleNearest2DBackward0", Op::local, by_channel<2>);
   t.add<gen::UpsampleNearest3DBackward0>("UpsampleNearest3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::UpsampleNearestExact1DBackward0>("UpsampleNearestExact1DBackward0", Op::local, by_channel<1>);
+  t.add<gen::UpsampleNearestExact2DBackward0>("UpsampleNearestExact2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::UpsampleNearestExact3DBackward0>("UpsampleNearestExact3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::UpsampleBilinear2DAaBackward0>("UpsampleBilinear2DAaBackward0", Op::local, by_channel<2>);
+  t.add<gen::UpsampleBicubic2DAaBackward0>("UpsampleBicubic2DAaBackward0", Op::local, by_channel<2>);
+  t.add<gen::MaxUnpool2DBackward0>("MaxUnpool2DBackward0", Op::local, by_channel<2>);
+  t.add<gen::MaxUnpool3DBackward0>("MaxUnpool3DBackward0", Op::local, by_channel<3>);
+  t.add<gen::Im2ColBackward0>("Im2ColBackward0", Op::local, by_sample);
+  t.add<gen::Col2ImBackward0>("Col2ImBackward0", Op::local, by_sample);
+  t.add<gen::ChannelShuffleBackward0>("ChannelShuffleBackward0", Op::local, by_sample);
+  t.add<gen::GridSampler2DBackward0>("GridSampler2DBackward0", Op::local, by_sample);
+  t.add<gen::GridSampler3DBackward0>("GridSampler3DBackward0", Op::local, by_sample);
   t.add<gen::PixelShuffleBackward0>("PixelShuffleBackward0", Op::local, by_channel<3>);
   t.add<gen::PixelUnshuffleBackward0>("PixelUnshuffleBackward0", Op::local, by_channel<3>);
   t.add<gen::ConvolutionBackwardBackward0>("ConvolutionBackwardBackward0", Op::local,
@@ -234,6 +257,12 @@ void add_local(Table& t) {
   add_scan<gen::LinalgCrossBackward0>(t, "LinalgCrossBackward0");
   add_picking_scan<gen::CummaxBackward0>(t, "CummaxBackward0");
   add_picking_scan<gen::CumminBackward0>(t, "CumminBackward0");
+  add_scan<gen::ScatterReduceBackward0>(t, "ScatterReduceBackward0");
+  add_scan<gen::IndexReduceBackward0>(t, "IndexReduceBackward0");
+  t.add<gen::ThnnFusedGruCellBackward0>("ThnnFusedGruCellBackward0", Op::local, recurrent_cell);
+  t.add<gen::ThnnFusedLstmCellBackward0>("ThnnFusedLstmCellBackward0", Op::local, recurrent_cell);
+  t.add<gen::CtcLossBackward0>("CtcLossBackward0", Op::local, connectionist_loss);
+  t.add<gen::CtcLossBackward1>("CtcLossBackward1", Op::local, connectionist_loss);
   add_images(t);
   add_linear_algebra(t);
 }
