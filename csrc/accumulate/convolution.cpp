@@ -18,8 +18,9 @@ namespace {
 
 using Shape = std::vector<std::int64_t>;
 
-constexpr std::int64_t kBlock = 16;           // channels that oneDNN's kernels take at once
-constexpr std::int64_t kLeastWork = 1 << 18;  // products: below it the extra operators cost more than is gained
+constexpr std::int64_t kBlock = 16;            // channels that oneDNN's kernels take at once
+constexpr std::int64_t kLeastWork = 1 << 18;   // products: below it the extra operators cost more than is gained
+constexpr std::int64_t kMostPlaces = 15 * 15;  // in a kernel
 constexpr std::int64_t kFewToAdd = 3, kFewToAddByLongSteps = 8;  // channels of the data; see NOTE [Few channels]
 
 struct Convolution {
@@ -77,7 +78,8 @@ bool Convolution::turns() const {
 }
 
 bool Convolution::pays(std::int64_t outputs) const {
-  if (weight.size(2) * weight.size(3) == 1 || outputs * in() * weight.size(2) * weight.size(3) < kLeastWork) return false;
+  const std::int64_t places = weight.size(2) * weight.size(3);
+  if (places == 1 || places > kMostPlaces || outputs * in() * places < kLeastWork) return false;
   if (turns()) return out() < kBlock;
   return in() <= (step[0] == 1 && step[1] == 1 ? kFewToAdd : kFewToAddByLongSteps);
 }

@@ -528,6 +528,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
     node.inputs.resize(visit.fn->num_outputs());
     for (std::size_t i = 0; i < node.inputs.size(); ++i) node.inputs[i] = walk.value(visit, i);
     if (visit.below) {
+      node.reader->check_hooks(*visit.fn);
       Take take(node, slots, one_row);
       node.reader->read(take, *visit.fn);
     }

@@ -121,6 +121,7 @@ const char* name(Op op);
 using Function = void (*)();  // typed functions of a row, which the erased ones next to them know how to call
 using ErasedRead = void (*)(Function, Take&, const torch::autograd::Node&);
 using ErasedDescribe = Pullback (*)(Function, const Site&);
+using Hooked = bool (*)(torch::autograd::Node&);
 using ErasedRewrite = at::Tensor (*)(Function, const Take&, const torch::autograd::Node&);
 
 struct Reader {
@@ -130,12 +131,18 @@ struct Reader {
   ErasedRead erased_read = nullptr;          // null: nothing is taken
   ErasedDescribe erased_describe = nullptr;  // null: opaque
   ErasedRewrite erased_rewrite = nullptr;    // null: the node is read as it is
+  Hooked saves_through_hooks = nullptr;      // null: the node is never called
   Function typed_read = nullptr, typed_describe = nullptr, typed_rewrite = nullptr;
 
   // The op's only result, computed once more by ops that have readers, from what the node saved, with its history; undefined
   // where that is not possible or does not pay.
   at::Tensor rewritten(const Take& take, const torch::autograd::Node& node) const {
     return erased_rewrite ? erased_rewrite(typed_rewrite, take, node) : at::Tensor();
+  }
+
+  // Throws Unsupported where hooks of the user's would run in calls of the node.
+  void check_hooks(torch::autograd::Node& node) const {
+    if (saves_through_hooks && saves_through_hooks(node)) throw Unsupported("saved tensors with hooks");
   }
 
   void read(Take& take, const torch::autograd::Node& node) const {
@@ -197,7 +204,9 @@ class Table {
     put<N>(row);
   }
   template <class N>
-  void put(const Reader& row) {
+  void put(Reader row) {
+    const bool read_throughout = row.op < Op::index || row.op == Op::product || row.op == Op::program;
+    if (!read_throughout) row.saves_through_hooks = tape::saves_through_hooks<N>;
     rows_.insert_or_assign(std::type_index(typeid(N)), row);
   }
 

@@ -95,10 +95,11 @@ struct Likelihood {
 
 // What is infinite or nan does not reach the classes of an ignored sample, which a factor of 0 would let through. Whether there
 // is one is asked of a CPU only, where the answer costs less than the masks that most targets then do without; a GPU would have
-// to wait.  All that is more than the node itself takes for one row.
+// to wait.  All that is more than the node itself takes for one row, but for nll_loss2d's,
+// whose derivatives want cotangents that are contiguous.
 template <class N>
 Likelihood take_likelihood(Take& k, const N& n) {
-  if (k.one_row()) return {};
+  if (k.one_row() && !std::is_same_v<N, gen::NllLoss2DBackward0>) return {};
   const at::Tensor given = k.unpack(n.target_), weight = k.unpack(n.weight_);
   const at::Tensor absent = given == Take::concrete(n.ignore_index);
   const bool waits = !given.is_cpu();
@@ -108,7 +109,9 @@ Likelihood take_likelihood(Take& k, const N& n) {
   at::Tensor weights =
       weight.defined() ? weight.take(target) : at::ones(target.sizes(), target.options().dtype(k.node().outputs[0].dtype));
   if (masks) weights = weights.masked_fill(absent, 0);
-  return {n.reduction, ignores, k.derived(target), k.derived(n.reduction == kMean ? weights / -weights.sum() : -weights)};
+  at::Tensor scale = n.reduction == kMean ? weights / -weights.sum() : -weights;
+  if (masks && n.reduction == kMean) scale = scale.masked_fill(absent, 0);  // where all are ignored it is nan
+  return {n.reduction, ignores, k.derived(target), k.derived(std::move(scale))};
 }
 
 ExprId likelihood_factor(const Site& s, FactorBuilder& f, const Likelihood& p, Axes where) {

@@ -2,8 +2,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <mutex>
-
 #include "tape/tape.h"
 
 namespace wengert::tape {
@@ -24,6 +22,8 @@ void check_saved(const SavedVariable& saved) {
 }
 
 }  // namespace
+
+std::unique_lock<std::mutex> lock_saved(autograd::Node& fn) { return SavedBy::locked(fn); }
 
 at::Tensor unpack(const NodePtr& fn, const SavedVariable& saved, bool is_result) {
   const auto lock = SavedBy::locked(*fn);

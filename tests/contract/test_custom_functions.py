@@ -8,6 +8,7 @@ import torch
 import wengert
 from support.compare import Outcome, assert_same, assert_same_error
 from torch.autograd import functional as F
+from torch.utils.checkpoint import checkpoint
 
 native_only = pytest.mark.skipif(bool(os.environ.get("WENGERT_DISABLE")), reason="is about the engine")
 
@@ -368,7 +369,6 @@ def test_compiled_functions_whose_buffers_are_given_away(form):
 
 @native_only
 def test_functions_that_save_through_hooks_are_pytorch_s():
-    from torch.utils.checkpoint import checkpoint
 
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -437,3 +437,28 @@ def test_zeros_arrive_from_derivatives_that_are_zero(after):
 
     for _ in range(2):
         assert_same(second(wengert.grad), second(torch.autograd.grad))
+
+
+@pytest.mark.parametrize("form", ["grad", "batched", "jacobian", "vhp"])
+def test_a_checkpoint_of_nodes_that_are_called_runs_as_often_as_in_pytorch(form):
+    """Nobody reads what they saved, but a call would: the running statistics would move each time."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3), torch.nn.BatchNorm1d(2), torch.nn.Conv1d(2, 2, 2)).double()
+    x = torch.randn(3, 2, 6, dtype=torch.float64)
+
+    def tracked(m, grad):
+        net[1].reset_running_stats()
+        f = lambda x: checkpoint(net, x, use_reentrant=False).sum(1)
+        leaf = x.clone().requires_grad_()
+        if form == "grad":
+            grad(f(leaf).sum(), [leaf, *net.parameters()])
+        elif form == "batched":
+            y = f(leaf)
+            grad(y, leaf, torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True)
+        elif form == "jacobian":
+            m.jacobian(f, x[:, :, :4], vectorize=True)
+        else:
+            m.vhp(lambda x: f(x).square().sum(), x, x)
+        return net[1].num_batches_tracked.item()
+
+    assert tracked(wengert, wengert.grad) == tracked(F, torch.autograd.grad)

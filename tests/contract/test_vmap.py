@@ -510,3 +510,40 @@ def test_samples_that_would_all_go_through_a_node_for_each():
     torch.testing.assert_close(wengert.func.vmap(wengert.func.grad(loss, 1), (None, 0))(b, s),
                                torch.func.vmap(torch.func.grad(solved, 1), (None, 0))(b, s))  # fmt: skip
     assert wengert.stats().native == {"func.vmap(grad)": 1}
+
+
+def test_what_one_request_is_refused_for_says_nothing_of_another():
+    """Refusals are remembered: not for other numbers, keywords or texts, nor where PyTorch has an error instead."""
+    grid = torch.rand(1, 3, 3, 2) * 2 - 1
+
+    def f(x, k):
+        if k == "bad":
+            raise RuntimeError("bad k")
+        return F.grid_sample(x[None], grid, align_corners=False).sum()
+
+    x = torch.randn(5, 1, 4, 4)
+    call = lambda k: func.vmap(func.jacfwd(f), (0, None))(x, k)  # which PyTorch's forward mode does not know
+    before = call("good")
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="bad k"):
+            call("bad")
+    torch.testing.assert_close(call("good"), before, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="argnums must be int or Tuple"):
+        func.vmap(func.jacrev(f, argnums=[0]), (0, None))(x, "good")
+
+
+def test_a_request_that_was_refused_is_asked_again_where_pytorch_cannot_answer_it():
+    broken = [True]
+    grid = torch.rand(1, 3, 3, 2) * 2 - 1
+
+    def f(x):
+        if broken[0]:
+            raise RuntimeError("broken")
+        return F.grid_sample(x[None], grid, align_corners=False).sum()
+
+    x = torch.randn(5, 1, 4, 4)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="broken"):
+            func.vmap(func.jacfwd(f))(x)
+    broken[0] = False
+    torch.testing.assert_close(func.vmap(func.jacfwd(f))(x), torch.func.vmap(torch.func.jacrev(f))(x))

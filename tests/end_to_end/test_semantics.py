@@ -602,3 +602,28 @@ def test_second_products_of_a_norm_at_zero(f):
     """Finite in a direction, though the Hessian is not."""
     x, v = torch.zeros(3, dtype=torch.float64, device=DEVICE), torch.rand(3, dtype=torch.float64, device=DEVICE)
     assert_same(wengert.hvp(f, x, v), torch.autograd.functional.hvp(f, x, v))
+
+
+NOTHING_LEFT = {
+    "cross_entropy": lambda z: torch.nn.functional.cross_entropy(z, torch.full((2,), -100, device=z.device)) ** 2,
+    "nll_loss": lambda z: torch.nn.functional.nll_loss(z, torch.full((2,), -100, device=z.device)).exp(),
+}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is not asked whether samples are ignored")
+@pytest.mark.parametrize("name", NOTHING_LEFT)
+def test_means_of_ignored_samples_alone(name):
+    """Are nan, and do not move."""
+    check_against_torch(NOTHING_LEFT[name], randn(2, 3), modes=("jacobian", "hessian", "products", "gradient"))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_third_derivatives_of_a_loss_over_pixels(weighted):
+    """PyTorch's node for them wants cotangents that are contiguous."""
+    x, target = randn(2, 3, 2, 2), torch.randint(0, 3, (2, 2, 2), device=DEVICE)
+    weight = torch.linspace(1, 2, 3, dtype=torch.float64, device=DEVICE) if weighted else None
+    f = lambda z: torch.nn.functional.cross_entropy(z, target, weight, label_smoothing=0.1) ** 2
+    check_against_torch(f, x, modes=("hessian", "products", "gradient", "create_graph"))
+    call = lambda m: torch.autograd.grad(m.hvp(f, y, torch.ones_like(y), create_graph=True)[1].sum(), y)[0]
+    y = x.clone().requires_grad_()
+    assert_same(call(wengert), call(torch_functional))

@@ -103,6 +103,15 @@ def test_reasons_are_those_of_nodes_that_exist():
     assert [name for _, given in REASONS for name in given if not fnmatch.filter(names, name)] == []
 
 
+def test_every_name_of_what_nodes_with_a_row_save_is_known():
+    """Where a node that is called saves through hooks has to be seen."""
+    known = set(re.findall(r"\bf\((\w+)\)", (DOCUMENT.parents[1] / "csrc/tape/saved.h").read_text()))
+    bodies = re.compile(r"^struct TORCH_API (\w+) : public \w+ \{(.*?)^\};", re.MULTILINE | re.DOTALL)
+    for node, body in bodies.findall(HEADER.read_text()):
+        saved = set(re.findall(r"SavedVariable>? (\w+);", body))
+        assert node not in ROWS or saved <= known, (node, saved - known)
+
+
 @is_table_of_this_version
 def test_the_page_is_up_to_date():
     assert DOCUMENT.read_text() == document(), "python tests/tape/test_node_table.py writes it anew"

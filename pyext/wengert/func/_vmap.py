@@ -26,6 +26,17 @@ def _random_state(flat: list[Any]) -> Any:
     return _engine.random_state([x for x in flat if isinstance(x, Tensor)])
 
 
+def _kind(tree: Any) -> Any:
+    """A tree with shapes and types in the place of its tensors."""
+    if type(tree) is Tensor:
+        return tree.shape, tree.dtype
+    if type(tree) is dict:
+        return "dict", *[(name, _kind(value)) for name, value in tree.items()]
+    if type(tree) is tuple or type(tree) is list:
+        return type(tree), *map(_kind, tree)
+    return type(tree), tree
+
+
 class BatchedTransform(Wrapped):
     """``vmap(jacrev(f))`` and its like: one evaluation of `f` for the whole batch, the batch axis tied."""
 
@@ -52,8 +63,17 @@ class BatchedTransform(Wrapped):
             reason = "unusual arguments"
         grad_mode = torch.is_grad_enabled()
         verdict = verdict_of(self.innermost.func)
+        request = None
         if reason is None and verdict.refusals:
-            reason = verdict.expected(self._request(args, grad_mode))
+            request = self._request(args, kwargs, grad_mode)
+            expected = verdict.expected(request)
+            if expected is not None:
+                try:
+                    result = self.peer(*args, **kwargs)
+                    _engine.count_fallback(self.name, expected)
+                    return result
+                except RuntimeError:  # which the engine need not raise
+                    verdict.forget(request)
         if reason is None:
             size, dims, flat, spec = batched(self.in_dims, args, self.func)
             reason = self._unusual(size, flat, spec)
@@ -70,6 +90,8 @@ class BatchedTransform(Wrapped):
                 if random is not None and not all(t.draws_alike() for t in self.func.chain()) and random.drawn():
                     raise Refused("random numbers in forward mode")
                 _engine.count(self.name, refused)
+                if request is not None:
+                    verdict.forget(request)
                 return result
             except RuntimeError as error:  # PyTorch's own way has its own errors, or none
                 reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
@@ -78,7 +100,7 @@ class BatchedTransform(Wrapped):
                 else:
                     rewritten = isinstance(error, Rewritten)
                 if isinstance(error, Refused) and not isinstance(error, Rewritten):
-                    verdict.refused(self._request(args, grad_mode), reason)
+                    verdict.refused(self._request(args, kwargs, grad_mode), reason)
             finally:
                 torch._C._set_grad_enabled(grad_mode)
         _engine.count_fallback(self.name, reason)
@@ -96,10 +118,17 @@ class BatchedTransform(Wrapped):
             return self.peer(*args, **kwargs)
         return result
 
-    def _request(self, args: tuple[Any, ...], grad_mode: bool) -> Any:
-        """What a refusal depends on, roughly: where it is taken for another, PyTorch computes what the engine could have."""
-        kinds = [(x.shape, x.dtype) if type(x) is Tensor else None for x in args]
-        return self.name, self.innermost.argnums, str(self.in_dims), self.randomness, grad_mode, *kinds
+    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad_mode: bool) -> Any:
+        """What a refusal depends on, but for what the function does besides; None where that cannot be told."""
+        argnums = self.innermost.argnums
+        if kwargs or not (type(argnums) is int or type(argnums) is tuple):
+            return None
+        request = (self.name, argnums, str(self.in_dims), self.randomness, grad_mode, _kind(args))
+        try:
+            hash(request)
+        except TypeError:
+            return None
+        return request
 
     def _run_one_by_one(
         self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]

@@ -97,9 +97,15 @@ class Verdict:
 
     def refused(self, request: Any, reason: str) -> None:
         """A request was."""
+        if request is None:
+            return
         if request not in self.refusals and len(self.refusals) >= _MOST_SHAPES:
             self.refusals.clear()
-        self.refusals[request] = (reason, self.refusals.get(request, ("", 0))[1] + 1)
+        self.refusals[request] = (reason, self.refusals.get(request, (None, 0))[1] + 1)
+
+    def forget(self, request: Any) -> None:
+        """A request was not refused, or PyTorch has an error for it."""
+        self.refusals.pop(request, None)
 
     def structures(self, shapes: Any) -> AbstractSet[int]:
         """Of watched graphs with inputs of these shapes.  Where there are some, a run need not be watched."""
