@@ -50,7 +50,7 @@ std::optional<Shape> concrete(const std::vector<c10::SymInt>& values) {
 
 template <class N>
 std::optional<Convolution> read(const common::NodePtr& fn, const N& n) {
-  if (n.transposed || n.groups != 1 || n.weight_.has_hooks() || n.input_.has_hooks()) return std::nullopt;
+  if (n.transposed || n.groups != 1) return std::nullopt;
   const at::Tensor data = tape::unpack(fn, n.input_), weight = tape::unpack(fn, n.weight_);
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
   const auto plain = [&](const at::Tensor& tensor) {

@@ -26,14 +26,19 @@ def _random_state(flat: list[Any]) -> Any:
     return _engine.random_state([x for x in flat if isinstance(x, Tensor)])
 
 
+_CONSTANTS = {int, float, complex, bool, str, type(None), torch.dtype, torch.device}
+
+
 def _kind(tree: Any) -> Any:
-    """A tree with shapes and types in the place of its tensors."""
+    """A tree with shapes and types in the place of its tensors; TypeError where it holds what cannot be told from others."""
     if type(tree) is Tensor:
         return tree.shape, tree.dtype
     if type(tree) is dict:
         return "dict", *[(name, _kind(value)) for name, value in tree.items()]
     if type(tree) is tuple or type(tree) is list:
         return type(tree), *map(_kind, tree)
+    if type(tree) not in _CONSTANTS:
+        raise TypeError(type(tree))
     return type(tree), tree
 
 
@@ -123,12 +128,10 @@ class BatchedTransform(Wrapped):
         argnums = self.innermost.argnums
         if kwargs or not (type(argnums) is int or type(argnums) is tuple):
             return None
-        request = (self.name, argnums, str(self.in_dims), self.randomness, grad_mode, _kind(args))
         try:
-            hash(request)
+            return self.name, argnums, str(self.in_dims), self.randomness, grad_mode, _kind(args)
         except TypeError:
             return None
-        return request
 
     def _run_one_by_one(
         self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]
