@@ -169,13 +169,18 @@ py::object of_function(const py::object& func, const py::object& inputs, const D
   if (count == 0) return py::none();
   const torch::autograd::AutoGradMode grad_mode(true);
   Tensors leaves(count);
-  py::tuple arguments(count);
   for (std::size_t k = 0; k < count; ++k) {
     leaves[k] = fresh_leaf(several ? PyTuple_GET_ITEM(inputs.ptr(), k) : inputs.ptr());
     if (!leaves[k].defined()) return py::none();
-    arguments[k] = py::cast(leaves[k]);
   }
-  const py::object output = py::reinterpret_steal<py::object>(PyObject_Call(func.ptr(), arguments.ptr(), nullptr));
+  py::object arguments = py::cast(leaves[0]);
+  if (several) {
+    py::tuple all(count);
+    for (std::size_t k = 0; k < count; ++k) all[k] = py::cast(leaves[k]);
+    arguments = std::move(all);
+  }
+  const auto output = py::reinterpret_steal<py::object>(several ? PyObject_Call(func.ptr(), arguments.ptr(), nullptr)
+                                                                : PyObject_CallOneArg(func.ptr(), arguments.ptr()));
   if (!output) throw py::error_already_set();
   py::object reason = py::none();
   if (THPVariable_CheckExact(output.ptr())) {
@@ -187,7 +192,7 @@ py::object of_function(const py::object& func, const py::object& inputs, const D
     }
   }
   py::list begun;
-  begun.append(arguments);
+  begun.append(several ? arguments : py::object(py::make_tuple(arguments)));
   begun.append(output);
   begun.append(reason);
   return std::move(begun);
