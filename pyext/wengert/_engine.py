@@ -29,6 +29,8 @@ _strided = torch.strided
 # Graphs of which something is computed again when it is needed (checkpointing): below vmap there is no telling with what.
 SAVED_THROUGH_HOOKS = "saved tensors with hooks"
 
+NO_INPUTS = "no inputs"  # whatever PyTorch has to say to that
+
 HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change no derivative
 
 
@@ -83,9 +85,11 @@ def values(
     return is_tuple, leaves, func(*leaves), None
 
 
-def refusal_of(strategy: str) -> str | None:
-    """Why nothing of this moment can run on the engine with the strategy of a function form, or None."""
-    return "forward-mode strategy" if strategy != "reverse-mode" else refusal()
+def refusal_of(strategy: str, inputs: Any) -> str | None:
+    """Why nothing of this moment can run on the engine with these arguments of a function form, or None."""
+    if strategy != "reverse-mode":
+        return "forward-mode strategy"
+    return NO_INPUTS if type(inputs) is tuple and not inputs else refusal()
 
 
 def count_fallback(name: str, reason: str) -> None:
@@ -211,6 +215,7 @@ def vjp(
     asked: bool = False,
 ) -> Sequence[Tensor | None]:
     """`native_vjp`, or the same from PyTorch's engine; `asked` whether the history was asked about before."""
+    reason = reason if inputs else NO_INPUTS
     if create_graph and not asked and not is_grads_batched and reason is None:
         reason = C.refusal_of_history(outputs, inputs)
     options = (retain_graph, create_graph, is_grads_batched)

@@ -72,7 +72,7 @@ def jacobian(
     special = create_graph or strict or strategy != "reverse-mode"
     begun = _engine.of_function("jacobian", C.jacobian_of, func, inputs, special)
     if begun is None:
-        reason = _engine.refusal_of(strategy)
+        reason = _engine.refusal_of(strategy, inputs)
         if reason is not None:
             _engine.count_fallback("jacobian", reason)
             return _torch_jacobian(func, inputs, create_graph, strict, vectorize, strategy)
@@ -90,6 +90,8 @@ def jacobian(
                     "torch.autograd.functional.jacobian: `strict=True` and `vectorized=True` are not supported together. "
                     "Please either set `strict=False` or `vectorize=False`."
                 )
+        if not outputs and not vectorize:
+            raise IndexError("tuple index out of range")  # as torch.autograd.functional.jacobian says it
         blocks = _blocks(outputs, inputs, create_graph, strict, vectorize, reason)
         return _nest(blocks, is_outputs_tuple, is_inputs_tuple)
     finally:
@@ -176,7 +178,7 @@ def hessian(
     special = create_graph or strict or outer_jacobian_strategy != "reverse-mode"
     begun = _engine.of_function("hessian", C.hessian_of, func, inputs, special)
     if begun is None:
-        reason = _engine.refusal_of(outer_jacobian_strategy)
+        reason = _engine.refusal_of(outer_jacobian_strategy, inputs)
         if reason is not None or (strict and vectorize):
             _engine.count_fallback("hessian", reason or "strict and vectorize together")
             return _torch_hessian(func, inputs, create_graph, strict, vectorize, outer_jacobian_strategy)

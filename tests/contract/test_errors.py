@@ -178,6 +178,20 @@ def test_an_output_without_elements():
     assert_same_error(lambda: wengert.jacobian(lambda x: x[:0], vec()), lambda: F.jacobian(lambda x: x[:0], vec()))
 
 
+@pytest.mark.parametrize("options", [{}, {"create_graph": True}, {"strict": True}, {"vectorize": True}], ids=str)
+def test_outputs_that_are_an_empty_tuple(options):
+    for inputs in (vec(), (vec(), vec())):
+        assert_same_error(
+            lambda: wengert.jacobian(lambda *x: (), inputs, **options), lambda: F.jacobian(lambda *x: (), inputs, **options)
+        )
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), vec(1, requires_grad=True).sum()])
+def test_inputs_that_are_an_empty_tuple(pair, value):
+    ours, theirs = pair
+    assert_same_error(lambda: ours(lambda: value, ()), lambda: theirs(lambda: value, ()))
+
+
 def graph(f=torch.exp, **options):
     x = vec(requires_grad=True)
     return x, f(x)
@@ -297,6 +311,8 @@ TRANSFORM_ERRORS = {
     "argnums twice": lambda m: m.jacrev(torch.mul, (0, 0))(vec(), vec()),
     "argnums empty": lambda m: m.jacrev(torch.mul, ())(vec(), vec()),
     "argnums of a wrong type": lambda m: m.grad(torch.dot, "x")(vec(), vec()),
+    "jacrev without argnums": lambda m: m.jacrev(torch.sin, None)(vec()),
+    "hessian without argnums": lambda m: m.hessian(lambda x: x.sum(), None)(vec()),
     "jacrev without arguments": lambda m: m.jacrev(lambda: torch.ones(2))(),
     "chunk size": lambda m: m.jacrev(torch.sin, chunk_size=0),
     "vmap chunk size": lambda m: m.vmap(m.jacrev(torch.sin), chunk_size=0),
@@ -316,6 +332,11 @@ TRANSFORM_ERRORS = {
 def test_transforms(case):
     assert_same_error(lambda: case(func), lambda: case(torch.func))
     assert torch.is_grad_enabled()
+
+
+def test_forward_mode_in_all_arguments():
+    """`jacfwd` alone takes None for all of them, and gives a tuple."""
+    assert_same(func.jacfwd(torch.mul, None)(vec(), vec(3)), torch.func.jacfwd(torch.mul, None)(vec(), vec(3)))
 
 
 @pytest.mark.parametrize("f", [lambda x: x * x.sum().item(), lambda x: x if x.sum() > 0 else -x])

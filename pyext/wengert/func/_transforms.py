@@ -161,6 +161,8 @@ class Transform(Wrapped):
 
     def unusual(self, flat: Sequence[Any], args_spec: Any) -> str | None:
         """Why PyTorch should see these arguments (to raise an error, most often), or None."""
+        if not isinstance(self.argnums, (int, tuple)):
+            return "argnums that is neither an int nor a tuple"
         for k in differentiated(self.argnums, len(flat), args_spec)[0]:
             if not _is_plain(flat[k]) or not flat[k].is_floating_point():
                 return "differentiated arguments that are not plain real tensors"
