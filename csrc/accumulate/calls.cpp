@@ -27,15 +27,18 @@ namespace functorch = at::functorch;
 
 // What a called node reads and writes at a time.  A convolution's rows are 2 to 3 times faster in such portions than all at once.
 constexpr double kBytesAtOnce = 2 << 20;
-constexpr std::int64_t kLeastRowsAtOnce = 16;
 
 // One vmap level for the lifetime of the object.
 class VmapLevel {
  public:
   explicit VmapLevel(std::int64_t batch)
-      : level_(functorch::initAndPushDynamicLayer(functorch::TransformType::Vmap, c10::SymInt(batch),
+      : depth_(functorch::getDynamicLayerStack().size()),
+        level_(functorch::initAndPushDynamicLayer(functorch::TransformType::Vmap, c10::SymInt(batch),
                                                   functorch::RandomnessType::Error)) {}
-  ~VmapLevel() { functorch::popDynamicLayerAndDeleteMetadata(); }
+  // An interrupt in PyTorch's Python code may leave layers of its own on top, or have taken this one off.
+  ~VmapLevel() {
+    while (functorch::getDynamicLayerStack().size() > depth_) functorch::popDynamicLayerAndDeleteMetadata();
+  }
   VmapLevel(const VmapLevel&) = delete;
   VmapLevel& operator=(const VmapLevel&) = delete;
 
@@ -56,7 +59,8 @@ class VmapLevel {
     out.insert(out.end(), sizes.begin(), sizes.end());
     return out;
   }
-  std::int64_t level_;
+  const std::size_t depth_;  // of the stack below
+  const std::int64_t level_;
 };
 
 // Warnings about missing batching rules are about our choice to batch, not about the user's code.
@@ -308,9 +312,9 @@ std::vector<at::Tensor> call(const blocks::CallNode& step, const blocks::Plan& p
 
 }  // namespace
 
-std::int64_t within_caches(double bytes, std::int64_t rows) {
+std::int64_t within_caches(double bytes, std::int64_t rows, std::int64_t least) {
   const auto parts = static_cast<std::int64_t>(std::ceil(bytes / kBytesAtOnce));
-  return parts <= 1 ? rows : std::max((rows + parts - 1) / parts, kLeastRowsAtOnce);
+  return parts <= 1 ? rows : std::max((rows + parts - 1) / parts, least);
 }
 
 Calls::~Calls() { forget(); }

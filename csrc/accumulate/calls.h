@@ -23,8 +23,9 @@ struct GaveNothing {
 struct GaveSomething {};
 
 // How many of some rows a kernel takes at a time, on the CPU, where it reads and writes so many bytes for all of them: as many as
-// the caches hold.
-std::int64_t within_caches(double bytes, std::int64_t rows);
+// the caches hold, but `least`.
+constexpr std::int64_t kLeastRowsAtOnce = 16;
+std::int64_t within_caches(double bytes, std::int64_t rows, std::int64_t least = kLeastRowsAtOnce);
 
 // The calls of one derivation.  Custom Functions are called once, however many plans it takes.
 class Calls {

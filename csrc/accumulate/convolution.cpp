@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "accumulate/calls.h"
+#include "tape/reader.h"
 #include "tape/saved.h"
 
 namespace wengert::accumulate {
@@ -18,10 +20,16 @@ namespace {
 
 using Shape = std::vector<std::int64_t>;
 
-constexpr std::int64_t kBlock = 16;            // channels that oneDNN's kernels take at once
-constexpr std::int64_t kLeastWork = 1 << 18;   // products: below it the extra operators cost more than is gained
-constexpr std::int64_t kMostPlaces = 15 * 15;  // in a kernel
-constexpr std::int64_t kFewToAdd = 3, kFewToAddByLongSteps = 8;  // channels of the data; see NOTE [Few channels]
+constexpr std::int64_t kBlock = 16;           // channels that oneDNN's kernels take at once
+constexpr std::int64_t kLeastWork = 1 << 18;  // products: below it the extra operators cost more than is gained
+
+// Where columns that are added are faster: see NOTE [Few channels].
+struct Columns {
+  std::int64_t most_in, least_out;  // channels
+  std::int64_t most_places;         // in a kernel
+};
+constexpr Columns kByShortSteps[] = {{3, 1, 7 * 7}};
+constexpr Columns kByLongSteps[] = {{2, 1, 7 * 7}, {4, 9, 5 * 5}, {4, 48, 7 * 7}, {8, 12, 3 * 3}};
 
 struct Convolution {
   at::Tensor weight;  // (channels out, channels in, height, width)
@@ -38,16 +46,6 @@ struct Convolution {
   at::Tensor gradient(const at::Tensor& cotangent) const;
 };
 
-std::optional<Shape> concrete(const std::vector<c10::SymInt>& values) {
-  Shape out;
-  for (const c10::SymInt& value : values) {
-    const std::optional<std::int64_t> known = value.maybe_as_int();
-    if (!known) return std::nullopt;
-    out.push_back(*known);
-  }
-  return out;
-}
-
 template <class N>
 std::optional<Convolution> read(const common::NodePtr& fn, const N& n) {
   if (n.transposed || n.groups != 1) return std::nullopt;
@@ -58,9 +56,11 @@ std::optional<Convolution> read(const common::NodePtr& fn, const N& n) {
            tensor.dim() == 4 && tensor.is_contiguous() && !tensor.key_set().has_any(wrapped);
   };
   if (!plain(data) || !plain(weight)) return std::nullopt;
-  const auto step = concrete(n.stride), padding = concrete(n.padding), dilation = concrete(n.dilation);
-  if (!step || !padding || !dilation) return std::nullopt;
-  return Convolution{weight, data.sizes().slice(1).vec(), *step, *padding, *dilation};
+  const auto along = [](const auto& numbers) {
+    const tape::Integers each = tape::Take::per_axis(numbers, 2);
+    return Shape(each.begin(), each.end());
+  };
+  return Convolution{weight, data.sizes().slice(1).vec(), along(n.stride), along(n.padding), along(n.dilation)};
 }
 
 std::optional<Convolution> Convolution::of(const common::NodePtr& fn) {
@@ -74,14 +74,20 @@ bool Convolution::turns() const {
   for (int d = 0; d < 2; ++d) {
     if (step[d] != 1 || dilation[d] * (weight.size(2 + d) - 1) < padding[d]) return false;
   }
-  return in() > kFewToAdd || out() < 4 * in();
+  return in() > kByShortSteps->most_in || out() < 4 * in();
 }
 
 bool Convolution::pays(std::int64_t outputs) const {
   const std::int64_t places = weight.size(2) * weight.size(3);
-  if (places == 1 || places > kMostPlaces || outputs * in() * places < kLeastWork) return false;
+  if (places == 1 || outputs * in() * places < kLeastWork) return false;
   if (turns()) return out() < kBlock;
-  return in() <= (step[0] == 1 && step[1] == 1 ? kFewToAdd : kFewToAddByLongSteps);
+  for (int d = 0; d < 2; ++d) {
+    if (dilation[d] != 1 || padding[d] >= weight.size(2 + d)) return false;
+  }
+  const std::span<const Columns> known = step[0] == 1 && step[1] == 1 ? std::span<const Columns>(kByShortSteps) : kByLongSteps;
+  return std::ranges::any_of(known, [&](const Columns& columns) {
+    return in() <= columns.most_in && out() >= columns.least_out && places <= columns.most_places;
+  });
 }
 
 std::int64_t Convolution::values_for_one(const at::Tensor& cotangent) const {
@@ -114,7 +120,7 @@ at::Tensor convolution_gradient(const common::NodePtr& fn, const at::Tensor& cot
   shape.insert(shape.end(), convolution->data.begin(), convolution->data.end());
   const std::int64_t samples = given.size(0);
   const double values = static_cast<double>(given.numel()) + static_cast<double>(samples * convolution->values_for_one(given));
-  const std::int64_t at_once = within_caches(values * sizeof(float), samples);
+  const std::int64_t at_once = within_caches(values * sizeof(float), samples, convolution->turns() ? kLeastRowsAtOnce : 1);
   calls += (samples + at_once - 1) / at_once;
   if (at_once == samples) return convolution->gradient(given).reshape(shape);
   const at::Tensor result = at::empty(shape, cotangent.options());

@@ -185,13 +185,19 @@ struct Answer {
   std::vector<at::Tensor> results;
   std::shared_ptr<const Planned> planned;
   bool custom = false;  // user code took part, which is not asked twice
-  Edges ends;           // of the results' histories, where they have one
+  // Where the results have a history:
+  Edges ends;
+  std::size_t graph_bytes = 0;
 };
 
 Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::TensorList cotangents, Mode mode,
            bool keep_graph) {
-  Answer answer{.results = {}, .planned = nullptr, .custom = tape.custom, .ends = {}};
-  if (mode != Mode::plain) answer.ends = ends(tape, inputs, cotangents);
+  Answer answer;
+  answer.custom = tape.custom;
+  if (mode != Mode::plain) {
+    answer.ends = ends(tape, inputs, cotangents);
+    answer.graph_bytes = graph_bytes(tape, answer.ends);
+  }
   Calls calls(tape);
   answer.planned = plan_for(tape, request, mode, cotangents, answer.ends, calls);
   const Strides strides = request.seed == Seed::gradient ? Strides::dense : Strides::contiguous;
@@ -290,22 +296,24 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
               const Route& route = Route()) {
   if (mode == Mode::plain) return;
   std::shared_ptr<Question> question;
+  std::shared_ptr<const Provenance> provenance;
   if (!answer.custom) {
-    question = std::make_shared<Question>(memo.structure());
+    question = std::make_shared<Question>();
     question->of = asked.of;
     question->at_once = mode == Mode::at_once;
     question->outputs = edges_of(asked.outputs);
     question->inputs = edges_of(asked.inputs);
     std::ranges::transform(asked.cotangents, std::back_inserter(question->cotangents), Question::Cotangent::of);
     question->ends = answer.ends;
+    provenance = std::make_shared<const Provenance>(memo.structure(), question, answer.graph_bytes);
   }
   const auto find = [&] {
     const std::size_t width = mode == Mode::at_once ? asked.inputs.size() : answer.results.size();
-    const Counterparts theirs = question ? question->counterparts() : own_columns(answer.results, width);
+    const Counterparts theirs = question ? counterparts(*question) : own_columns(answer.results, width);
     if (question) route.choose(answer.results, rows_of(theirs, asked.inputs.size(), rows));
     return std::make_unique<History>(answer.ends, theirs, answer.results, question != nullptr);
   };
-  memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, question);
+  memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, provenance);
 }
 
 // See NOTE [Streams].
@@ -345,6 +353,17 @@ TensorRows batch_jacobian(at::TensorList outputs, at::TensorList inputs, Mode mo
 
 namespace {
 
+// Of batched cotangents; where they have another axis in front each, or none, PyTorch has something to say.
+void check_batch(at::TensorList outputs, const std::vector<at::Tensor>& cotangents) {
+  bool fits = !cotangents.empty() && cotangents.size() == outputs.size();
+  for (std::size_t i = 0; fits && i < cotangents.size(); ++i) {
+    const at::IntArrayRef shape = cotangents[i].sizes();
+    fits = shape.size() == outputs[i].sizes().size() + 1 && shape.slice(1) == outputs[i].sizes() &&
+           shape[0] == cotangents[0].size(0);
+  }
+  if (!fits) throw tape::Unsupported("grad_outputs without a common batch axis in front");
+}
+
 // With `history`, as PyTorch's; without it, as it comes.
 Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList cotangents, bool retain_graph, Mode mode,
                  bool batched, bool none_is_zero, bool history, bool asked = true) {
@@ -359,16 +378,15 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
     Cotangent cotangent{.given = has, .shape = {}, .dtype = at::kFloat};
     if (has) {
       const at::Tensor& tensor = cotangents[i];
-      if (tensor.layout() != at::kStrided || tensor.device() != tape.device || tensor.is_complex() || tensor.is_conj() ||
-          tensor.is_neg()) {
-        throw tape::Unsupported("grad_outputs that are not plain strided tensors on the outputs' device");
-      }
+      tape::check_tensor(tensor);
+      if (tensor.device() != tape.device) throw tape::Unsupported("grad_outputs on another device than the outputs");
       cotangent.shape = tensor.sizes().vec();
       cotangent.dtype = tensor.scalar_type();
       given.push_back(tensor);
     }
     request.cotangents.push_back(std::move(cotangent));
   }
+  if (batched) check_batch(outputs, given);
   Answer answer = run(tape, request, inputs, given, mode, retain_graph || batched);
   if (history) {
     const tape::Shape lead = batched && !given.empty() ? tape::Shape{given[0].size(0)} : tape::Shape();
@@ -461,6 +479,7 @@ std::map<std::string, std::int64_t> cache_bytes() {
 void clear_caches() {
   plan_cache().clear();
   forget_routes();
+  forget_questions();
   fused::forget_interned();
   ops::forget_derived();
   ops::clear_kernels();

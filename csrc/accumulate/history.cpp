@@ -305,9 +305,14 @@ class EndEdges {
   std::uint64_t least_;
 };
 
+// Where the question of the result is known.
 const ops::TetherBackward* with_origin(const autograd::Node& fn) {
   const auto* tether = dynamic_cast<const ops::TetherBackward*>(&fn);
-  return tether != nullptr && tether->source.origin ? tether : nullptr;
+  return tether != nullptr && tether->source.origin && tether->source.origin->is_known() ? tether : nullptr;
+}
+
+const Provenance& provenance(const ops::TetherBackward& tether) {
+  return static_cast<const Provenance&>(*tether.source.origin);
 }
 
 // Of every node met from some edges on, whether it leads to one of the others; not through results of ours unless `through`.
@@ -375,7 +380,7 @@ constexpr std::size_t kMostNodes = 1 << 13;
 // The state of a question and of those that it leads to: what PyTorch has in the place of the results of earlier calls, asked for
 // once each.
 struct Asking {
-  std::map<const Question*, Counterparts> known;
+  std::map<std::int64_t, Counterparts> known;  // by number
   std::size_t nodes = 0;
   bool behind = false;  // results of ours
 
@@ -392,8 +397,8 @@ void add_to(at::Tensor& sum, const at::Tensor& part) {
 // What PyTorch computes, with what it has computed in the place of results of ours.  Values do not count, only histories do.
 autograd::variable_list gradient(const Edges& from, const autograd::variable_list& cotangents, const Edges& to, Asking& asking) {
   struct Waiting {
-    const Question* question;
-    std::int64_t result;
+    std::shared_ptr<const Question> question;
+    std::int64_t number, result;
     at::Tensor cotangent;
   };
   // Results of ours that were arrived at, the latest first: none of them leads to one that was asked for later, so that each is
@@ -422,10 +427,10 @@ autograd::variable_list gradient(const Edges& from, const autograd::variable_lis
     const autograd::variable_list arriving = run_engine(roots, given, results);
     for (std::size_t k = 0; k < tethers.size(); ++k) {
       if (!arriving[k].defined()) continue;
-      const ops::Source& source = tethers[k]->source;
-      const auto* question = static_cast<const Question*>(source.origin.get());
-      Waiting& place =
-          waiting.try_emplace({question->number, source.result}, question, source.result, at::Tensor()).first->second;
+      const Provenance& origin = provenance(*tethers[k]);
+      const std::int64_t number = origin.number(), result = tethers[k]->source.result;
+      Waiting& place = waiting.try_emplace({number, result}, origin.question(), number, result, at::Tensor()).first->second;
+      TORCH_CHECK(place.question, "a question that was forgotten meanwhile");
       add_to(place.cotangent, arriving[k]);
     }
   };
@@ -433,8 +438,8 @@ autograd::variable_list gradient(const Edges& from, const autograd::variable_lis
   const bool before = std::exchange(asking.behind, true);
   while (!waiting.empty()) {
     const Waiting next = std::move(waiting.extract(waiting.begin()).mapped());
-    auto theirs = asking.known.find(next.question);
-    if (theirs == asking.known.end()) theirs = asking.known.emplace(next.question, answer(*next.question, asking)).first;
+    auto theirs = asking.known.find(next.number);
+    if (theirs == asking.known.end()) theirs = asking.known.emplace(next.number, answer(*next.question, asking)).first;
     for (const at::Tensor& tensor : theirs->second[next.result]) {
       if (!requires_grad(tensor)) continue;
       pass({edge_of(tensor)}, {next.cotangent.sum().to(tensor.scalar_type()).expand(tensor.sizes())});  // it may be a row of many
@@ -525,29 +530,12 @@ Counterparts answer(const Question& question, Asking& asking) {
 
 }  // namespace
 
-Question::Question(std::int64_t structure)
-    : Origin(structure), number([] {
-        static std::atomic<std::int64_t> made = 0;
-        return made++;
-      }()) {}
-
-Question::Cotangent Question::Cotangent::of(const at::Tensor& tensor) {
-  if (!tensor.defined()) return {};
-  return {.given = true, .shape = tensor.sizes().vec(), .options = tensor.options(), .edge = edge_of(tensor)};
-}
-
-at::Tensor Question::Cotangent::stand_in() const {
-  const at::Tensor tensor = at::ones(shape, options);
-  if (edge.is_valid()) autograd::impl::set_gradient_edge(tensor, edge);
-  return tensor;
-}
-
-Counterparts Question::counterparts() const {
+Counterparts counterparts(const Question& question) {
   const Unnoticed unnoticed;
   const autograd::AutoGradMode with_grad(true);
   Asking asking;
   try {
-    return answer(*this, asking);
+    return answer(question, asking);
   } catch (const std::exception& error) {  // ours are then taken as they are
     if (!tape::may_retry(error)) throw;
     return {};
@@ -643,12 +631,6 @@ Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t wid
   return by_pairs(rows, width, /*at_once=*/true);
 }
 
-Edges edges_of(at::TensorList tensors) {
-  Edges out;
-  for (const at::Tensor& tensor : tensors) out.push_back(edge_of(tensor));
-  return out;
-}
-
 Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents) {
   Edges out = edges_of(inputs);
   for (const at::Tensor& cotangent : cotangents) out.push_back(edge_of(cotangent));
@@ -657,8 +639,8 @@ Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotange
     const auto on_tape = [](const tape::Value& value) { return value.node >= 0; };
     if (std::ranges::none_of(node.inputs, on_tape)) continue;  // an input itself
     if (const auto* tether = with_origin(*node.fn); tether != nullptr && origins.insert(tether->source.origin.get()).second) {
-      const Edges& theirs = tether->source.origin->ends;
-      out.insert(out.end(), theirs.begin(), theirs.end());
+      if (const auto question = provenance(*tether).question())
+        out.insert(out.end(), question->ends.begin(), question->ends.end());
     }
     for (std::size_t k = 0; k < node.inputs.size(); ++k) {
       const Edge& edge = node.fn->next_edge(k);

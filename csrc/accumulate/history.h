@@ -12,7 +12,6 @@
 // told apart by a key.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/edge.h>
 
 #include <atomic>
 #include <cstdint>
@@ -20,46 +19,22 @@
 #include <memory>
 #include <vector>
 
+#include "accumulate/question.h"
 #include "common/key.h"
 #include "ops/tether.h"
 #include "tape/tape.h"
 
 namespace wengert::accumulate {
 
-using Edges = std::vector<torch::autograd::Edge>;
 // PyTorch's counterpart of each of our results: the tensors whose graphs decide.  Several where PyTorch computes several results
 // as one tensor.
 using Counterparts = std::vector<std::vector<at::Tensor>>;
 
-// What was asked for, and is asked of PyTorch: by edges, as tensors may be written to afterwards, and may come to lead to
-// results.
-struct Question : ops::Origin {
-  enum class Of : std::uint8_t { jacobian, gradient, batched_gradient, hessian };
-  // In the place of a cotangent, whose values do not count.
-  struct Cotangent {
-    bool given = false;
-    std::vector<std::int64_t> shape;
-    at::TensorOptions options;
-    torch::autograd::Edge edge;
-
-    static Cotangent of(const at::Tensor& tensor);
-    at::Tensor stand_in() const;
-  };
-
-  explicit Question(std::int64_t structure);
-  // PyTorch's answer.  Empty where it has none.
-  Counterparts counterparts() const;
-
-  Of of = Of::jacobian;
-  bool at_once = false;  // PyTorch computes one tensor for each input, which is split
-  Edges outputs, inputs;
-  std::vector<Cotangent> cotangents;  // of gradients: for each output, not given for ones
-  const std::int64_t number;          // what was asked later may lead to what was asked earlier
-};
+// PyTorch's answer.  Empty where it has none.
+Counterparts counterparts(const Question& question);
 
 // Where histories end: the edges of the inputs, of the cotangents, those that leave the tape, and the ends of results of ours.
 Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents);
-Edges edges_of(at::TensorList tensors);
 
 class History {
  public:

@@ -111,14 +111,31 @@ bool saves_through_hooks(const torch::autograd::Node& fn) {
   return std::ranges::any_of(saved, &torch::autograd::SavedVariable::has_hooks);
 }
 
-// Whatever a Function raises may be due to how it was called, but for what ends a program: KeyboardInterrupt, SystemExit.
+// Whether an exception, or one in whose handling it was raised, is one of those that end a program: KeyboardInterrupt, SystemExit.
+bool ends_a_program(py::handle raised) {
+  for (py::object at = py::reinterpret_borrow<py::object>(raised); at && !at.is_none();) {
+    if (PyErr_GivenExceptionMatches(at.ptr(), PyExc_Exception) == 0) return true;
+    if (PyExceptionInstance_Check(at.ptr()) == 0) return false;
+    at = py::reinterpret_steal<py::object>(PyException_GetContext(at.ptr()));
+  }
+  return false;
+}
+
+// Whatever a Function raises may be due to how it was called, but for what ends a program.
 bool may_retry(const std::exception& error) {
   const py::gil_scoped_acquire gil;
-  PyObject* type = PyErr_Occurred();
-  if (const auto* raised = dynamic_cast<const python_error*>(&error); raised && raised->type) type = raised->type;
-  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) type = raised->type().ptr();
-  if (type != nullptr && PyErr_GivenExceptionMatches(type, PyExc_Exception) == 0) return false;
-  PyErr_Clear();
+  if (PyErr_Occurred() != nullptr) {
+    py::error_already_set current;  // takes it
+    if (ends_a_program(current.value())) {
+      current.restore();
+      return false;
+    }
+  }
+  if (const auto* raised = dynamic_cast<const python_error*>(&error); raised && raised->type) {
+    const bool made = raised->value && PyExceptionInstance_Check(raised->value) != 0;
+    return !ends_a_program(made ? raised->value : raised->type);
+  }
+  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) return !ends_a_program(raised->value());
   return true;
 }
 

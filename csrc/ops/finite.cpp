@@ -26,7 +26,7 @@ bool are_finite(const T* x, std::int64_t count) {
 
 bool are_finite(at::TensorList tensors) {
   return std::ranges::all_of(tensors, [](const at::Tensor& tensor) {
-    if (!tensor.defined()) return true;
+    if (!tensor.defined() || tensor._is_zerotensor()) return true;
     if (tensor.is_cpu() && tensor.is_contiguous() && !tensor.is_neg()) {
       if (tensor.scalar_type() == at::kFloat) return are_finite(tensor.const_data_ptr<float>(), tensor.numel());
       if (tensor.scalar_type() == at::kDouble) return are_finite(tensor.const_data_ptr<double>(), tensor.numel());

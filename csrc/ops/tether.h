@@ -14,9 +14,9 @@ struct Origin {
   Origin(const Origin&) = delete;
   Origin& operator=(const Origin&) = delete;
   virtual ~Origin() = default;
+  virtual bool is_known() const = 0;  // still
 
-  const std::int64_t structure;             // a number that equal ones share
-  std::vector<torch::autograd::Edge> ends;  // of the results' histories
+  const std::int64_t structure;  // a number that equal ones share
 };
 
 // Which result of a call.

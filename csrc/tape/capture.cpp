@@ -28,19 +28,6 @@ namespace {
 
 namespace autograd = torch::autograd;
 
-// Only plain strided tensors can be read by the engine's kernels.
-void check_tensor(const at::Tensor& tensor) {
-  static const c10::DispatchKeySet kForeign({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
-                                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched,
-                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Conjugate,
-                                             c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
-  if (tensor.key_set().has_any(kForeign)) throw Unsupported("a wrapped, lazily negated or subclass tensor");
-  if (tensor.layout() != at::kStrided || tensor.is_nested()) throw Unsupported("a layout other than strided");
-  if (tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) throw Unsupported("symbolic sizes");
-  if (at::isComplexType(tensor.scalar_type())) throw Unsupported("complex numbers");
-  if (at::isQIntType(tensor.scalar_type())) throw Unsupported("quantised numbers");
-}
-
 // Hooks have to see every gradient that PyTorch would show them.
 void check_hooks(autograd::Node& fn, bool runs) {
   if (has_tensor_hooks(fn)) throw Unsupported("a tensor with hooks or retain_grad");
@@ -282,9 +269,9 @@ Rewritten rewritten(Walk& walk) {
     if (has_tensor_hooks(fn) || has_node_hooks(fn)) continue;
     Node node;
     node.fn = common::share(&fn);
+    const at::AutoGradMode with_history(true);
     std::vector<at::Tensor> unused;
     SlotTable slots(unused);
-    const at::AutoGradMode with_history(true);
     const at::Tensor result = reader.rewritten(Take(node, slots, /*one_row=*/false), fn);
     if (result.defined() && result.requires_grad()) out[&fn] = autograd::impl::gradient_edge(result);
   }
@@ -349,6 +336,18 @@ class Sign {
 
 }  // namespace
 
+void check_tensor(const at::Tensor& tensor) {
+  static const c10::DispatchKeySet kForeign({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Batched,
+                                             c10::DispatchKey::Functionalize, c10::DispatchKey::Conjugate,
+                                             c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+  if (tensor.key_set().has_any(kForeign)) throw Unsupported("a wrapped, lazily negated or subclass tensor");
+  if (tensor.layout() != at::kStrided || tensor.is_nested()) throw Unsupported("a layout other than strided");
+  if (tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) throw Unsupported("symbolic sizes");
+  if (at::isComplexType(tensor.scalar_type())) throw Unsupported("complex numbers");
+  if (at::isQIntType(tensor.scalar_type())) throw Unsupported("quantised numbers");
+}
+
 void Node::clear() {
   reader = nullptr;
   fn = nullptr;
@@ -375,20 +374,33 @@ Tape::~Tape() {
   common::Spare<TapeContents>::give(std::move(*this));
 }
 
+SlotTable::SlotTable(std::vector<at::Tensor>& slots) : slots_(slots), by_history_(at::GradMode::is_enabled()) {}
+
+// Leaves have none but themselves: two of them are never the same.
+SlotTable::History SlotTable::history_of(const at::Tensor& tensor) const {
+  if (!by_history_ || !tensor.requires_grad()) return {};
+  return {tensor.grad_fn().get(), static_cast<std::uint32_t>(tensor.output_nr()), true};
+}
+
 std::int32_t SlotTable::add(at::Tensor tensor) {
   check_tensor(tensor);
+  const History history = history_of(tensor);
   const void* data = tensor.const_data_ptr();
-  std::int32_t& latest = by_data_[data];
+  std::size_t hash = reinterpret_cast<std::uintptr_t>(data);
+  const auto mix = [&hash](std::size_t word) { hash = (hash ^ word) * 0x9E3779B97F4A7C15ull; };
+  mix(reinterpret_cast<std::uintptr_t>(history.fn));
+  for (const std::int64_t extent : tensor.sizes()) mix(static_cast<std::size_t>(extent));
+  for (const std::int64_t stride : tensor.strides()) mix(static_cast<std::size_t>(stride));
+  std::int32_t& latest = by_hash_[reinterpret_cast<const void*>(hash)];
   for (std::int32_t known = latest; known >= 0; known = before_[known]) {
     const at::Tensor& other = slots_[known];
     if (other.is_same(tensor)) return known;
-    if (other.scalar_type() != tensor.scalar_type() || other.sizes() != tensor.sizes() || other.strides() != tensor.strides() ||
-        !other.storage().is_alias_of(tensor.storage()) || other.requires_grad() != tensor.requires_grad()) {
+    if (other.const_data_ptr() != data || other.scalar_type() != tensor.scalar_type() || other.sizes() != tensor.sizes() ||
+        other.strides() != tensor.strides() || !other.storage().is_alias_of(tensor.storage())) {
       continue;
     }
-    if (!tensor.requires_grad()) return known;
-    const NodePtr& fn = tensor.grad_fn();
-    if (fn && fn == other.grad_fn() && tensor.output_nr() == other.output_nr()) return known;
+    const History before = history_of(other);
+    if (before == history && (!history.any || history.fn != nullptr)) return known;
   }
   slots_.push_back(std::move(tensor));
   before_.push_back(latest);

@@ -27,16 +27,26 @@ namespace wengert::tape {
 
 using torch::autograd::SavedVariable;
 
-// Where saved tensors go: equal tensors (storage, geometry, dtype, history) share a slot.
+// Where saved tensors go: equal tensors (storage, geometry, dtype, and history where there is a graph to be made) share a slot.
 class SlotTable {
  public:
-  explicit SlotTable(std::vector<at::Tensor>& slots) : slots_(slots) {}
+  explicit SlotTable(std::vector<at::Tensor>& slots);
   std::int32_t add(at::Tensor tensor);
 
  private:
+  struct History {
+    const torch::autograd::Node* fn = nullptr;
+    std::uint32_t output = 0;
+    bool any = false;
+
+    bool operator==(const History&) const = default;
+  };
+  History history_of(const at::Tensor& tensor) const;
+
   std::vector<at::Tensor>& slots_;
-  common::PointerIndex by_data_;                 // the latest slot at an address
-  common::RecycledVector<std::int32_t> before_;  // of each slot: the one before at the same address
+  const bool by_history_;
+  common::PointerIndex by_hash_;                 // the latest slot of a hash
+  common::RecycledVector<std::int32_t> before_;  // of each slot: the one before with the same hash
 };
 
 // What a row sees while its node is read; it gives the values of the row's parameters.  Everything describe() depends on must be
@@ -67,6 +77,10 @@ class Take {
   static std::int64_t concrete(std::int64_t value) { return value; }
   static Integers concrete(c10::ArrayRef<c10::SymInt> values);
   static Integers concrete(c10::ArrayRef<std::int64_t> values) { return Integers(values); }
+  // Of which one may stand for all axes.
+  static Integers per_axis(c10::ArrayRef<c10::SymInt> values, std::int64_t axes) {
+    return values.size() == 1 ? Integers(axes, concrete(values[0])) : concrete(values);
+  }
 
   void program(std::shared_ptr<const fused::Program> program) { node_.program = std::move(program); }
 

@@ -80,7 +80,8 @@ struct Source {
   std::int64_t origin, result;
 };
 Source read_tether(Take&, const ops::TetherBackward& n) {
-  return {n.source.origin ? static_cast<std::int64_t>(n.source.origin->structure) : -1, n.source.result};
+  const bool known = n.source.origin && n.source.origin->is_known();
+  return {known ? n.source.origin->structure : -1, n.source.result};
 }
 
 // The result passes through to where it came from; the other edges receive zeros.

@@ -66,18 +66,13 @@ Pullback convolution(const Site& s, const Convolution& p) {
   return f.finish(value, {w.begin() + 1, w.end()}, std::move(weight));
 }
 
-// One number may stand for all axes.
-Integers per_axis(const std::vector<c10::SymInt>& numbers, std::int64_t axes) {
-  return numbers.size() == 1 ? Integers(axes, Take::concrete(numbers[0])) : Take::concrete(numbers);
-}
-
 template <class N>
 Convolution take_convolution(Take& k, const N& n) {
   const std::int64_t spatial = std::ssize(k.node().outputs[0].shape) - 2;
-  Convolution result{per_axis(n.stride, spatial), per_axis(n.dilation, spatial), {}};
+  Convolution result{k.per_axis(n.stride, spatial), k.per_axis(n.dilation, spatial), {}};
   // One row is PyTorch's: its kernels need no windows written out.
   if (n.transposed || !k.needs(1) || k.one_row()) return result;
-  const Integers sides = per_axis(n.padding, spatial);
+  const Integers sides = k.per_axis(n.padding, spatial);
   Integers padding;  // from the last axis on, both sides
   for (auto side = sides.rbegin(); side != sides.rend(); ++side) padding.append(2, *side);
   const at::Tensor data = k.unpack(n.input_);

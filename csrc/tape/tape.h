@@ -78,6 +78,9 @@ struct Tape : TapeContents {
 // so that nodes whose structure only many rows pay for may stay opaque.
 Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row);
 
+// Throws Unsupported for what the engine's kernels cannot read: all but plain strided tensors of real numbers.
+void check_tensor(const at::Tensor& tensor);
+
 // Whether the graph of the outputs reaches a leaf that is not one of the inputs: a captured parameter, say.
 bool has_other_leaves(at::TensorList outputs, at::TensorList inputs);
 

@@ -77,9 +77,12 @@ def grad(
         # Contradictory or deprecated options: PyTorch raises or warns.
         if not only_inputs or (materialize_grads and allow_unused is False):
             reason = "unusual options"
+    given = _tensor_or_tensors_to_tuple(grad_outputs, len(outs)) if reason is None else ()
+    if is_grads_batched and any(cotangent is None for cotangent in given):
+        reason = "batched cotangents that are missing"
     if reason is None:  # numbers are differentiated as they are, without tensors of ones
         ones = grad_outputs is None and not is_grads_batched and all(y.numel() == 1 and y.is_floating_point() for y in outs)
-        cotangents = () if ones else _make_grads(outs, _tensor_or_tensors_to_tuple(grad_outputs, len(outs)), is_grads_batched)
+        cotangents = () if ones else _make_grads(outs, given, is_grads_batched)
         if not ones and len(cotangents) != len(outs):
             reason = "fewer cotangents than outputs"
     if reason is not None:

@@ -1,6 +1,8 @@
 """Custom Functions: whose code runs, how often, in which backward pass, and what is said of it."""
 
 import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -215,6 +217,43 @@ def test_what_ends_a_program_is_not_swallowed(error, call):
             x = vec(requires_grad=True)
             wengert.grad(f(x), x, torch.eye(3, dtype=torch.float64), is_grads_batched=True)
     assert len(calls) == 1
+
+
+INTERRUPTED = """
+import sys, torch, wengert
+from torch._functorch import pyfunctorch
+
+class Double(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(lambda x: x * 2)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(lambda ctx, g: Double.apply(g))
+
+pop, calls = pyfunctorch.pop_dynamic_layer_stack, []
+def interrupted():
+    layer = pop()
+    calls.append(1)
+    if len(calls) == 1:
+        raise KeyboardInterrupt
+    return layer
+
+x = torch.rand(3, requires_grad=True)
+y = Double.apply(x)
+pyfunctorch.pop_dynamic_layer_stack = interrupted
+try:
+    wengert.grad(y, x, torch.eye(3), is_grads_batched=True)
+except BaseException as error:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    print("interrupted", error is not None, len(calls))
+"""
+
+
+def test_an_interrupt_within_pytorchs_transforms_is_not_swallowed():
+    """PyTorch itself raises an error about its stack of transforms while the interrupt is on its way: in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "interrupted True 1\n"
 
 
 def test_what_only_batching_breaks_is_done_by_rows():

@@ -259,6 +259,27 @@ def test_grad_frees_the_graph_exactly_when_torch_does():
         assert outcomes[0] == outcomes[1], options
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("shapes", [[(3, 3), (2, 3)], [(2, 3), (3, 3)], [(4, 3), (1, 3)], [(3,), (3, 3)], [(0, 3), (2, 3)]], ids=str)
+def test_batched_cotangents_that_do_not_fit(shapes, create_graph):
+    def called(grad):
+        x = vec(requires_grad=True)
+        cotangents = [torch.ones(shape, dtype=torch.float64) for shape in shapes]
+        return grad((x.sin(), x.exp()), x, cotangents, is_grads_batched=True, create_graph=create_graph)
+
+    assert_same_error(lambda: called(wengert.grad), lambda: called(torch.autograd.grad))
+
+
+@pytest.mark.parametrize("cotangents", [None, [None], [None, None]], ids=str)
+def test_batched_cotangents_that_are_missing(cotangents):
+    def called(grad):
+        x = vec(requires_grad=True)
+        outputs = [x.sin().sum(), x.exp().sum()][: len(cotangents or [None])]
+        return grad(outputs, x, cotangents, is_grads_batched=True)
+
+    assert_same_error(lambda: called(wengert.grad), lambda: called(torch.autograd.grad))
+
+
 def test_saved_tensors_changed_in_place():
     def changed(call):
         return call(changed_in_place(x).sum(), x)

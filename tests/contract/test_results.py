@@ -263,6 +263,51 @@ def test_what_a_result_remembers_leaves_with_it():
     assert mark() is None
 
 
+def kept_by_its_input(size):
+    """A gradient that is linear in `x`: PyTorch's does not lead to it, and may be its `.grad`."""
+    x, w = torch.rand(size, requires_grad=True), torch.rand(size, requires_grad=True)
+    x.grad = wengert.grad((w.sin() * w.exp() * x).sum(), x, create_graph=True)[0]
+    return weakref.ref(x)
+
+
+def test_a_large_graph_is_not_kept_by_results_that_do_not_lead_to_it():
+    marks = [kept_by_its_input(300_000) for _ in range(3)]
+    gc.collect()
+    assert not any(mark() is not None for mark in marks)
+
+
+def test_of_small_graphs_the_latest_are_kept():
+    marks = [kept_by_its_input(50) for _ in range(40)]
+    gc.collect()
+    assert sum(mark() is not None for mark in marks) <= 32
+    wengert.clear_caches()
+    gc.collect()
+    assert not any(mark() is not None for mark in marks)
+
+
+def test_cotangents_that_are_lazily_zero():
+    """As PyTorch gives them for the second derivative of abs, without memory of their own."""
+    x = torch.rand(3, dtype=D, requires_grad=True)
+    (slope,) = torch.autograd.grad(x.abs().sum(), x, create_graph=True)
+    (zeros,) = torch.autograd.grad(slope.sum(), x)
+    assert zeros._is_zerotensor()
+    assert_same(wengert.grad(x.sin(), x, zeros), torch.autograd.grad(x.sin(), x, zeros))
+    both = torch._efficientzerotensor(2, 3, dtype=D)
+    options = {"is_grads_batched": True}
+    assert_same(wengert.grad(x.sin(), x, both, **options), torch.autograd.grad(x.sin(), x, torch.zeros(2, 3, dtype=D), **options))
+    for name in ("vjp", "jvp", "hvp", "vhp"):
+        f = torch.sin if name in ("vjp", "jvp") else lambda x: x.sin().sum()
+        ours, theirs = (getattr(module, name)(f, x.detach(), zeros) for module in (wengert, torch_functional))
+        assert_same(ours, theirs)
+
+
+def test_products_with_a_second_derivative_that_is_lazily_zero():
+    x, v = torch.tensor([1 + 2j, 3 - 1j]).conj().imag, torch.ones(2)
+    assert x.is_neg()
+    f = lambda x: x.abs().sum()
+    assert_same(wengert.hvp(f, x, v), torch_functional.hvp(f, x, v))
+
+
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("fn", [torch.relu, torch.exp, lambda z: torch.fmod(z, 0.7), lambda z: (z - 1).abs()])
 def test_results_lead_to_captured_leaves_where_pytorchs_do(fn, vectorize):
