@@ -38,8 +38,18 @@ std::atomic<std::int64_t> launches_before{0};  // kernel launches up to the last
 
 struct SignatureHash {
   std::size_t operator()(const std::vector<std::int64_t>& key) const {
-    std::size_t hash = key.size();
-    for (std::int64_t word : key) hash = (hash ^ static_cast<std::size_t>(word)) * 0x9E3779B97F4A7C15ull;
+    constexpr std::size_t kLanes = 4;  // a product has to wait for the one before
+    std::size_t lanes[kLanes] = {key.size(), 1, 2, 3};
+    std::size_t k = 0;
+    const auto mix = [&](std::size_t lane) {
+      lanes[lane] = (lanes[lane] ^ static_cast<std::size_t>(key[k + lane])) * 0x9E3779B97F4A7C15ull;
+    };
+    for (; k + kLanes <= key.size(); k += kLanes) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) mix(lane);
+    }
+    for (std::size_t lane = 0; k + lane < key.size(); ++lane) mix(lane);
+    std::size_t hash = 0;
+    for (const std::size_t lane : lanes) hash = (hash ^ lane ^ (lane >> 32)) * 0x9E3779B97F4A7C15ull;
     return hash ^ (hash >> 32);
   }
 };
