@@ -2,9 +2,9 @@
 //
 // NOTE [Few channels]
 // oneDNN, which PyTorch runs float32 convolutions with on the CPU, works on blocks of 8 or 16 channels, and its gradient by the
-// data takes up to 8 times as long as others where channels are few.  The same sums, measured over some 3,000 convolutions of 1 to
-// 32 channels in, 1 to 96 out, kernels of 1x3 to 15x15, steps of 1 to 4 and dilations (one thread, AVX2; time of PyTorch's divided
-// by ours, geometric mean):
+// data takes up to 8 times as long as others where channels are few.  The same sums, measured over some 3,000 convolutions of 1
+// to 32 channels in, 1 to 96 out, kernels of 1x3 to 15x15, steps of 1 to 4 and dilations (one thread, AVX2; time of PyTorch's
+// divided by ours, geometric mean):
 //
 //     step 1, less than 9 channels out (16)    a convolution of the cotangent with the turned kernel     3.0 (1.2)
 //     step 1, 1 to 3 channels in, more out     a matrix product, whose columns are added (col2im)        2.1

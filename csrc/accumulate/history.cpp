@@ -311,9 +311,7 @@ const ops::TetherBackward* with_origin(const autograd::Node& fn) {
   return tether != nullptr && tether->source.origin && tether->source.origin->is_known() ? tether : nullptr;
 }
 
-const Provenance& provenance(const ops::TetherBackward& tether) {
-  return static_cast<const Provenance&>(*tether.source.origin);
-}
+const Provenance& provenance(const ops::TetherBackward& tether) { return static_cast<const Provenance&>(*tether.source.origin); }
 
 // Of every node met from some edges on, whether it leads to one of the others; not through results of ours unless `through`.
 class Ways {

@@ -1,11 +1,11 @@
 // What was asked for in a call with create_graph, for PyTorch to be asked the same: see NOTE [History of results].
 //
 // NOTE [Remembered questions]
-// A result refers to the question that it answers, as a later question may lead through it.  To ask again takes the graph that was
-// differentiated, which PyTorch's own results do not hold as a whole: a tensor with a large branch behind it, or the input itself,
-// whose .grad may be the result.  Results that held it would keep memory that PyTorch frees, and make cycles that nobody breaks.
-// So the few latest questions about small graphs are remembered apart from results, for as long as a result refers to them; a result
-// whose question is forgotten has the history that it has.
+// A result refers to the question that it answers, as a later question may lead through it.  To ask again takes the graph that
+// was differentiated, which PyTorch's own results do not hold as a whole: a tensor with a large branch behind it, or the input
+// itself, whose .grad may be the result.  Results that held it would keep memory that PyTorch frees, and make cycles that nobody
+// breaks. So the few latest questions about small graphs are remembered apart from results, for as long as a result refers to
+// them; a result whose question is forgotten has the history that it has.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>

@@ -111,7 +111,8 @@ bool saves_through_hooks(const torch::autograd::Node& fn) {
   return std::ranges::any_of(saved, &torch::autograd::SavedVariable::has_hooks);
 }
 
-// Whether an exception, or one in whose handling it was raised, is one of those that end a program: KeyboardInterrupt, SystemExit.
+// Whether an exception, or one in whose handling it was raised, is one of those that end a program: KeyboardInterrupt,
+// SystemExit.
 bool ends_a_program(py::handle raised) {
   for (py::object at = py::reinterpret_borrow<py::object>(raised); at && !at.is_none();) {
     if (PyErr_GivenExceptionMatches(at.ptr(), PyExc_Exception) == 0) return true;
@@ -358,6 +359,8 @@ PYBIND11_MODULE(_C, m) {
       "passes_custom",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  m.def("ends_a_program", &ends_a_program, py::arg("error"),
+        "Whether an exception was raised while a KeyboardInterrupt, say, was on its way.");
   m.def("are_finite", [](const py::object& tensors) {
     Tensors given;
     for (const py::handle item : tensors) {

@@ -1,5 +1,7 @@
 #include "tape/forward_mode.h"
 
+#include <torch/csrc/autograd/generated/Functions.h>
+
 #include <string_view>
 #include <typeindex>
 #include <unordered_map>
@@ -32,12 +34,18 @@ Role role_of(const Node& node) {
   return at->second;
 }
 
+// Of which PyTorch's forward mode makes zeros.
+bool scatters_products(const Node& node) {
+  const auto* scatter = dynamic_cast<const torch::autograd::generated::ScatterReduceBackward0*>(&node);
+  return scatter != nullptr && scatter->reduce == "prod";
+}
+
 }  // namespace
 
 ForwardMode forward_mode(at::TensorList outputs) {
   ForwardMode out;
   common::visit_behind(outputs, {}, [&](const Node& node) {
-    const Role role = role_of(node);
+    const Role role = scatters_products(node) ? Role::plain : role_of(node);
     out.masks = out.masks || role == Role::masks;
     if (role == Role::differs) out.differs = node.name();
     return role != Role::differs;

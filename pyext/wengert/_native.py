@@ -73,7 +73,7 @@ class _Disabled:
 
     hessian_of = batch_jacobian_of = jacobian_of
 
-    jacobian = hessian = batch_jacobian = grad = explain = None  # never called: every call is refused before
+    jacobian = hessian = batch_jacobian = grad = explain = ends_a_program = None  # never called: every call is refused before
 
     @staticmethod
     def refusal() -> str:

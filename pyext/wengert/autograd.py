@@ -77,14 +77,8 @@ def grad(
         # Contradictory or deprecated options: PyTorch raises or warns.
         if not only_inputs or (materialize_grads and allow_unused is False):
             reason = "unusual options"
-    given = _tensor_or_tensors_to_tuple(grad_outputs, len(outs)) if reason is None else ()
-    if is_grads_batched and any(cotangent is None for cotangent in given):
-        reason = "batched cotangents that are missing"
-    if reason is None:  # numbers are differentiated as they are, without tensors of ones
-        ones = grad_outputs is None and not is_grads_batched and all(y.numel() == 1 and y.is_floating_point() for y in outs)
-        cotangents = () if ones else _make_grads(outs, given, is_grads_batched)
-        if not ones and len(cotangents) != len(outs):
-            reason = "fewer cotangents than outputs"
+    if reason is None:
+        cotangents, reason = _cotangents(outs, grad_outputs, is_grads_batched)
     if reason is not None:
         _engine.count_fallback("grad", reason)
         return _engine.torch_grad(
@@ -105,6 +99,33 @@ def grad(
     elif not allow_unused:
         _engine.check_used(result)
     return dict(zip(inputs, result)) if type(inputs) is dict else tuple(result)
+
+
+def _cotangents(
+    outputs: tuple[Tensor, ...], given: Any, batched: bool
+) -> tuple[Sequence[Tensor | None], str | None]:
+    """Those to go on with: none where numbers are differentiated as they are; or why PyTorch should see what was given.
+
+    Raises what torch.autograd.grad raises for those that do not fit.
+    """
+    if given is None and not batched:
+        for y in outputs:  # loops, as generators cost a small graph some percent
+            if y.numel() != 1 or not y.is_floating_point():
+                break
+        else:
+            return (), None
+    cotangents = _tensor_or_tensors_to_tuple(given, len(outputs))
+    if batched:
+        if any(cotangent is None for cotangent in cotangents):
+            return (), "batched cotangents that are missing"
+    elif len(cotangents) == len(outputs):
+        for y, cotangent in zip(outputs, cotangents):
+            if not (_is_plain(cotangent) and cotangent.dtype == y.dtype and cotangent.shape == y.shape):
+                break
+        else:
+            return cotangents, None
+    made = _make_grads(outputs, cotangents, batched)
+    return made, None if len(made) == len(outputs) else "fewer cotangents than outputs"
 
 
 def _unusual(outputs: tuple[Any, ...], inputs: tuple[Any, ...]) -> str | None:

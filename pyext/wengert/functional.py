@@ -111,8 +111,9 @@ def _blocks(
     if not (any if vectorize else all)(map(Tensor.numel, outputs)):
         reason = "an output without elements"
     options = {"reason": reason, "vectorize": vectorize, "none_is_zero": not strict}
-    blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, **options)
-    for i, (row, out) in enumerate(zip(blocks, outputs)):
+    blocks = []
+    # A complaint about one output comes before whatever PyTorch says to the next.
+    for i, (row, out) in enumerate(zip(_engine.jacobian("jacobian", outputs, inputs, create_graph, **options), outputs)):
         for j, block in enumerate(row):
             if block is None:
                 if strict:
@@ -126,6 +127,7 @@ def _blocks(
                     f"The jacobian of the user-provided function is independent of input {i}. "
                     "This is not allowed in strict mode when create_graph=True."
                 )
+        blocks.append(row)
     return blocks  # type: ignore[return-value]
 
 
@@ -227,9 +229,8 @@ def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused:
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        blocks = _engine.jacobian(
-            "jacobian", outputs, inputs, create_graph, reason=_refusal(), none_is_zero=allow_unused
-        )
+        options = {"reason": _refusal(), "none_is_zero": allow_unused}
+        blocks = list(_engine.jacobian("jacobian", outputs, inputs, create_graph, **options))
         if not allow_unused:
             _engine.check_used(next((block for block in column if block is not None), None) for column in zip(*blocks))
         return _nest(_fill(blocks, outputs, inputs), is_outputs_tuple, is_inputs_tuple)

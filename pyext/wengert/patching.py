@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -69,8 +70,8 @@ _PUBLIC = ("torch", "torch.func", "torch.autograd", "torch.autograd.functional",
 _REPLACEMENTS = _replacements()
 
 _lock = threading.RLock()
-_depth = 0
-_installed = False
+_PROCESS = 0  # in the place of a thread: `install` holds for all of them
+_holders: list[int] = []  # the thread of each `patched` that is open
 _changed: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, what stood there, what stands there now
 
 
@@ -81,11 +82,10 @@ def _modules() -> Iterator[ModuleType]:
             yield module
 
 
-def _enter() -> None:
-    global _depth
+def _enter(holder: int) -> None:
     with _lock:
-        _depth += 1
-        if _depth > 1:
+        _holders.append(holder)
+        if len(_holders) > 1:
             return
         # TorchScript finds torch.autograd.grad by identity: without this entry it would try to compile our function.
         torch.jit._builtins._register_builtin(_grad, "aten::grad")
@@ -98,20 +98,38 @@ def _enter() -> None:
                         _changed.append((module, name, theirs, ours))
                         setattr(module, name, ours)
         except BaseException:  # an interrupt, say: leave nothing half done
-            _exit()
+            _exit(holder)
             raise
 
 
-def _exit() -> None:
-    global _depth
+def _exit(holder: int) -> None:
     with _lock:
-        _depth -= 1
-        if _depth:
+        if holder not in _holders:  # of a thread that a fork left behind
             return
-        while _changed:
-            module, name, theirs, ours = _changed.pop()
-            if vars(module).get(name) is ours:  # somebody else's later replacement stays
-                setattr(module, name, theirs)
+        _holders.remove(holder)
+        _restore_unless_held()
+
+
+def _restore_unless_held() -> None:
+    while _changed and not _holders:
+        module, name, theirs, ours = _changed.pop()
+        if vars(module).get(name) is ours:  # somebody else's later replacement stays
+            setattr(module, name, theirs)
+
+
+def _after_fork_in_child() -> None:
+    """Only the forking thread is here: what others hold would be held for good."""
+    try:
+        here = (_PROCESS, threading.get_ident())
+        _holders[:] = [holder for holder in _holders if holder in here]
+        _restore_unless_held()
+    finally:
+        _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # The lock is the forking thread's meanwhile, so that nothing is half done in the child.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork_in_child)
 
 
 @contextlib.contextmanager
@@ -131,26 +149,21 @@ def patched() -> Iterator[None]:
     >>> torch.func.jacrev is before
     True
     """
-    _enter()
+    holder = threading.get_ident()
+    _enter(holder)
     try:
         yield
     finally:
-        _exit()
+        _exit(holder)
 
 
 def install() -> None:
     """Do what `patched` does until `uninstall`; a second call changes nothing."""
-    global _installed
     with _lock:
-        if not _installed:
-            _enter()
-            _installed = True
+        if _PROCESS not in _holders:
+            _enter(_PROCESS)
 
 
 def uninstall() -> None:
     """Undo `install`; without one before it, nothing happens."""
-    global _installed
-    with _lock:
-        if _installed:
-            _installed = False
-            _exit()
+    _exit(_PROCESS)

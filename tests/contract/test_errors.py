@@ -5,7 +5,7 @@ import pytest
 import torch
 import wengert
 from support.check import BEFORE_2_13
-from support.compare import Outcome, assert_same, assert_same_error
+from support.compare import Outcome, assert_same, assert_same_call, assert_same_error
 from torch.autograd import functional as F
 from torch.autograd.graph import get_gradient_edge
 from wengert import func
@@ -109,6 +109,19 @@ def test_strict(name, f, count, create_graph):
     args = (f, xs) if name in ("jacobian", "hessian", "vjp") else (f, xs, tuple(map(torch.ones_like, xs)))
     options = {"strict": True, "create_graph": create_graph}
     assert_same_error(lambda: ours(*args, **options), lambda: theirs(*args, **options))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("second", [torch.ones(0), torch.ones(2, dtype=torch.complex64)], ids=["empty", "complex"])
+@pytest.mark.parametrize("f", [lambda x, y: x.sin().sum(), lambda x, y: x.sin().sum() + (y * y).sum().real], ids=["one", "both"])
+@pytest.mark.parametrize("name", ["jacobian", "hessian"])
+def test_strict_complains_of_one_output_before_the_next_is_computed(name, f, second, create_graph):
+    """A Jacobian of the second gradient would have another error: without elements, or complex."""
+    ours, theirs = FUNCTIONAL[name]
+    call = lambda form: form(f, (vec(), second), strict=True, create_graph=create_graph)
+    assert_same_call(lambda: call(ours), lambda: call(theirs), "")
+
+
 
 
 class GivesNone(torch.autograd.Function):
@@ -260,7 +273,7 @@ def test_grad_frees_the_graph_exactly_when_torch_does():
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("shapes", [[(3, 3), (2, 3)], [(2, 3), (3, 3)], [(4, 3), (1, 3)], [(3,), (3, 3)], [(0, 3), (2, 3)]], ids=str)
+@pytest.mark.parametrize("shapes", [((3, 3), (2, 3)), ((2, 3), (3, 3)), ((4, 3), (1, 3)), ((3,), (3, 3)), ((0, 3), (2, 3))])
 def test_batched_cotangents_that_do_not_fit(shapes, create_graph):
     def called(grad):
         x = vec(requires_grad=True)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: B023 - the closures run inside their loop
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -223,6 +224,80 @@ def test_below_torch_s_own_transforms(inner):
         assert_same(outer(getattr(func, inner)(g))(vec(2, 3)), outer(getattr(torch.func, inner)(g))(vec(2, 3)))
 
 
+NESTED = {
+    "grad of grad": lambda m, f, inner, outer: m.grad(m.grad(f, inner), outer),
+    "value, and grad of grad": lambda m, f, inner, outer: m.grad_and_value(m.grad(f, inner), outer),
+    "grad with a grad inside": lambda m, f, inner, outer: m.grad(lambda *a: m.grad(f, inner)(*a).sin(), outer),
+    "auxiliary grad": lambda m, f, inner, outer: m.grad(lambda *a: (f(*a), m.grad(f, inner)(*a)), outer, has_aux=True),
+    "jacrev of jacrev": lambda m, f, inner, outer: m.jacrev(m.jacrev(f, inner), outer),
+    "jacfwd of jacrev": lambda m, f, inner, outer: m.jacfwd(m.jacrev(f, inner), outer),
+    "jacrev by all of jacrev": lambda m, f, inner, outer: m.jacrev(m.jacrev(f, inner), (0, 1)),
+    "grad of grad of grad": lambda m, f, inner, outer: m.grad(m.grad(m.grad(f, inner), outer), inner),
+    "grad of grads": lambda m, f, inner, outer: m.grad(lambda *a: m.grad(f, 0)(*a) * m.grad(m.grad(f, 1), inner)(*a), outer),
+}
+
+
+@pytest.mark.parametrize("batch", [None, 1, 3])
+@pytest.mark.parametrize("inner, outer", itertools.product((0, 1), (0, 1)))
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_transforms_leave_no_history(name, inner, outer, batch):
+    """A transform inside another makes leaves of arguments that do not require grad: nothing of the caller's."""
+    s, t = torch.rand(2, *([batch] if batch else []), dtype=torch.float64)
+
+    def derive(m, f):
+        g = NESTED[name](m, f, inner, outer)
+        return m.vmap(g) if batch else g
+
+    kinds = []
+    for x_asks, t_asks, w_asks, grad_mode in itertools.product((False, True), repeat=4):
+        w = torch.tensor(1.5, dtype=torch.float64, requires_grad=w_asks)
+        f = lambda x, t: torch.sin(w * x) * torch.exp(-t * w) * x * t
+        with torch.set_grad_enabled(grad_mode):
+            args = s.clone().requires_grad_(x_asks), t.clone().requires_grad_(t_asks)
+            ours, theirs = derive(func, f)(*args), derive(torch.func, f)(*args)
+        assert_same(ours, theirs)
+        kinds.append([[r.requires_grad for r in torch.utils._pytree.tree_leaves(result)] for result in (ours, theirs)])
+    for ours, theirs in kinds:
+        assert ours == theirs
+    assert not any(kinds[0][0]) and all(kinds[-1][0])
+
+
+def test_a_result_without_the_captured_tensor_has_no_history():
+    w, x = vec(3).requires_grad_(), vec(3)
+    f = lambda x, y: (x**3).sum() + (w * y**2).sum()
+    for call in (lambda m: m.grad(f), lambda m: m.jacrev(f), lambda m: m.hessian(f)):
+        for argnum in (x, vec(3).requires_grad_()):
+            ours, theirs = call(func)(x, argnum), call(torch.func)(x, argnum)
+            assert_same(ours, theirs)
+            assert not ours.requires_grad and not theirs.requires_grad
+
+
+def test_leaves_of_a_loop_are_let_go():
+    """Transforms inside of a function do not keep what they were called with alive."""
+    alive = []
+
+    def f(p):
+        x = p.detach()
+        for _ in range(5):
+            alive.append(weakref.ref(x.untyped_storage()))
+            x = x - 0.1 * func.grad(lambda p, x: (p * x**2).sum(), 1)(p, x).detach()
+        assert sum(reference() is not None for reference in alive) <= 2
+        return (p * x).sum()
+
+    func.grad(f)(vec(3))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_out_dims_that_a_result_has_not(batch):
+    """PyTorch's own error; also for results without the batch axis, of which PyTorch makes tensors of undefined size."""
+    x = vec(batch, 3)
+    both(lambda m: m.vmap(m.grad_and_value(lambda x: x.sin().sum()), out_dims=1)(x))
+    for f in (lambda w, x: (w * x).sum(), lambda w, x: w.sum()):
+        for argnums in (0, 1):
+            with pytest.raises(IndexError, match="Dimension out of range"):
+                func.vmap(func.grad_and_value(f, argnums), (None, 0), 1)(vec(3), x)
+
+
 def test_above_torch_s_own_transforms():
     g = lambda x: (x**3).sum()
     for outer, inner in itertools.product(("jacrev", "jacfwd", "vmap"), ("jacrev", "grad", "hessian")):
@@ -269,3 +344,10 @@ class TestBatchJacobian:
                 wengert.batch_jacobian(lambda x: x - x.mean(0), x)
             with torch.device("meta"):  # a default device concerns the user's own tensors
                 wengert.batch_jacobian(torch.sin, x)
+
+
+def test_forward_mode_of_scattered_products_is_the_derivative():
+    """torch 2.13's is zero everywhere."""
+    index = torch.tensor([0, 1, 0, 2, 2])
+    f = lambda x: torch.ones(3, dtype=x.dtype).scatter_reduce(0, index, x, "prod")
+    assert_same(func.jacfwd(f)(vec(5)), torch.func.jacrev(f)(vec(5)))

@@ -1,6 +1,7 @@
 """patched(), install() and python -m wengert: what is replaced, what is restored, and what keeps working."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -155,6 +156,96 @@ def test_threads():
     for t in threads:
         t.join()
     assert not errors, errors[0]
+
+
+def in_child(check):
+    """The status of a forked process that runs `check`, which returns whether all is well there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)  # rather than hang
+            os._exit(0 if check() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(child, 0)[1]
+
+
+def beside_a_thread(body, check):
+    """`in_child`, while another thread is where `body` yields."""
+    there, forked = threading.Event(), threading.Event()
+
+    def run():
+        with body():
+            there.set()
+            forked.wait(0.3 if body is held_lock else None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    there.wait()
+    try:
+        return in_child(check)
+    finally:
+        forked.set()
+        thread.join()
+
+
+def held_lock():
+    return wengert.patching._lock
+
+
+def is_patched():
+    return F.jacobian is wengert.jacobian
+
+
+def can_be_patched():
+    before = is_patched()
+    with wengert.patched():
+        inside = is_patched()
+    return inside and is_patched() == before
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("body", [held_lock, wengert.patched], ids=["enters", "is inside"])
+def test_a_fork_beside_a_thread_that(body):
+    """The child neither waits for the thread, which it has not, nor stays patched for it."""
+    assert beside_a_thread(body, lambda: not is_patched() and can_be_patched()) == 0
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_keeps_what_the_forking_thread_and_the_process_hold():
+    with wengert.patched():
+        assert beside_a_thread(wengert.patched, lambda: is_patched() and can_be_patched()) == 0
+    wengert.install()
+    try:
+        assert beside_a_thread(wengert.patched, lambda: is_patched() and can_be_patched()) == 0
+        assert in_child(lambda: wengert.uninstall() or not is_patched()) == 0
+    finally:
+        wengert.uninstall()
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_a_lost_thread_entered_may_still_be_left():
+    opened = wengert.patched()
+    threading.Thread(target=opened.__enter__).start()
+    while not is_patched():
+        pass
+
+    def leave():
+        with wengert.patched():
+            opened.__exit__(None, None, None)
+            return is_patched()
+
+    assert in_child(lambda: leave() and not is_patched()) == 0
+    assert is_patched()
+    opened.__exit__(None, None, None)
+
+
 
 
 def test_modules_imported_while_patched_keep_a_working_function(tmp_path, monkeypatch):

@@ -547,3 +547,113 @@ def test_a_request_that_was_refused_is_asked_again_where_pytorch_cannot_answer_i
             func.vmap(func.jacfwd(f))(x)
     broken[0] = False
     torch.testing.assert_close(func.vmap(func.jacfwd(f))(x), torch.func.vmap(torch.func.jacrev(f))(x))
+
+
+REFUSED = {  # as the operator is rewritten, and as all samples would go through a node for each
+    "rewritten": (lambda b, s: F.max_pool2d(s[None], 2).sum() * b.sum(), 1),
+    "refused": (lambda b, s: solved(b, s), 0),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_written_anew_on_every_call_are_known_by_their_code(name):
+    f, argnum = REFUSED[name]
+    calls, runs = [], []
+    b, s = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
+    expected = torch.func.vmap(torch.func.grad(f, argnum), (None, 0))(b, s)
+
+    def derive(scale):
+        loss = lambda b, s: (calls.append(0), scale * f(b, s))[1]
+        return func.vmap(func.grad(loss, argnum), (None, 0))(b, s)
+
+    for step in range(5):
+        calls.clear()
+        torch.testing.assert_close(derive(1.0 + step), (1 + step) * expected)
+        runs.append(len(calls))
+    assert runs == [2, 2, 1, 1, 1]
+
+
+def test_what_a_closure_holds_is_part_of_what_is_known():
+    make = lambda f, k=0: lambda x: f(x).sum() + k
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    pool = lambda x: F.max_pool2d(x, 2)
+    wengert.reset_stats()
+    for _ in range(3):
+        both(lambda m: m.vmap(m.grad(make(pool)))(x))
+    assert not wengert.stats().native
+    wengert.reset_stats()
+    for f in (torch.sin, lambda x: x.cos(), lambda x: F.avg_pool2d(x, 2)):
+        both(lambda m: m.vmap(m.grad(make(f)))(x))  # noqa: B023
+    assert wengert.stats().native == {"func.vmap(grad)": 3}
+
+
+def test_functions_that_are_taken_for_alike_need_not_be():
+    """Where to go first is remembered, not what comes of it."""
+    held = []
+    grid = torch.rand(1, 3, 3, 2) * 2 - 1
+
+    def raises(x):
+        raise RuntimeError("mine")
+
+    def derive(m, f, form="grad"):
+        held[:] = [f]  # a list looks like any other
+        return m.vmap(getattr(m, form)(lambda x: held[0](x).sum()))(x)
+
+    x = torch.randn(4, 1, 6, 6, dtype=torch.float64)
+    pool = lambda x: F.max_pool2d(x, 2)
+    for f in (pool, pool, pool, torch.sin, raises, torch.cos, pool, lambda x: x.max() * x, lambda x: x * x.sum().item(), pool):
+        both(lambda m: derive(m, f))  # noqa: B023
+    x = torch.randn(5, 1, 4, 4)
+    sample = lambda x: F.grid_sample(x[None], grid, align_corners=False)  # which PyTorch's forward mode does not know
+    for f in (torch.nn.functional.relu, pool, pool, pool, sample):
+        held[:] = [f]
+        ours = func.vmap(func.jacfwd(lambda x: held[0](x).sum()))(x)
+        torch.testing.assert_close(ours, torch.func.vmap(torch.func.jacrev(lambda x: held[0](x).sum()))(x))
+
+
+def test_what_is_known_of_code_goes_with_it():
+    from wengert.func import _watch
+
+    x = torch.randn(4, 1, 6, 6)
+    before = len(_watch._refusals)
+    names = {"F": F}
+    exec("def f(x): return F.max_pool2d(x, 2).sum()", names)
+    func.vmap(func.grad(names["f"]))(x)
+    assert len(_watch._refusals) == before + 1
+    names.clear()
+    gc.collect()
+    assert len(_watch._refusals) <= before
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_random_numbers_after_an_error_of_a_function_that_was_refused(randomness):
+    """PyTorch answers first, the engine then, PyTorch again: as if the function had run once."""
+    broken, state = [False], []
+
+    def loss(b, s):
+        draw = torch.rand(2)
+        if broken[0]:
+            raise RuntimeError("mine")
+        return solved(b, s) * draw.sum()
+
+    b, s = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 3, 3, dtype=torch.float64)
+    for broken[0] in (False, False, False, True):
+        for m in (func, torch.func):
+            torch.manual_seed(1)
+            try:
+                m.vmap(m.grad(loss), (None, 0), randomness=randomness)(b, s)
+            except RuntimeError as error:
+                assert str(error) == "mine"
+            state.append(torch.get_rng_state())
+        assert torch.equal(*state[-2:])
+
+
+def test_grad_mode_where_the_generators_cannot_be_read(monkeypatch):
+    def fails(flat):
+        raise MemoryError
+
+    monkeypatch.setattr("wengert.func._vmap._random_state", fails)
+    with torch.no_grad():
+        with pytest.raises(MemoryError):
+            func.vmap(func.grad(lambda x: x.sin().sum()), randomness="same")(torch.ones(2, 3))
+        assert not torch.is_grad_enabled()

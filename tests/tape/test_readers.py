@@ -132,7 +132,11 @@ def test_a_saved_tensor_is_held_once():
 def test_views_of_one_entry_are_held_once_where_no_graph_is_made():
     x = leaf()
     y = sum(x[0, 0] * x[0, 1] for _ in range(3))
-    slots = lambda: {word.split("=")[1] for _, ops in tape([y], [x]) for op in ops for word in op.split() if word.startswith("p0=")}
+
+    def slots():
+        words = [word for _, operators in tape([y], [x]) for operator in operators for word in operator.split()]
+        return {word.split("=")[1] for word in words if word.startswith("p0=")}
+
     assert len(slots()) == 6
     with torch.no_grad():
         assert slots() == {"s0[]", "s1[]"}

@@ -7,7 +7,9 @@ the engine can read.  Whatever is unusual goes to `peer`, torch.func's own funct
 from __future__ import annotations
 
 import functools
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -82,7 +84,7 @@ _engine.HARMLESS_MODES.add(ForwardWatch)
 class Leaves:
     """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
 
-    __slots__ = ("attached", "flat", "positions", "refused", "spec", "tensors", "tuple_of_args")
+    __slots__ = ("attached", "flat", "inner", "positions", "refused", "spec", "tensors", "tuple_of_args")
 
     def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
@@ -91,6 +93,8 @@ class Leaves:
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
         self.attached = False  # some leaf hangs on a graph of the caller
         self.tensors: list[Tensor] = []
+        # Those of transforms that the function called.  Where a graph holds them it keeps these references alive, too.
+        self.inner: list[weakref.ref[Tensor]] = []
         for k in self.positions:
             x = flat[k]
             if grad_mode and x.requires_grad:
@@ -105,9 +109,32 @@ class Leaves:
         nested = unflatten(list(parts), self.spec)
         return nested if self.tuple_of_args else nested[0]
 
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What `func` returns.  The leaves of transforms inside of it are known here afterwards."""
+        outer, _running.leaves = _running.leaves, self
+        try:
+            return func(*args, **kwargs)
+        finally:
+            _running.leaves = outer
+            if outer is not None:
+                outer.inner += map(weakref.ref, self.tensors)
+                outer.inner += [leaf for leaf in self.inner if leaf() is not None]
+
+    def reach_caller(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether PyTorch's `outputs` would require grad: behind ours lies more than leaves of this call, made here or inside."""
+        inner = [leaf for reference in self.inner if (leaf := reference()) is not None]
+        return _engine.has_other_leaves(outputs, self.tensors + inner)
+
+    def settle(self, blocks: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor]:
+        """Blocks of a result that PyTorch computes as one tensor: with a history where any has one that reaches the caller."""
+        for block in blocks:  # a loop, as a generator costs a small gradient some percent
+            if block.requires_grad:
+                return blocks if create_graph and self.reach_caller(blocks) else [block.detach() for block in blocks]
+        return blocks
+
     def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
-        return self.attached or _engine.has_other_leaves(outputs, self.tensors)
+        return self.attached or self.reach_caller(outputs)
 
     def release(self, tree: Any, grad_mode: bool) -> Any:
         """What the caller may see of tensors that hang on our leaves: PyTorch's would not."""
@@ -117,9 +144,16 @@ class Leaves:
                 raise RuntimeError(f"Expected tensors, got unsupported type {type(t)}")
             if not t.requires_grad:
                 return t
-            return t if grad_mode and self.needs_graph((t,)) else t.detach()
+            return t if grad_mode and self.reach_caller((t,)) else t.detach()
 
         return one(tree) if isinstance(tree, Tensor) else tree_map(one, tree)
+
+
+class _Running(threading.local):
+    leaves: Leaves | None = None  # of the innermost transform whose function this thread runs
+
+
+_running = _Running()
 
 
 class Transform(Wrapped):
@@ -171,12 +205,12 @@ class Transform(Wrapped):
                 return "arguments that are not plain real tensors"
         return None
 
-    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def run(self, leaves: Leaves, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What `func` returns; raises Refused where PyTorch's forward mode would not compute what the graph says."""
         if not self.forward:
-            return func(*args, **kwargs)
+            return leaves.run(func, args, kwargs)
         with ForwardWatch() as watch:
-            out = func(*args, **kwargs)
+            out = leaves.run(func, args, kwargs)
         if watch.differs:
             raise Refused("forward mode through torch.no_grad or a hook")
         return out
@@ -212,14 +246,14 @@ class Transform(Wrapped):
                 leaves = Leaves(flat, spec, self.argnums, grad_mode)
                 if self.forward:  # where the function may run again
                     random = _engine.random_state(leaves.tensors)
-                out = self.check(self.run(self.func, unflatten(leaves.flat, spec), kwargs))
+                out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
                 if random is not None and not self.draws_alike() and random.drawn():
                     raise Refused("random numbers in forward mode")
                 result = self.derive(out, leaves, grad_mode)
                 _engine.count(name, leaves.refused)
                 return result
             except RuntimeError as error:
-                if not (self.forward or isinstance(error, Refused)):
+                if not (self.forward or isinstance(error, Refused)) or C.ends_a_program(error):
                     raise
                 reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
                 if random is not None:
@@ -246,11 +280,11 @@ class Transform(Wrapped):
         inner_dims = [dims[k] for k in leaves.positions]
         if isinstance(self.func, Transform):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
-            out, leaves.refused = self.run(inner, (leaves.flat,), {})
+            out, leaves.refused = self.run(leaves, inner, (leaves.flat,), {})
             return self.derive_batch(out, leaves, inner_dims, grad_mode), leaves.refused
         verdict = verdict_of(self.func)
         shapes = tuple([x.shape if isinstance(x, Tensor) else None for x in flat])
-        run = functools.partial(self.run, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
+        run = functools.partial(self.run, leaves, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
         seen = verdict.structures(shapes)
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
@@ -281,6 +315,8 @@ class Transform(Wrapped):
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
         except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
+            if C.ends_a_program(error):
+                raise
             raise Refused("a function that does not run under vmap alone") from error
         finally:
             while get_dynamic_layer_stack_depth() > depth:  # not so where an interrupt comes first
@@ -331,12 +367,10 @@ class Jacobian(Transform):
             if self.forward:  # which may be much cheaper than rows
                 raise
             leaves.refused = str(error)
-            rows = _engine.torch_rows if leaves.refused == _engine.SAVED_THROUGH_HOOKS else self._vmapped_rows
-            blocks = rows(flat, leaves.tensors, create_graph)
-        for y, row in zip(flat, blocks):
-            for j, x in enumerate(leaves.tensors):
-                row[j] = _finish(row[j], x, y.shape + x.shape, create_graph)
-        result = unflatten([leaves.nest(row) for row in blocks], spec)
+            by_rows = _engine.torch_rows if leaves.refused == _engine.SAVED_THROUGH_HOOKS else self._vmapped_rows
+            blocks = by_rows(flat, leaves.tensors, create_graph)
+        rows = [[_filled(block, x, y.shape + x.shape) for block, x in zip(row, leaves.tensors)] for y, row in zip(flat, blocks)]
+        result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves, create_graph)], spec)
         if must_be_finite:
             _check_finite(result)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
@@ -346,12 +380,16 @@ class Jacobian(Transform):
         flat, spec = flatten(out)
         must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
         create_graph = grad_mode and leaves.needs_graph(flat)
-        columns = _batch_columns(flat, leaves, dims, create_graph)
-        rows = [leaves.nest([column[i] for column in columns]) for i in range(len(flat))]
-        result = unflatten(rows, spec)
+        rows = list(zip(*_batch_columns(flat, leaves, dims, create_graph)))
+        result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves, create_graph)], spec)
         if must_be_finite:
             _check_finite(result)
         return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
+
+    def _settle(self, rows: Sequence[Sequence[Tensor]], leaves: Leaves, create_graph: bool) -> Sequence[Sequence[Tensor]]:
+        if self.forward:
+            return [leaves.settle(row, create_graph) for row in rows]
+        return list(zip(*[leaves.settle(column, create_graph) for column in zip(*rows)]))
 
     def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
         """torch.func.jacrev's way through the graph that is there."""
@@ -407,37 +445,36 @@ class Gradient(Transform):
         value, aux = out if self.has_aux else (out, None)
         create_graph = grad_mode and leaves.needs_graph((value,))
         found = self._vjp(value, leaves, create_graph)
-        gradient = leaves.nest([_finish(g, x, x.shape, create_graph) for g, x in zip(found, leaves.tensors)])
-        return self._result(gradient, value, aux, leaves, grad_mode)
+        return self._result(found, value, aux, leaves, create_graph, grad_mode)
 
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
         value, aux = out if self.has_aux else (out, None)
         create_graph = grad_mode and leaves.needs_graph((value,))
         if None in dims:
-            columns = _batch_columns([value], leaves, dims, create_graph)
-            gradient = leaves.nest([column[0] for column in columns])
+            found = [column[0] for column in _batch_columns([value], leaves, dims, create_graph)]
         else:  # samples are independent, so the gradient of their sum holds every sample's own
             found = self._vjp(value, leaves, create_graph, batched=True)
-            gradient = leaves.nest([_finish(g, x, x.shape, create_graph) for g, x in zip(found, leaves.tensors)])
-        return self._result(gradient, value, aux, leaves, grad_mode)
+        return self._result(found, value, aux, leaves, create_graph, grad_mode)
 
-    def _vjp(
-        self, value: Tensor, leaves: Leaves, create_graph: bool, batched: bool = False
-    ) -> Sequence[Tensor | None]:
-        if not value.requires_grad:
-            return [None] * len(leaves.tensors)
-        # The auxiliary output may share the graph, so that freeing it would break what the caller holds.
-        retain_graph = create_graph or self.has_aux
-        ones = torch.ones_like(value)
-        try:
-            return _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
-        except Refused as error:
-            leaves.refused = str(error)
-            if batched and leaves.refused == _engine.SAVED_THROUGH_HOOKS:
-                raise
-            return _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
+    def _vjp(self, value: Tensor, leaves: Leaves, create_graph: bool, batched: bool = False) -> list[Tensor]:
+        found: Sequence[Tensor | None] = [None] * len(leaves.tensors)
+        if value.requires_grad:
+            # The auxiliary output may share the graph, so that freeing it would break what the caller holds.
+            retain_graph = create_graph or self.has_aux
+            ones = torch.ones_like(value)
+            try:
+                found = _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
+            except Refused as error:
+                leaves.refused = str(error)
+                if batched and leaves.refused == _engine.SAVED_THROUGH_HOOKS:
+                    raise
+                found = _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
+        return [_filled(g, x, x.shape) for g, x in zip(found, leaves.tensors)]
 
-    def _result(self, gradient: Any, value: Tensor, aux: Any, leaves: Leaves, grad_mode: bool) -> Any:
+    def _result(
+        self, found: list[Tensor], value: Tensor, aux: Any, leaves: Leaves, create_graph: bool, grad_mode: bool
+    ) -> Any:
+        gradient = leaves.nest([leaves.settle((g,), create_graph)[0] for g in found])
         if not self.with_value:
             return (gradient, leaves.release(aux, grad_mode)) if self.has_aux else gradient
         value = leaves.release(value, grad_mode)
@@ -486,11 +523,11 @@ class _HessianAtPoint(Transform):
         results = []
         for y in flat:
             shapes = [[y.shape + a.shape + b.shape for b in xs] for a in xs]
-            parts = [
-                leaves.nest([_finish(block, xs[j], shapes[i][j], create_graph) for j, block in enumerate(row)])
+            rows = [
+                [_filled(block, xs[j], shapes[i][j]) for j, block in enumerate(row)]
                 for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
             ]
-            results.append(leaves.nest(parts))
+            results.append(leaves.nest([leaves.nest(leaves.settle(row, create_graph)) for row in rows]))
         if must_be_finite:
             _check_finite(results)
         return unflatten(results, spec)
@@ -520,17 +557,15 @@ def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.
     if y.numel() == 1:
         return _engine.native_hessian(y, xs, create_graph)
     blocks = _engine.native_jacobian([y], xs, True)[0]
-    rows = [_finish(block, x, y.shape + x.shape, True) for block, x in zip(blocks, xs)]
+    rows = [_filled(block, x, y.shape + x.shape) for block, x in zip(blocks, xs)]
     return _engine.native_jacobian(rows, xs, create_graph)
 
 
-def _finish(block: Tensor | None, wrt: Tensor, shape: torch.Size, create_graph: bool) -> Tensor:
-    """A block of a result: zeros where nothing is connected, without history unless that was asked for."""
+def _filled(block: Tensor | None, wrt: Tensor, shape: torch.Size) -> Tensor:
+    """A block of a result: zeros where nothing is connected."""
     if block is None:
         return wrt.new_zeros(shape)
-    if block.shape != shape:
-        block = block.reshape(shape)
-    return block.detach() if block.requires_grad and not create_graph else block
+    return block if block.shape == shape else block.reshape(shape)
 
 
 def _batch_columns(
@@ -556,7 +591,7 @@ def _batch_columns(
     columns = []
     for x, dim in zip(inputs, dims):
         column, inner = (next(shared_columns), x.shape) if dim is None else (next(tied_columns), x.shape[1:])
-        columns.append([_finish(block, x, y.shape + inner, create_graph) for block, y in zip(column, outputs)])
+        columns.append([_filled(block, x, y.shape + inner) for block, y in zip(column, outputs)])
     return columns
 
 

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .. import _engine
 from .._compile import traced_as
 from .._engine import Refused
+from .._native import C
 from ._transforms import Transform, Wrapped
 from ._trees import batched, flatten, unflatten
-from ._watch import Rewritten, verdict_of
+from ._watch import Rewritten, Verdict, verdict_of
 
 _torch_vmap = _torch.vmap  # kept from before any patching
 
@@ -68,29 +69,35 @@ class BatchedTransform(Wrapped):
             reason = "unusual arguments"
         grad_mode = torch.is_grad_enabled()
         verdict = verdict_of(self.innermost.func)
-        request = None
-        if reason is None and verdict.refusals:
-            request = self._request(args, kwargs, grad_mode)
+        request = random = None
+        if reason is None:
+            size, dims, flat, spec = batched(self.in_dims, args, self.func)
+            reason = self._unusual(size, flat, spec)
+        known = verdict.reason is not None  # the engine refuses without running the function
+        if reason is None and verdict.refusals and not known:
+            request = self._request(verdict, args, kwargs, grad_mode)
             expected = verdict.expected(request)
             if expected is not None:
+                random = self._random_state(flat)
                 try:
                     result = self.peer(*args, **kwargs)
                     _engine.count_fallback(self.name, expected)
                     return result
-                except RuntimeError:  # which the engine need not raise
+                except RuntimeError as error:  # which the engine need not raise
+                    if C.ends_a_program(error):
+                        raise
                     verdict.forget(request)
+                    if random is not None:
+                        random.restore()
+        if reason is None and size == 1 and not self.has_aux:
+            done, result = self._run_single(dims, flat, spec, kwargs)
+            if done:
+                return result
+        refused_as: type[Exception] = RuntimeError
         if reason is None:
-            size, dims, flat, spec = batched(self.in_dims, args, self.func)
-            reason = self._unusual(size, flat, spec)
-            if reason is None and size == 1 and not self.has_aux:
-                done, result = self._run_single(dims, flat, spec, kwargs)
-                if done:
-                    return result
-        rewritten = False
-        if reason is None:
-            torch._C._set_grad_enabled(True)
-            random = None if self.randomness == "error" else _random_state(flat)  # the function may run again
+            random = self._random_state(flat)
             try:
+                torch._C._set_grad_enabled(True)
                 result, refused = self._run(size, dims, flat, spec, kwargs, grad_mode)
                 if random is not None and not all(t.draws_alike() for t in self.func.chain()) and random.drawn():
                     raise Refused("random numbers in forward mode")
@@ -99,21 +106,24 @@ class BatchedTransform(Wrapped):
                     verdict.forget(request)
                 return result
             except RuntimeError as error:  # PyTorch's own way has its own errors, or none
+                if C.ends_a_program(error):
+                    raise
+                refused_as = type(error)
                 reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
                 if random is not None:
                     random.restore()
-                else:
-                    rewritten = isinstance(error, Rewritten)
-                if isinstance(error, Refused) and not isinstance(error, Rewritten):
-                    verdict.refused(self._request(args, kwargs, grad_mode), reason)
             finally:
                 torch._C._set_grad_enabled(grad_mode)
         _engine.count_fallback(self.name, reason)
+        rewritten = refused_as is Rewritten and random is None
         if not (rewritten and verdict.one_by_one):
             try:
-                return self.peer(*args, **kwargs)
-            except RuntimeError:
-                if not rewritten:
+                result = self.peer(*args, **kwargs)
+                if issubclass(refused_as, Refused) and not known:
+                    verdict.refused(self._request(verdict, args, kwargs, grad_mode), reason)
+                return result
+            except RuntimeError as error:
+                if not rewritten or C.ends_a_program(error):
                     raise
                 verdict.one_by_one = True
         random = _random_state(flat)
@@ -123,13 +133,18 @@ class BatchedTransform(Wrapped):
             return self.peer(*args, **kwargs)
         return result
 
-    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any], grad_mode: bool) -> Any:
+    def _random_state(self, flat: list[Any]) -> Any:
+        """Of the generators, where the function may draw from them and then run again; else None."""
+        return None if self.randomness == "error" else _random_state(flat)
+
+    def _request(self, verdict: Verdict, args: tuple[Any, ...], kwargs: dict[str, Any], grad_mode: bool) -> Any:
         """What a refusal depends on, but for what the function does besides; None where that cannot be told."""
         argnums = self.innermost.argnums
         if kwargs or not (type(argnums) is int or type(argnums) is tuple):
             return None
         try:
-            return self.name, argnums, str(self.in_dims), self.randomness, grad_mode, _kind(args)
+            like = verdict.likeness(self.innermost.func)
+            return self.name, argnums, str(self.in_dims), self.randomness, grad_mode, _kind(args), like
         except TypeError:
             return None
 

@@ -14,12 +14,13 @@ import weakref
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from functools import partial
-from types import MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,9 @@ _MOST_SHAPES = 64  # that one function's verdict remembers
 _MOST_STRUCTURES = 8  # for inputs of the same shapes; with more, every run is watched
 _ENOUGH_REFUSALS = 2  # the first may be due to what the function was given
 _NOTHING: AbstractSet[int] = frozenset()
+_CONSTANTS = {int, bool, str, type(None)}
+_VARIABLES = {float, list, dict}  # which may well be others in the next call
+_MOST_ITEMS = 16  # of a tuple that is looked into
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
 
 
@@ -74,16 +78,30 @@ class Rewritten(Refused):
     """The function runs under vmap, but the graph it leaves does not stand for PyTorch's derivative, or is B graphs."""
 
 
+Refusals = dict[Any, tuple[str, int]]  # why PyTorch answered a request instead of the engine, and how often
+
+
 class Verdict:
-    """What is known of one function."""
+    """What is known of one function; its refusals, of all functions made by the same code.
 
-    __slots__ = ("one_by_one", "reason", "refusals", "seen")
+    A function written as a lambda is a new one on every call.  That another one was refused says where to go first, no more:
+    PyTorch's answer is the right one whatever the function does.  That the graph of another one was watched says nothing.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("like", "one_by_one", "reason", "refusals", "seen")
+
+    def __init__(self, refusals: Refusals) -> None:
+        self.like: Any = None
         self.reason: str | None = None  # why PyTorch has to evaluate it
         self.one_by_one = False  # for PyTorch cannot either
         self.seen: dict[Any, set[int]] = {}  # structures of watched graphs, by the shapes of the inputs
-        self.refusals: dict[Any, tuple[str, int]] = {}  # why the engine refused a request, and how often
+        self.refusals = refusals
+
+    def likeness(self, func: Any) -> Any:
+        """What tells the function from others of its code; as it was at first, whatever becomes of its closure."""
+        if self.like is None:
+            self.like = _likeness(func)
+        return self.like
 
     def refuse(self) -> None:
         """Raise if the function is known to need PyTorch."""
@@ -136,6 +154,7 @@ class Verdict:
 
 # By object, as an object may be unhashable or equal to others: its own verdict, and those of its methods.
 _verdicts: dict[int, tuple[weakref.ref[Any], Verdict, weakref.WeakKeyDictionary[Any, Verdict]]] = {}
+_refusals: dict[int, tuple[weakref.ref[CodeType], Refusals]] = {}  # by code object, too: comparing two of them is slow
 
 
 def verdict_of(func: Any) -> Verdict:
@@ -146,7 +165,48 @@ def verdict_of(func: Any) -> Verdict:
     try:
         if entry is None or entry[0]() is not owner:
             reference = weakref.ref(owner, partial(_verdicts.pop, key))  # no Python code, where a signal could strike
-            entry = _verdicts[key] = (reference, Verdict(), weakref.WeakKeyDictionary())
-        return entry[1] if method is None else entry[2].setdefault(method, Verdict())
+            refusals = _refusals_of(owner.__code__) if type(owner) is FunctionType else {}
+            entry = _verdicts[key] = (reference, Verdict(refusals), weakref.WeakKeyDictionary())
+        return entry[1] if method is None else entry[2].setdefault(method, Verdict({}))
     except TypeError:  # watched every time
-        return Verdict()
+        return Verdict({})
+
+
+def _refusals_of(code: CodeType) -> Refusals:
+    key = id(code)
+    entry = _refusals.get(key)
+    if entry is None or entry[0]() is not code:
+        entry = _refusals[key] = (weakref.ref(code, partial(_refusals.pop, key)), {})
+    return entry[1]
+
+
+def _likeness(value: Any, depth: int = 3) -> Any:
+    """What functions of the same code have in common if they were refused for the same: kinds of what their closures hold.
+
+    Objects are told apart by their identity.  It may be that of one that is gone, a tensor of the same shape or a list may be
+    another: functions that are taken for alike need not be.
+    """
+    kind = type(value)
+    if kind in _CONSTANTS:
+        return kind, value
+    if kind in _VARIABLES:
+        return kind
+    if kind is Tensor or kind is Parameter:
+        return value.shape, value.dtype
+    if kind is MethodType:
+        return id(value.__self__), id(value.__func__)
+    if depth:
+        of = partial(_likeness, depth=depth - 1)
+        if kind is FunctionType:
+            defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            return id(value.__code__), *map(of, map(_content, value.__closure__ or ())), *map(of, defaults)
+        if kind is tuple and len(value) <= _MOST_ITEMS:
+            return kind, *map(of, value)
+    return id(value)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty as yet
+        return None
