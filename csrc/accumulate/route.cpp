@@ -14,6 +14,7 @@
 #include "common/behind.h"
 #include "common/fork_safe_mutex.h"
 #include "common/lru.h"
+#include "common/node_ptr.h"
 #include "common/pointer_index.h"
 #include "ops/tether.h"
 
@@ -132,41 +133,91 @@ Route::Route(int kind, at::TensorList outputs, at::TensorList inputs) : kind_(ki
   inputs_ = inputs;
 }
 
-std::uint64_t Route::structure() const {
+namespace {
+
+class Hash {
+ public:
+  void mix(std::uint64_t word) {
+    value_ = (value_ ^ word) * 0x9E3779B97F4A7C15ull;
+    value_ ^= value_ >> 29;
+  }
+  // By its power of two: what is the shorter way for one length of a sequence is that for the next one too.
+  void mix_size(double elements) { mix(std::bit_width(static_cast<std::uint64_t>(elements))); }
+  void mix(const autograd::Node& node) {
+    mix(reinterpret_cast<std::uintptr_t>(&typeid(node)));  // its hash is one of its name, each time
+    mix(node.num_outputs());
+    if (node.num_inputs() != 0) mix_size(elements_of(node.input_metadata(0)));
+  }
+  std::uint64_t value() const { return value_ | 1; }
+
+ private:
+  std::uint64_t value_ = 1;
+};
+
+}  // namespace
+
+std::uint64_t Route::glance() const {
+  constexpr int kFirst = 16;
   if (outputs_.empty()) return 0;
-  std::uint64_t hash = 1;
-  const auto mix = [&hash](std::uint64_t word) {
-    hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
-    hash ^= hash >> 29;
-  };
-  mix(kind_);
-  mix(outputs_.size());
+  Hash hash;
+  hash.mix(kind_);
+  hash.mix(outputs_.size());
+  hash.mix(inputs_.size());
+  std::uint64_t behind = 0;  // what lies behind the inputs may grow with every step of a program
+  for (const at::Tensor& input : inputs_) {
+    if (const common::NodePtr& fn = input.grad_fn()) behind = std::max(behind, common::topological_nr(*fn));
+    hash.mix_size(static_cast<double>(input.numel()));
+  }
+  for (const at::Tensor& output : outputs_) {
+    const autograd::Node* node = output.grad_fn().get();
+    if (node != nullptr) hash.mix(common::topological_nr(*node) - behind);
+    for (int k = 0; node != nullptr && k < kFirst; ++k) {
+      hash.mix(*node);
+      const autograd::edge_list& edges = node->next_edges();
+      const auto next = std::ranges::find_if(edges, &autograd::Edge::is_valid);
+      node = next == edges.end() ? nullptr : next->function.get();
+    }
+  }
+  return hash.value();
+}
+
+std::uint64_t Route::walk() const {
+  if (outputs_.empty()) return 0;
+  Hash hash;
+  hash.mix(kind_);
+  hash.mix(outputs_.size());
   common::PointerIndex places;  // which nodes the inputs are
   for (const at::Tensor& input : inputs_) {
     if (input.requires_grad())
       places[autograd::impl::gradient_edge(input).function.get()] = static_cast<std::int32_t>(&input - inputs_.data());
   }
-  // Sizes count by their power of two: what is the shorter way for one length of a sequence is that for the next one too.
-  const auto mix_size = [&mix](double elements) { mix(std::bit_width(static_cast<std::uint64_t>(elements))); };
   const bool theirs = common::visit_behind(outputs_, inputs_, [&](const autograd::Node& node) {
-    mix(reinterpret_cast<std::uintptr_t>(&typeid(node)));  // its hash is one of its name, each time
-    mix(node.num_outputs());
+    hash.mix(node);
     const std::int32_t place = places[&node];
-    mix(place);
-    if (node.num_inputs() != 0) mix_size(elements_of(node.input_metadata(0)));
+    hash.mix(place);
     return place >= 0 || typeid(node) != typeid(ops::TetherBackward);
   });
-  return theirs ? hash | 1 : 0;
+  return theirs ? hash.value() : 0;
 }
 
 bool Route::is_shorter_there() const {
-  const std::uint64_t known = structure();
+  const std::uint64_t known = ops::any_tethers() ? walk() : glance();
   return known != 0 && shorter_there().contains(known);
 }
 
+void Route::remember() const {
+  shorter_there().insert(glance());
+  shorter_there().insert(walk());
+}
+
+void Route::leave() const {
+  if (walk() == 0) return;
+  remember();
+  throw ShorterThere();
+}
+
 void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
-  const std::uint64_t structure = this->structure();
-  if (structure == 0) return;
+  if (walk() == 0) return;
   common::PointerIndex differentiated;
   common::visit_behind(outputs_, {}, [&](const autograd::Node& node) {
     differentiated[&node] = 0;
@@ -175,7 +226,7 @@ void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& 
   double seconds = 0;
   for (const Row& row : theirs) seconds += row.times * seconds_of(row.tensors, differentiated);
   if (theirs.empty() || seconds_of(ours, differentiated) <= kWorthwhile * seconds) return;
-  shorter_there().insert(structure);
+  remember();
   throw ShorterThere();
 }
 

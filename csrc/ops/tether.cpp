@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <atomic>
 #include <utility>
 
 #include "common/node_ptr.h"
@@ -9,6 +10,17 @@
 namespace wengert::ops {
 
 namespace ag = torch::autograd;
+
+namespace {
+
+std::atomic<std::int64_t> tethers{0};
+
+}  // namespace
+
+TetherBackward::TetherBackward() { tethers.fetch_add(1, std::memory_order_relaxed); }
+TetherBackward::~TetherBackward() { tethers.fetch_sub(1, std::memory_order_relaxed); }
+
+bool any_tethers() { return tethers.load(std::memory_order_relaxed) != 0; }
 
 ag::variable_list TetherBackward::apply(ag::variable_list&& cotangents) {
   ag::variable_list gradients = std::move(cotangents);

@@ -28,11 +28,16 @@ struct Source {
 // The output is the tied result; input edges are the result before that, then the tensors it is tied to.  A cotangent passes
 // through to the result; the tensors receive zeros.
 struct TetherBackward : torch::autograd::Node {
+  TetherBackward();
+  ~TetherBackward() override;
   torch::autograd::variable_list apply(torch::autograd::variable_list&& cotangents) override;
   std::string name() const override { return "wengert::TetherBackward"; }
 
   Source source;
 };
+
+// Whether there are any, of whatever graph.
+bool any_tethers();
 
 // The result with a node of this kind, which shares its memory.
 at::Tensor tether(const at::Tensor& result, const std::vector<torch::autograd::Edge>& to, Source source);
