@@ -197,7 +197,9 @@ struct Answer {
   bool custom = false;  // user code took part, which is not asked twice
   // Where the results have a history:
   Edges ends;
+  std::vector<std::int64_t> behind;
   std::size_t graph_bytes = 0;
+  std::uint64_t forgotten = 0;  // questions, before they began
 };
 
 Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::TensorList cotangents, Mode mode,
@@ -205,7 +207,8 @@ Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::
   Answer answer;
   answer.custom = tape.custom;
   if (mode != Mode::plain) {
-    answer.ends = ends(tape, inputs, cotangents);
+    answer.forgotten = forgotten_questions();
+    answer.ends = ends(tape, inputs, cotangents, answer.behind);
     answer.graph_bytes = graph_bytes(tape, answer.ends);
   }
   Calls calls(tape);
@@ -306,7 +309,6 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
               const Route& route = Route()) {
   if (mode == Mode::plain) return;
   std::shared_ptr<Question> question;
-  std::shared_ptr<const Provenance> provenance;
   if (!answer.custom) {
     question = std::make_shared<Question>();
     question->of = asked.of;
@@ -315,7 +317,7 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
     question->inputs = edges_of(asked.inputs);
     std::ranges::transform(asked.cotangents, std::back_inserter(question->cotangents), Question::Cotangent::of);
     question->ends = answer.ends;
-    provenance = std::make_shared<const Provenance>(memo.structure(), question, answer.graph_bytes);
+    question->behind = answer.behind;
   }
   const auto find = [&] {
     const std::size_t width = mode == Mode::at_once ? asked.inputs.size() : answer.results.size();
@@ -323,7 +325,12 @@ void complete(Answer& answer, Mode mode, const HistoryMemo& memo, const Asked& a
     if (question) route.choose(answer.results, rows_of(theirs, asked.inputs.size(), rows));
     return std::make_unique<History>(answer.ends, theirs, answer.results, question != nullptr);
   };
-  memo.get(find).apply(answer.results, answer.ends, rows, asked.inputs, provenance);
+  const auto lasts = [&] { return forgotten_questions() == answer.forgotten; };  // or else it may depend on one of those
+  memo.use(find, lasts, [&](const History& history) {
+    std::shared_ptr<const Provenance> provenance;
+    if (question) provenance = std::make_shared<const Provenance>(memo.structure(), question, answer.graph_bytes);
+    history.apply(answer.results, answer.ends, rows, asked.inputs, provenance);
+  });
 }
 
 // See NOTE [Streams].

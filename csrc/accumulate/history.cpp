@@ -614,12 +614,14 @@ HistoryMemo::HistoryMemo()
 
 HistoryMemo::~HistoryMemo() { delete history_.load(); }
 
-const History& HistoryMemo::get(const std::function<std::unique_ptr<History>()>& find) const {
-  if (const History* known = history_.load(std::memory_order_acquire)) return *known;
+void HistoryMemo::use(const std::function<std::unique_ptr<const History>()>& find, const std::function<bool()>& lasts,
+                      const std::function<void(const History&)>& uses) const {
+  if (const History* known = history_.load(std::memory_order_acquire)) return uses(*known);
   std::unique_ptr<const History> found = find();  // which may take long: another thread may be first
+  if (!lasts()) return uses(*found);
   const History* first = nullptr;
-  if (history_.compare_exchange_strong(first, found.get(), std::memory_order_acq_rel)) return *found.release();
-  return *first;
+  if (history_.compare_exchange_strong(first, found.get(), std::memory_order_acq_rel)) first = found.release();
+  uses(*first);
 }
 
 Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t width) {
@@ -629,7 +631,7 @@ Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t wid
   return by_pairs(rows, width, /*at_once=*/true);
 }
 
-Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents) {
+Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents, std::vector<std::int64_t>& behind) {
   Edges out = edges_of(inputs);
   for (const at::Tensor& cotangent : cotangents) out.push_back(edge_of(cotangent));
   std::set<const ops::Origin*> origins;
@@ -637,8 +639,10 @@ Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotange
     const auto on_tape = [](const tape::Value& value) { return value.node >= 0; };
     if (std::ranges::none_of(node.inputs, on_tape)) continue;  // an input itself
     if (const auto* tether = with_origin(*node.fn); tether != nullptr && origins.insert(tether->source.origin.get()).second) {
-      if (const auto question = provenance(*tether).question())
+      if (const auto question = provenance(*tether).question()) {
         out.insert(out.end(), question->ends.begin(), question->ends.end());
+        behind.push_back(provenance(*tether).number());
+      }
     }
     for (std::size_t k = 0; k < node.inputs.size(); ++k) {
       const Edge& edge = node.fn->next_edge(k);

@@ -34,7 +34,8 @@ using Counterparts = std::vector<std::vector<at::Tensor>>;
 Counterparts counterparts(const Question& question);
 
 // Where histories end: the edges of the inputs, of the cotangents, those that leave the tape, and the ends of results of ours.
-Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents);
+// `behind`: the numbers of the latters' questions.
+Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotangents, std::vector<std::int64_t>& behind);
 
 class History {
  public:
@@ -61,7 +62,9 @@ class HistoryMemo {
   ~HistoryMemo();
   HistoryMemo(const HistoryMemo&) = delete;
   HistoryMemo& operator=(const HistoryMemo&) = delete;
-  const History& get(const std::function<std::unique_ptr<History>()>& find) const;
+  // `uses` what is known or found; keeps what is found where that is said to be lasting.
+  void use(const std::function<std::unique_ptr<const History>()>& find, const std::function<bool()>& lasts,
+           const std::function<void(const History&)>& uses) const;
   std::int64_t structure() const { return structure_; }
 
  private:

@@ -33,13 +33,14 @@ class Remembered {
     if (entries_.size() == kMostQuestions) {
       oldest = std::move(entries_.front().second);
       entries_.erase(entries_.begin());
+      ++forgotten_;
     }
     entries_.emplace_back(number, std::move(question));
   }
   std::shared_ptr<const Question> find(std::int64_t number) {
     const std::lock_guard lock(mutex_);
-    const auto at = std::ranges::find(entries_, number, &Entry::first);
-    return at == entries_.end() ? nullptr : at->second;
+    const Entry* entry = look_up(number);
+    return entry == nullptr ? nullptr : entry->second;
   }
   void erase(std::int64_t number) {
     std::shared_ptr<const Question> question;
@@ -52,14 +53,34 @@ class Remembered {
   void clear() {
     std::vector<Entry> all;
     const std::lock_guard lock(mutex_);
+    forgotten_ += entries_.size();
     all.swap(entries_);
   }
+  bool knows(std::int64_t number) {
+    const std::lock_guard lock(mutex_);
+    std::vector<std::int64_t> numbers{number};
+    for (std::size_t k = 0; k < numbers.size(); ++k) {
+      const Entry* entry = look_up(numbers[k]);
+      if (entry == nullptr) return false;
+      for (const std::int64_t other : entry->second->behind) {
+        if (std::ranges::find(numbers, other) == numbers.end()) numbers.push_back(other);
+      }
+    }
+    return true;
+  }
+  std::uint64_t forgotten() const { return forgotten_; }
 
  private:
   using Entry = std::pair<std::int64_t, std::shared_ptr<const Question>>;
 
+  const Entry* look_up(std::int64_t number) const {
+    const auto at = std::ranges::find(entries_, number, &Entry::first);
+    return at == entries_.end() ? nullptr : &*at;
+  }
+
   common::ForkSafeMutex mutex_;
   std::vector<Entry> entries_;  // the latest last
+  std::atomic<std::uint64_t> forgotten_ = 0;
 };
 
 Remembered& remembered() {
@@ -115,6 +136,8 @@ Provenance::Provenance(std::int64_t structure, std::shared_ptr<const Question> q
 
 Provenance::~Provenance() { remembered().erase(number_); }
 
+bool Provenance::is_known() const { return remembered().knows(number_); }
+
 std::shared_ptr<const Question> Provenance::question() const { return remembered().find(number_); }
 
 std::size_t graph_bytes(const tape::Tape& tape, const Edges& ends) {
@@ -141,5 +164,6 @@ std::size_t graph_bytes(const tape::Tape& tape, const Edges& ends) {
 }
 
 void forget_questions() { remembered().clear(); }
+std::uint64_t forgotten_questions() { return remembered().forgotten(); }
 
 }  // namespace wengert::accumulate

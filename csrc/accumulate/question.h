@@ -43,6 +43,7 @@ struct Question {
   Edges outputs, inputs;
   std::vector<Cotangent> cotangents;  // of gradients: for each output, not given for ones
   Edges ends;                         // of the results' histories
+  std::vector<std::int64_t> behind;   // numbers of the known questions that it leads through
 };
 
 // The question that results come from.
@@ -52,7 +53,8 @@ class Provenance : public ops::Origin {
   Provenance(std::int64_t structure, std::shared_ptr<const Question> question, std::size_t bytes);
   ~Provenance() override;
 
-  bool is_known() const override { return question() != nullptr; }
+  // With all that it leads through: what PyTorch's answer is depends on all of them.
+  bool is_known() const override;
   std::shared_ptr<const Question> question() const;  // null where it is forgotten
   std::int64_t number() const { return number_; }    // what was asked later may lead to what was asked earlier
 
@@ -64,5 +66,6 @@ class Provenance : public ops::Origin {
 std::size_t graph_bytes(const tape::Tape& tape, const Edges& ends);
 
 void forget_questions();
+std::uint64_t forgotten_questions();  // how many, so far
 
 }  // namespace wengert::accumulate

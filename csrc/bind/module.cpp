@@ -15,6 +15,7 @@
 #include <typeinfo>
 
 #include "accumulate/derivatives.h"
+#include "accumulate/question.h"
 #include "accumulate/route.h"
 #include "bind/cuda_plan.h"
 #include "bind/cuda_static.h"
@@ -112,9 +113,11 @@ bool saves_through_hooks(const torch::autograd::Node& fn) {
 }
 
 // Whether an exception, or one in whose handling it was raised, is one of those that end a program: KeyboardInterrupt,
-// SystemExit.
-bool ends_a_program(py::handle raised) {
-  for (py::object at = py::reinterpret_borrow<py::object>(raised); at && !at.is_none();) {
+// SystemExit. But not one that was being handled before, `handled`, or None.
+bool ends_a_program(py::handle raised, py::handle handled) {
+  constexpr int kMost = 64;  // as many as anybody has: exceptions may be made to go in circles
+  py::object at = py::reinterpret_borrow<py::object>(raised);
+  for (int k = 0; k < kMost && at && !at.is_none() && !at.is(handled); ++k) {
     if (PyErr_GivenExceptionMatches(at.ptr(), PyExc_Exception) == 0) return true;
     if (PyExceptionInstance_Check(at.ptr()) == 0) return false;
     at = py::reinterpret_steal<py::object>(PyException_GetContext(at.ptr()));
@@ -125,18 +128,23 @@ bool ends_a_program(py::handle raised) {
 // Whatever a Function raises may be due to how it was called, but for what ends a program.
 bool may_retry(const std::exception& error) {
   const py::gil_scoped_acquire gil;
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_GetExcInfo(&type, &value, &traceback);
+  const auto handled = py::reinterpret_steal<py::object>(value);
+  Py_XDECREF(type);
+  Py_XDECREF(traceback);
   if (PyErr_Occurred() != nullptr) {
     py::error_already_set current;  // takes it
-    if (ends_a_program(current.value())) {
+    if (ends_a_program(current.value(), handled)) {
       current.restore();
       return false;
     }
   }
   if (const auto* raised = dynamic_cast<const python_error*>(&error); raised && raised->type) {
     const bool made = raised->value && PyExceptionInstance_Check(raised->value) != 0;
-    return !ends_a_program(made ? raised->value : raised->type);
+    return !ends_a_program(made ? raised->value : raised->type, handled);
   }
-  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) return !ends_a_program(raised->value());
+  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) return !ends_a_program(raised->value(), handled);
   return true;
 }
 
@@ -145,6 +153,10 @@ at::Tensor fresh_leaf(PyObject* input) {
   if (!THPVariable_CheckExact(input)) return {};
   const at::Tensor& x = THPVariable_Unpack(input);
   if (x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return {};
+  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::Batched});
+  if (x.key_set().has_any(wrapped)) return x.detach().set_requires_grad(true);  // what is left of a transform, say
   // detach(), without its way through the dispatcher: it takes as long as reading the graph of a few operators.
   const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
   const at::Tensor leaf(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/false));
@@ -359,8 +371,12 @@ PYBIND11_MODULE(_C, m) {
       "passes_custom",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
-  m.def("ends_a_program", &ends_a_program, py::arg("error"),
-        "Whether an exception was raised while a KeyboardInterrupt, say, was on its way.");
+  m.def("ends_a_program", &ends_a_program, py::arg("error"), py::arg("handled"),
+        "Whether an exception was raised while a KeyboardInterrupt, say, was on its way; but for what was `handled` before.");
+  m.def(
+      "tether",
+      [](const at::Tensor& tensor, const Tensors& to) { return wengert::ops::tether(tensor, accumulate::edges_of(to), {}); },
+      py::arg("tensor"), py::arg("to"), "The tensor with a history that leads to others too, with the derivative zero.");
   m.def("are_finite", [](const py::object& tensors) {
     Tensors given;
     for (const py::handle item : tensors) {

@@ -249,6 +249,39 @@ except BaseException as error:
 """
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_while_what_ends_a_program_is_handled_all_is_as_ever(error):
+    """Final results are computed after an interrupt."""
+
+    def by_rows(ctx, g):
+        return torch.from_numpy(g.detach().numpy() * 2.0)
+
+    x = torch.rand(4, 3, dtype=torch.float64)
+    cases = [
+        lambda m, n: m.jacobian(function(by_rows), vec()),
+        lambda m, n: n.vmap(n.grad(lambda z: z.max()))(x),
+        lambda m, n: n.vmap(n.jacrev(lambda z: z.median()))(x),
+        lambda m, n: n.jacfwd(lambda z: (z * z.detach()).float())(x[0]),
+    ]
+    for case in cases:
+        try:
+            raise error
+        except error:
+            ours = case(wengert, wengert.func)
+        assert_same(ours, case(F, torch.func))
+
+
+def test_exceptions_whose_contexts_go_in_circles():
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__context__, second.__context__ = second, first
+
+    def fails(x):
+        raise first
+
+    with pytest.raises(RuntimeError, match="first"):
+        wengert.func.jacfwd(fails)(vec())
+
+
 def test_an_interrupt_within_pytorchs_transforms_is_not_swallowed():
     """PyTorch itself raises an error about its stack of transforms while the interrupt is on its way: in a process of its own."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)

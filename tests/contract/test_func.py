@@ -351,3 +351,27 @@ def test_forward_mode_of_scattered_products_is_the_derivative():
     index = torch.tensor([0, 1, 0, 2, 2])
     f = lambda x: torch.ones(3, dtype=x.dtype).scatter_reduce(0, index, x, "prod")
     assert_same(func.jacfwd(f)(vec(5)), torch.func.jacrev(f)(vec(5)))
+
+
+def test_blocks_that_pytorch_computes_as_one_tensor_require_grad_together():
+    p = vec(3).requires_grad_()
+    cases = {
+        "two outputs": lambda m: m.jacrev(lambda z: (z * p, z * 2))(vec(3)),
+        "two outputs, by sample": lambda m: m.vmap(m.jacrev(lambda z: (z * p, z * 2)))(vec(2, 3)),
+        "two inputs": lambda m: m.jacfwd(lambda z, w: z * p + w * 2, argnums=(0, 1))(vec(3), vec(3)),
+        "hessian": lambda m: m.hessian(lambda z, w: (z * z * p + z * w + w * w).sum(), argnums=(0, 1))(vec(3), vec(3)),
+    }
+    for name, case in cases.items():
+        both(case, name)
+    zeros = torch.autograd.grad(cases["two outputs"](func)[1].sum(), p)[0]
+    assert_same(zeros, torch.zeros_like(p))
+
+
+def test_what_is_the_callers_comes_back_as_it_is():
+    p, x = vec(3).requires_grad_(), vec(3).requires_grad_()
+    f = lambda z: (z.sum(), (p, z, z * 2))
+    for transform in ("grad", "jacrev"):
+        with torch.no_grad():
+            ours, theirs = (getattr(m, transform)(f, has_aux=True)(x)[1] for m in (func, torch.func))
+        assert ours[0] is p and theirs[0] is p
+        assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]

@@ -368,3 +368,21 @@ def test_the_graph_ends_at_the_functions_argument():
                 assert not form(lambda v: v * x, y).requires_grad
             assert torch.is_grad_enabled() is (mode is torch.enable_grad)
     assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    "calls", [lambda f, x: torch.func.grad(f)(x), lambda f, x: torch.func.vjp(f, x), lambda f, x: torch.func.jvp(f, (x,), (x,))]
+)
+def test_inputs_that_escaped_from_a_transform(calls):
+    escaped = []
+
+    def f(x):
+        escaped.append(x)
+        return x.sum()
+
+    x = torch.rand(3, dtype=torch.float64)
+    calls(f, x)
+    cube = lambda x: x**3
+    assert_same(wengert.jacobian(cube, escaped[0]), F.jacobian(cube, escaped[0]))
+    assert_same(wengert.jacobian(cube, (escaped[0],)), F.jacobian(cube, (escaped[0],)))
+    assert_same(wengert.hessian(lambda x: cube(x).sum(), escaped[0]), F.hessian(lambda x: cube(x).sum(), escaped[0]))

@@ -285,6 +285,29 @@ def test_of_small_graphs_the_latest_are_kept():
     assert not any(mark() is not None for mark in marks)
 
 
+def test_a_question_that_is_forgotten_says_nothing_about_others():
+    """What lies two results back decides too; asking after it was forgotten is not what is known from then on."""
+
+    def patterns(grad, others):
+        x, p = torch.ones(4, dtype=D, requires_grad=True), torch.ones(4, dtype=D, requires_grad=True)
+        options = {"create_graph": True, "allow_unused": True}
+        (first,) = grad(((x * p).relu() * p).sum(), x, **options)
+        second = grad(first.sum(), (x, p), **options)
+        kept = []
+        for _ in range(others):
+            z = torch.ones(2, dtype=D, requires_grad=True)
+            kept += grad((z**3).sum(), z, **options)
+        third = grad(sum(g.sum() for g in second if g is not None and g.requires_grad), (x, p), **options)
+        return [[g is not None and g.requires_grad for g in found] for found in (second, third)]
+
+    wengert.clear_caches()
+    expected = patterns(torch.autograd.grad, 0)
+    for others in (30, 31, 0, 31, 0):
+        found = patterns(wengert.grad, others)
+        assert found[0] == expected[0]
+        assert others or found == expected
+
+
 def test_cotangents_that_are_lazily_zero():
     """As PyTorch gives them for the second derivative of abs, without memory of their own."""
     x = torch.rand(3, dtype=D, requires_grad=True)

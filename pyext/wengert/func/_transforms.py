@@ -7,6 +7,7 @@ the engine can read.  Whatever is unusual goes to `peer`, torch.func's own funct
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -84,7 +85,7 @@ _engine.HARMLESS_MODES.add(ForwardWatch)
 class Leaves:
     """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
 
-    __slots__ = ("attached", "flat", "inner", "positions", "refused", "spec", "tensors", "tuple_of_args")
+    __slots__ = ("attached", "flat", "given", "inner", "positions", "refused", "spec", "tensors", "tuple_of_args")
 
     def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
@@ -93,6 +94,7 @@ class Leaves:
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
         self.attached = False  # some leaf hangs on a graph of the caller
         self.tensors: list[Tensor] = []
+        self.given: list[Tensor] = []  # in whose places they are
         # Those of transforms that the function called.  Where a graph holds them it keeps these references alive, too.
         self.inner: list[weakref.ref[Tensor]] = []
         for k in self.positions:
@@ -104,6 +106,7 @@ class Leaves:
                 leaf = x.detach().requires_grad_()
             self.flat[k] = leaf
             self.tensors.append(leaf)
+            self.given.append(x)
 
     def nest(self, parts: Sequence[Any]) -> Any:
         nested = unflatten(list(parts), self.spec)
@@ -129,8 +132,13 @@ class Leaves:
         """Blocks of a result that PyTorch computes as one tensor: with a history where any has one that reaches the caller."""
         for block in blocks:  # a loop, as a generator costs a small gradient some percent
             if block.requires_grad:
-                return blocks if create_graph and self.reach_caller(blocks) else [block.detach() for block in blocks]
-        return blocks
+                break
+        else:
+            return blocks
+        if not (create_graph and self.reach_caller(blocks)):
+            return [block.detach() for block in blocks]
+        live = [block for block in blocks if block.requires_grad]
+        return blocks if len(live) == len(blocks) else [b if b.requires_grad else C.tether(b, live) for b in blocks]
 
     def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
@@ -144,6 +152,11 @@ class Leaves:
                 raise RuntimeError(f"Expected tensors, got unsupported type {type(t)}")
             if not t.requires_grad:
                 return t
+            given = next((x for leaf, x in zip(self.tensors, self.given) if t is leaf), None)
+            if given is None and t.is_leaf:  # the caller's own
+                return t
+            if given is not None and not grad_mode:
+                return given
             return t if grad_mode and self.reach_caller((t,)) else t.detach()
 
         return one(tree) if isinstance(tree, Tensor) else tree_map(one, tree)
@@ -232,6 +245,7 @@ class Transform(Wrapped):
 
     def at_point(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """The derivative at these arguments, counted under `name`."""
+        handled = sys.exc_info()[1]
         reason = _engine.refusal()
         if reason is None and (not args or (kwargs and not self.takes_kwargs)):
             reason = "unusual arguments"
@@ -253,7 +267,7 @@ class Transform(Wrapped):
                 _engine.count(name, leaves.refused)
                 return result
             except RuntimeError as error:
-                if not (self.forward or isinstance(error, Refused)) or C.ends_a_program(error):
+                if not (self.forward or isinstance(error, Refused)) or C.ends_a_program(error, handled):
                     raise
                 reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
                 if random is not None:
@@ -307,6 +321,7 @@ class Transform(Wrapped):
         _load_decompositions()
         size = next(x.shape[0] for x, dim in zip(flat, dims) if dim is not None)
         depth = get_dynamic_layer_stack_depth()
+        handled = sys.exc_info()[1]
         try:
             level = _vmap_increment_nesting(size, randomness)
             args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
@@ -315,7 +330,7 @@ class Transform(Wrapped):
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
         except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
-            if C.ends_a_program(error):
+            if C.ends_a_program(error, handled):
                 raise
             raise Refused("a function that does not run under vmap alone") from error
         finally:

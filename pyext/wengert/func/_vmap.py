@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ class BatchedTransform(Wrapped):
 
     @traced_as(_traced)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        handled = sys.exc_info()[1]
         reason = _engine.refusal()
         if reason is None and (type(self.out_dims) is not int or (kwargs and not self.func.takes_kwargs)):
             reason = "unusual arguments"
@@ -84,7 +86,7 @@ class BatchedTransform(Wrapped):
                     _engine.count_fallback(self.name, expected)
                     return result
                 except RuntimeError as error:  # which the engine need not raise
-                    if C.ends_a_program(error):
+                    if C.ends_a_program(error, handled):
                         raise
                     verdict.forget(request)
                     if random is not None:
@@ -106,7 +108,7 @@ class BatchedTransform(Wrapped):
                     verdict.forget(request)
                 return result
             except RuntimeError as error:  # PyTorch's own way has its own errors, or none
-                if C.ends_a_program(error):
+                if C.ends_a_program(error, handled):
                     raise
                 refused_as = type(error)
                 reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
@@ -123,7 +125,7 @@ class BatchedTransform(Wrapped):
                     verdict.refused(self._request(verdict, args, kwargs, grad_mode), reason)
                 return result
             except RuntimeError as error:
-                if not rewritten or C.ends_a_program(error):
+                if not rewritten or C.ends_a_program(error, handled):
                     raise
                 verdict.one_by_one = True
         random = _random_state(flat)
