@@ -173,8 +173,8 @@ def jacobian(
     reason: str | None = None,
     vectorize: bool = False,
     none_is_zero: bool = True,
-) -> Iterable[list[Tensor | None]]:
-    """`native_jacobian`, or the same from PyTorch's engine, which goes on to an output when it is asked for it.
+) -> Blocks:
+    """`native_jacobian`, or the same from PyTorch's engine.
 
     Like the next two functions: counted under `name`; `reason`, what `refusal` said, keeps the call off the engine.
     """
@@ -199,7 +199,7 @@ def hessian(
     if output.requires_grad:
         gradient = torch_grad(output.squeeze(), inputs, create_graph=True, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradient, inputs)]
-    return list(_torch_jacobian(filled, inputs, create_graph, vectorize))
+    return _torch_jacobian(filled, inputs, create_graph, vectorize)
 
 
 def vjp(
@@ -274,12 +274,10 @@ def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor
     return torch.stack([torch.zeros_like(wrt) if row is None else row for row in rows]).view(prefix + wrt.shape)
 
 
-def _torch_jacobian(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, vectorize: bool
-) -> Iterable[list[Tensor | None]]:
+def _torch_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, vectorize: bool) -> Blocks:
     if vectorize:
         return _rows_at_once(outputs, inputs, create_graph)
-    return (_rows(out, inputs, create_graph) for out in outputs)
+    return torch_rows(outputs, inputs, create_graph)
 
 
 def torch_rows(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> Blocks:

@@ -111,23 +111,24 @@ def _blocks(
     if not (any if vectorize else all)(map(Tensor.numel, outputs)):
         reason = "an output without elements"
     options = {"reason": reason, "vectorize": vectorize, "none_is_zero": not strict}
-    blocks = []
-    # A complaint about one output comes before whatever PyTorch says to the next.
-    for i, (row, out) in enumerate(zip(_engine.jacobian("jacobian", outputs, inputs, create_graph, **options), outputs)):
-        for j, block in enumerate(row):
-            if block is None:
-                if strict:
+    blocks: list[list[Tensor | None]] = []
+    # One after the other where there may be a complaint about one, which comes before whatever is said to the next.
+    for part in [(out,) for out in outputs] if strict else [outputs]:
+        for row, out in zip(_engine.jacobian("jacobian", part, inputs, create_graph, **options), part):
+            for j, block in enumerate(row):
+                if block is None:
+                    if strict:
+                        raise RuntimeError(
+                            f"Output {len(blocks)} of the user-provided function is independent of input {j}. "
+                            "This is not allowed in strict mode."
+                        )
+                    row[j] = _engine.zeros(out, inputs[j])
+                elif strict and create_graph and not block.requires_grad:
                     raise RuntimeError(
-                        f"Output {i} of the user-provided function is independent of input {j}. "
-                        "This is not allowed in strict mode."
+                        f"The jacobian of the user-provided function is independent of input {len(blocks)}. "
+                        "This is not allowed in strict mode when create_graph=True."
                     )
-                row[j] = _engine.zeros(out, inputs[j])
-            elif strict and create_graph and not block.requires_grad:
-                raise RuntimeError(
-                    f"The jacobian of the user-provided function is independent of input {i}. "
-                    "This is not allowed in strict mode when create_graph=True."
-                )
-        blocks.append(row)
+            blocks.append(row)
     return blocks  # type: ignore[return-value]
 
 
@@ -229,8 +230,9 @@ def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused:
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        options = {"reason": _refusal(), "none_is_zero": allow_unused}
-        blocks = list(_engine.jacobian("jacobian", outputs, inputs, create_graph, **options))
+        blocks = _engine.jacobian(
+            "jacobian", outputs, inputs, create_graph, reason=_refusal(), none_is_zero=allow_unused
+        )
         if not allow_unused:
             _engine.check_used(next((block for block in column if block is not None), None) for column in zip(*blocks))
         return _nest(_fill(blocks, outputs, inputs), is_outputs_tuple, is_inputs_tuple)

@@ -149,6 +149,22 @@ def test_nodes_that_give_no_gradient():
         wengert.jacobian(out, (x, y), allow_unused=False)
 
 
+def test_strict_complains_of_one_output_before_the_next_is_derived():
+    class Fails(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, g):
+            raise ValueError("of the user's")
+
+    x, w = vec(), vec(requires_grad=True)
+    cases = ((lambda x: (w * 2, Fails.apply(x)), {}), (lambda x: (x * 2, Fails.apply(x)), {"create_graph": True}))
+    for f, options in cases:
+        assert_same_error(
+            lambda: wengert.jacobian(f, x, strict=True, **options), lambda: F.jacobian(f, x, strict=True, **options)
+        )
+
+
 def test_strict_with_create_graph_refuses_constant_jacobians():
     args = (lambda x: 3 * x, vec(requires_grad=True))
     options = {"strict": True, "create_graph": True}
