@@ -46,7 +46,8 @@ class Route {
  private:
   // Hashes, quicker than a signature: another structure with the same one just goes the same way.  0 where there is no choice.
   std::uint64_t glance() const;  // at how deep the graph is, and its first nodes
-  // At all of it: results of ours in it leave no choice, as only our derivatives of them are given the history that PyTorch's have.
+  // At all of it: results of ours in it leave no choice, as only our derivatives of them are given the history that PyTorch's
+  // have.
   std::uint64_t walk() const;
   void remember() const;
 

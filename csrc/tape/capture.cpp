@@ -17,6 +17,7 @@
 #include "common/recycled.h"
 #include "ops/backend.h"
 #include "ops/graph_stream.h"
+#include "ops/onwards.h"
 #include "tape/ambient.h"
 #include "tape/custom.h"
 #include "tape/reader.h"
@@ -565,10 +566,31 @@ bool has_other_leaves(at::TensorList outputs, at::TensorList inputs) {
     const bool is_leaf = output.requires_grad() && !output.grad_fn();
     if (is_leaf && !own.contains(output.unsafeGetTensorImpl())) return true;
   }
-  return !common::visit_behind(outputs, {}, [&](autograd::Node& fn) {
-    if (typeid(fn) != typeid(autograd::AccumulateGrad)) return true;
-    return own.contains(static_cast<autograd::AccumulateGrad&>(fn).variable.unsafeGetTensorImpl());
-  });
+  common::PointerIndex seen;
+  std::vector<std::pair<autograd::Node*, std::uint32_t>> stack;
+  const auto enter = [&](autograd::Node* fn, std::uint32_t output) {
+    constexpr int kAddressBits = 48;
+    const std::uintptr_t part = static_cast<std::uintptr_t>(ops::has_parts(*fn) ? output + 1 : 0) << kAddressBits;
+    std::int32_t& mark = seen[reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(fn) ^ part)];
+    if (mark < 0) mark = 0, stack.emplace_back(fn, output);
+  };
+  for (const at::Tensor& output : outputs) {
+    if (const NodePtr& fn = output.grad_fn()) enter(fn.get(), static_cast<std::uint32_t>(output.output_nr()));
+  }
+  while (!stack.empty()) {
+    const auto [fn, output] = stack.back();
+    stack.pop_back();
+    if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
+      if (!own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl())) return true;
+      continue;
+    }
+    const auto some = ops::onwards(*fn, output);
+    for (std::size_t k = 0; k < fn->num_outputs(); ++k) {
+      const autograd::Edge& edge = fn->next_edge(k);
+      if (edge.function && (!some || (*some)[k])) enter(edge.function.get(), edge.input_nr);
+    }
+  }
+  return false;
 }
 
 void release(Tape& tape) {

@@ -90,6 +90,7 @@ def jacobian(
                     "torch.autograd.functional.jacobian: `strict=True` and `vectorized=True` are not supported together. "
                     "Please either set `strict=False` or `vectorize=False`."
                 )
+            reason = reason or _strict_refusal(outputs, inputs, create_graph)
         if not outputs and not vectorize:
             raise IndexError("tuple index out of range")  # as torch.autograd.functional.jacobian says it
         blocks = _blocks(outputs, inputs, create_graph, strict, vectorize, reason)
@@ -130,6 +131,13 @@ def _blocks(
                     )
             blocks.append(row)
     return blocks  # type: ignore[return-value]
+
+
+def _strict_refusal(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool) -> str | None:
+    """Why strict mode, which is about histories, is PyTorch's: it is not asked about those of results through user code."""
+    if create_graph and C.passes_custom(outputs, inputs):
+        return "a custom Function or hooks in strict mode with create_graph"
+    return None
 
 
 def _nest(blocks: list[list[Tensor]], is_outputs_tuple: bool, is_inputs_tuple: bool) -> Any:
@@ -199,9 +207,10 @@ def hessian(
         if out.numel() != 1:
             raise RuntimeError("The Tensor returned by the function given to hessian should contain a single element")
         if strict:
-            gradient = _blocks((out.squeeze(),), inputs, True, False)[0]
+            reason = reason or _strict_refusal(outputs, inputs, create_graph)
+            gradient = _blocks((out.squeeze(),), inputs, True, False, reason=reason)[0]
             _check_requires_grad(gradient, "jacobian", strict)
-            blocks = _blocks(tuple(gradient), inputs, create_graph, True)
+            blocks = _blocks(tuple(gradient), inputs, create_graph, True, reason=reason)
         else:
             if not all(x.numel() for x in inputs):
                 reason = "an input without elements"

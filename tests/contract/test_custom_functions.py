@@ -271,6 +271,14 @@ def test_while_what_ends_a_program_is_handled_all_is_as_ever(error):
         assert_same(ours, case(F, torch.func))
 
 
+def test_strict_hessians_that_are_constant_through_user_code():
+    f = lambda x: function(lambda ctx, g: g * 2)(x).square().sum()
+    for create_graph in (False, True):
+        ours, theirs = (m.hessian(f, vec(), create_graph=create_graph, strict=True) for m in (wengert, F))
+        assert_same(ours, theirs)
+        assert ours.requires_grad == theirs.requires_grad
+
+
 def test_exceptions_whose_contexts_go_in_circles():
     first, second = RuntimeError("first"), RuntimeError("second")
     first.__context__, second.__context__ = second, first

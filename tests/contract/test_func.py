@@ -375,3 +375,23 @@ def test_what_is_the_callers_comes_back_as_it_is():
             ours, theirs = (getattr(m, transform)(f, has_aux=True)(x)[1] for m in (func, torch.func))
         assert ours[0] is p and theirs[0] is p
         assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]
+
+
+def test_gradients_that_one_operation_computes_require_grad_each_by_itself():
+    x, y, c = vec(3).requires_grad_(), vec(3), vec(3, start=2)
+    cases = {
+        "product": lambda m: m.grad(lambda x, y: (x * y.sin() * c).sum(), (0, 1))(x, y),
+        "quotient": lambda m: m.grad(lambda x, y: (x / (y.exp() + 1)).sum(), (0, 1))(x, y),
+        "hessian": lambda m: m.hessian(lambda x, y: (x * y.sin() * c).sum(), (0, 1))(x, y),
+    }
+    for name, case in cases.items():
+        both(case, name)
+
+
+def test_auxiliary_inputs_come_back_as_themselves():
+    x = vec(3).requires_grad_()
+    inner = lambda a: func.grad(lambda z: ((z * z * a).sum(), (z, a)), has_aux=True)(a)
+    for grad_mode in (True, False):
+        with torch.set_grad_enabled(grad_mode):
+            assert func.grad(lambda z: (z.square().sum(), z), has_aux=True)(x)[1] is x
+            assert func.grad(lambda a: (inner(a)[0].sum(), inner(a)[1]), has_aux=True)(x)[1][1] is x

@@ -232,9 +232,9 @@ def test_a_fork_keeps_what_the_forking_thread_and_the_process_hold():
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_what_a_lost_thread_entered_may_still_be_left():
     opened = wengert.patched()
-    threading.Thread(target=opened.__enter__).start()
-    while not is_patched():
-        pass
+    thread = threading.Thread(target=opened.__enter__)
+    thread.start()
+    thread.join()
 
     def leave():
         with wengert.patched():

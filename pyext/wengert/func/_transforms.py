@@ -153,10 +153,10 @@ class Leaves:
             if not t.requires_grad:
                 return t
             given = next((x for leaf, x in zip(self.tensors, self.given) if t is leaf), None)
-            if given is None and t.is_leaf:  # the caller's own
-                return t
-            if given is not None and not grad_mode:
+            if given is not None:
                 return given
+            if t.is_leaf:  # the caller's own
+                return t
             return t if grad_mode and self.reach_caller((t,)) else t.detach()
 
         return one(tree) if isinstance(tree, Tensor) else tree_map(one, tree)
