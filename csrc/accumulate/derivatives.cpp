@@ -388,7 +388,6 @@ Answer gradients(at::TensorList outputs, at::TensorList inputs, at::TensorList c
   const Route route = history ? route_for(of, outputs, inputs, mode) : Route();
   if (!asked) route.follow();
   tape::Tape tape = capture(outputs, inputs, mode != Mode::plain, !batched);
-  if (tape.custom) route.leave();
   Request request{.seed = batched ? Seed::batched_gradient : Seed::gradient, .cotangents = {}, .none_is_zero = none_is_zero};
   std::vector<at::Tensor> given;
   for (std::size_t i = 0; i < outputs.size(); ++i) {

@@ -210,12 +210,6 @@ void Route::remember() const {
   shorter_there().insert(walk());
 }
 
-void Route::leave() const {
-  if (walk() == 0) return;
-  remember();
-  throw ShorterThere();
-}
-
 void Route::choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const {
   if (walk() == 0) return;
   common::PointerIndex differentiated;

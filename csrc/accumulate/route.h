@@ -6,9 +6,6 @@
 // row.  Which is less depends on the structure alone, so it is counted once for each, when PyTorch is asked about the histories
 // (history.h) and both graphs are there: their nodes, and the bytes that those stand for.  Where ours costs more the structure is
 // PyTorch's from then on.  What is differentiated afterwards is the engine's, whichever way it came.
-//
-// So are gradients through user code (custom Functions), about whose history PyTorch is not asked: the code runs once either way,
-// and what is left of the graph seldom pays for running it apart.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -40,8 +37,6 @@ class Route {
     double times;
   };
   void choose(const std::vector<at::Tensor>& ours, const std::vector<Row>& theirs) const;
-  // Throws ShorterThere, now and for what looks the same, where there is a choice.
-  void leave() const;
 
  private:
   // Hashes, quicker than a signature: another structure with the same one just goes the same way.  0 where there is no choice.

@@ -54,29 +54,6 @@ CASES = {
             same(wengert.grad(energy(p), p, create_graph=True), torch.autograd.grad(energy(p), p, create_graph=True))
             assert counts() == (1, {})
     """,
-    "a gradient through user code is PyTorch's, and the code runs once": """
-        class Sine(torch.autograd.Function):
-            calls = 0
-
-            @staticmethod
-            def forward(ctx, x):
-                ctx.save_for_backward(x)
-                return x.sin()
-
-            @staticmethod
-            def backward(ctx, g):
-                Sine.calls += 1
-                return g * ctx.saved_tensors[0].cos()
-
-        for k in range(3):
-            gradient = wengert.grad(Sine.apply(net(x)).sum(), weights, create_graph=True)
-            assert counts() == (0, {SHORTER: 1})
-            assert Sine.calls == k + 1
-        for _ in range(2):
-            wengert.grad(Sine.apply(net(x)).sum(), weights)
-            wengert.hessian(lambda x: Sine.apply(net(x)).sum(), x)
-            assert counts() == (2, {})
-    """,
     "results of the engine's are not overlooked": """
         p = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
         for _ in range(2):
