@@ -25,7 +25,6 @@
 
 #include "common/node_ptr.h"
 #include "ops/fused_autograd.h"
-#include "ops/onwards.h"
 #include "tape/custom.h"
 
 namespace wengert::accumulate {
@@ -37,10 +36,21 @@ using autograd::Edge;
 
 Edge edge_of(const at::Tensor& tensor) { return tensor.requires_grad() ? autograd::impl::gradient_edge(tensor) : Edge(); }
 
-// By edges of the node.
+bool differentiates_a_convolution(const autograd::Node& fn) {
+  return dynamic_cast<const autograd::generated::ConvolutionBackwardBackward0*>(&fn) != nullptr;
+}
+
+// The edges on which a cotangent of this output may go on: all, but for those of nodes that compute several results at once,
+// wengert::fused and the derivatives of a convolution.
 std::vector<bool> onwards(const Edge& edge) {
   const autograd::Node& fn = *edge.function;
-  return ops::onwards(fn, edge.input_nr).value_or(std::vector<bool>(fn.num_outputs(), true));
+  if (const auto* fused = dynamic_cast<const ops::FusedBackward*>(&fn)) return fused->onwards(edge.input_nr);
+  std::vector<bool> all(fn.num_outputs(), true);
+  if (differentiates_a_convolution(fn)) {  // linear in the cotangent, the data and the weight: each derivative has two of them
+    all[1] = edge.input_nr == 1;
+    all[2] = edge.input_nr == 0;
+  }
+  return all;
 }
 
 // What PyTorch warns of it warns of in the user's own calls, and what it saves meanwhile is nothing to the user's hooks.  Nodes
@@ -157,7 +167,7 @@ bool feeds_all(const autograd::Node& fn) {
   if (dynamic_cast<const ops::FusedBackward*>(&fn) != nullptr || dynamic_cast<const ops::TetherBackward*>(&fn) != nullptr) {
     return true;
   }
-  if (ops::differentiates_a_convolution(fn)) return true;
+  if (differentiates_a_convolution(fn)) return true;
   return fn.num_inputs() == 1 && dynamic_cast<const autograd::TraceableFunction*>(&fn) != nullptr;
 }
 

@@ -164,6 +164,15 @@ at::Tensor fresh_leaf(PyObject* input) {
   return leaf;
 }
 
+// A tensor of these values that hangs on this one.  What is written to it without a history leaves its place in the graph alone,
+// as of a leaf; a differentiable view would get another one.
+at::Tensor attached_leaf(const at::Tensor& tensor) {
+  const at::Tensor view = tensor.view_as(tensor);
+  const at::Tensor leaf = view.detach();
+  torch::autograd::impl::set_gradient_edge(leaf, torch::autograd::impl::gradient_edge(view));
+  return leaf;
+}
+
 // Zeros for what is not connected: block [i][j] belongs to one of `outputs` and one of `inputs`, whose first axes it shares.
 accumulate::TensorRows filled(accumulate::TensorRows blocks, const Tensors& outputs, const Tensors& inputs, int shared = 0) {
   for (std::size_t i = 0; i < blocks.size(); ++i) {
@@ -364,8 +373,8 @@ PYBIND11_MODULE(_C, m) {
     return released([&] { return accumulate::plan_text(outputs, inputs, seed); });
   });
   m.def(
-      "has_other_leaves",
-      [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::has_other_leaves(outputs, inputs); },
+      "have_other_leaves",
+      [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::have_other_leaves(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
   m.def(
       "passes_custom",
@@ -373,6 +382,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("outputs"), py::arg("inputs"));
   m.def("ends_a_program", &ends_a_program, py::arg("error"), py::arg("handled"),
         "Whether an exception was raised while a KeyboardInterrupt, say, was on its way; but for what was `handled` before.");
+  m.def("attached_leaf", &attached_leaf, py::arg("tensor"), "A tensor of the same values whose gradient goes on to this one.");
   m.def(
       "tether",
       [](const at::Tensor& tensor, const Tensors& to) { return wengert::ops::tether(tensor, accumulate::edges_of(to), {}); },

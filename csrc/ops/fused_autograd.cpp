@@ -299,6 +299,12 @@ ag::variable_list FusedBackward::apply(ag::variable_list&& cotangents) {
   return gradients;
 }
 
+std::vector<bool> FusedBackward::onwards(std::uint32_t output) const {
+  const auto effect = effects(program_);
+  const auto first = effect->begin() + static_cast<std::ptrdiff_t>(output) * num_outputs();
+  return {first, first + num_outputs()};
+}
+
 void FusedBackward::release_variables() {
   std::lock_guard lock(mutex_);
   for (ag::SavedVariable& saved : operands_) saved.reset_data();

@@ -17,6 +17,8 @@ struct FusedBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& cotangents) override;
   std::string name() const override { return "wengert::FusedBackward"; }
   void release_variables() override;
+  // By edges: whether a cotangent of this output goes on along them.
+  std::vector<bool> onwards(std::uint32_t output) const;
   std::vector<torch::autograd::SavedVariable> operands_;
   std::shared_ptr<const fused::Program> program_;
 };

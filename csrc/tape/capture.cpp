@@ -16,8 +16,8 @@
 #include "common/pointer_index.h"
 #include "common/recycled.h"
 #include "ops/backend.h"
+#include "ops/fused_autograd.h"
 #include "ops/graph_stream.h"
-#include "ops/onwards.h"
 #include "tape/ambient.h"
 #include "tape/custom.h"
 #include "tape/reader.h"
@@ -559,38 +559,58 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   return tape;
 }
 
-bool has_other_leaves(at::TensorList outputs, at::TensorList inputs) {
+std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs) {
   std::unordered_set<const at::TensorImpl*> own;
   for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
-  for (const at::Tensor& output : outputs) {
-    const bool is_leaf = output.requires_grad() && !output.grad_fn();
-    if (is_leaf && !own.contains(output.unsafeGetTensorImpl())) return true;
-  }
-  common::PointerIndex seen;
-  std::vector<std::pair<autograd::Node*, std::uint32_t>> stack;
+  // A node, or what of a fused one is behind one of its outputs: another result of it may lead elsewhere.
+  struct Place {
+    autograd::Node* fn;
+    std::vector<bool> some;  // of the edges; empty: all
+    std::size_t edge = 0;
+    bool leads = false;
+  };
+  std::vector<Place> places;
+  std::vector<std::int32_t> stack;
+  common::PointerIndex index;
   const auto enter = [&](autograd::Node* fn, std::uint32_t output) {
     constexpr int kAddressBits = 48;
-    const std::uintptr_t part = static_cast<std::uintptr_t>(ops::has_parts(*fn) ? output + 1 : 0) << kAddressBits;
-    std::int32_t& mark = seen[reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(fn) ^ part)];
-    if (mark < 0) mark = 0, stack.emplace_back(fn, output);
-  };
-  for (const at::Tensor& output : outputs) {
-    if (const NodePtr& fn = output.grad_fn()) enter(fn.get(), static_cast<std::uint32_t>(output.output_nr()));
-  }
-  while (!stack.empty()) {
-    const auto [fn, output] = stack.back();
-    stack.pop_back();
+    const auto* fused = typeid(*fn) == typeid(ops::FusedBackward) ? static_cast<const ops::FusedBackward*>(fn) : nullptr;
+    const std::uintptr_t part = static_cast<std::uintptr_t>(fused != nullptr ? output + 1 : 0) << kAddressBits;
+    std::int32_t& place = index[reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(fn) ^ part)];
+    if (place >= 0) return place;
+    place = static_cast<std::int32_t>(places.size());
+    stack.push_back(place);
+    places.push_back({.fn = fn, .some = fused != nullptr ? fused->onwards(output) : std::vector<bool>()});
     if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
-      if (!own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl())) return true;
-      continue;
+      places.back().leads = !own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl());
     }
-    const auto some = ops::onwards(*fn, output);
-    for (std::size_t k = 0; k < fn->num_outputs(); ++k) {
-      const autograd::Edge& edge = fn->next_edge(k);
-      if (edge.function && (!some || (*some)[k])) enter(edge.function.get(), edge.input_nr);
+    return place;
+  };
+  const auto leads = [&](const at::Tensor& output) {
+    const NodePtr& fn = output.grad_fn();
+    if (!fn) return output.requires_grad() && !own.contains(output.unsafeGetTensorImpl());
+    const std::int32_t root = enter(fn.get(), static_cast<std::uint32_t>(output.output_nr()));
+    while (!stack.empty()) {
+      const std::int32_t at = stack.back();
+      if (places[at].leads || places[at].edge == places[at].fn->num_outputs()) {
+        stack.pop_back();
+        continue;
+      }
+      const std::size_t k = places[at].edge;
+      const autograd::Edge& edge = places[at].fn->next_edge(k);
+      if (edge.function && (places[at].some.empty() || places[at].some[k])) {
+        const std::size_t before = stack.size();
+        const std::int32_t next = enter(edge.function.get(), edge.input_nr);  // which may move the places
+        if (stack.size() != before) continue;                                 // back to this edge afterwards
+        places[at].leads = places[next].leads;
+      }
+      ++places[at].edge;
     }
-  }
-  return false;
+    return places[root].leads;
+  };
+  std::vector<bool> out;
+  for (const at::Tensor& output : outputs) out.push_back(leads(output));
+  return out;
 }
 
 void release(Tape& tape) {

@@ -81,8 +81,8 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row);
 // Throws Unsupported for what the engine's kernels cannot read: all but plain strided tensors of real numbers.
 void check_tensor(const at::Tensor& tensor);
 
-// Whether the graph of the outputs reaches a leaf that is not one of the inputs: a captured parameter, say.
-bool has_other_leaves(at::TensorList outputs, at::TensorList inputs);
+// Of each output, whether its graph reaches a leaf that is not one of the inputs: a captured parameter, say.
+std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs);
 
 // Frees the buffers of every walked node, as the engine does with retain_graph=False.
 void release(Tape& tape);

@@ -125,9 +125,7 @@ def native_hessian(output: Tensor, inputs: Sequence[Tensor], create_graph: bool,
     return C.hessian(output, inputs, create_graph, vectorize)
 
 
-def native_batch_jacobian(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, check: bool
-) -> Blocks:
+def native_batch_jacobian(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool, check: bool) -> Blocks:
     """``[i][j]`` of shape ``(B, *out, *in)`` for outputs ``(B, *out)`` and inputs ``(B, *in)``.
 
     With `check`, raises CoupledSamples unless the samples are seen to be independent; without it they are taken to be.
@@ -252,9 +250,9 @@ def zeros(output: Tensor, wrt: Tensor) -> Tensor:
     return wrt.new_zeros(output.shape + wrt.shape)
 
 
-def has_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether the graph of `outputs` reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say."""
-    return C.has_other_leaves(list(outputs), list(inputs))
+def have_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
+    """Of each output, whether its graph reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say."""
+    return C.have_other_leaves(list(outputs), list(inputs))
 
 
 def forward_mode(outputs: Sequence[Tensor]) -> tuple[str, bool]:

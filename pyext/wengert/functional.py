@@ -133,7 +133,7 @@ def _blocks(
     return blocks  # type: ignore[return-value]
 
 
-def _strict_refusal(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], create_graph: bool) -> str | None:
+def _strict_refusal(outputs: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool) -> str | None:
     """Why strict mode, which is about histories, is PyTorch's: it is not asked about those of results through user code."""
     if create_graph and C.passes_custom(outputs, inputs):
         return "a custom Function or hooks in strict mode with create_graph"
@@ -239,9 +239,7 @@ def _graph_jacobian(outputs: Any, inputs: Any, create_graph: bool, allow_unused:
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        blocks = _engine.jacobian(
-            "jacobian", outputs, inputs, create_graph, reason=_refusal(), none_is_zero=allow_unused
-        )
+        blocks = _engine.jacobian("jacobian", outputs, inputs, create_graph, reason=_refusal(), none_is_zero=allow_unused)
         if not allow_unused:
             _engine.check_used(next((block for block in column if block is not None), None) for column in zip(*blocks))
         return _nest(_fill(blocks, outputs, inputs), is_outputs_tuple, is_inputs_tuple)
@@ -299,14 +297,16 @@ def _is_at_hand(tensors: Sequence[Tensor]) -> bool:
     return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
 
 
-def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any]:
+def _with_our_gradient(name: str, strict: bool) -> Callable[..., Any]:
     """torch.autograd.functional's own function of that name, but with its calls of autograd going through the engine.
 
     Argument checks, strict mode, nesting and messages so are PyTorch's own, whatever its version does.
 
-    With `transposes`, the derivative of ``u^T dg/dx`` by u, times v, is computed as ``v^T dg/dx`` where dg/dx is symmetric: in
-    one pass less, and with smaller errors. Where that is not finite, or shall have a history, it is computed as PyTorch does.
+    Of hvp but in strict mode, the derivative of ``u^T dg/dx`` by u, times v, is computed as ``v^T dg/dx`` where dg/dx is
+    symmetric: in one pass less, and with smaller errors. Where that is not finite, or shall have a history, it is computed as
+    PyTorch does.
     """
+    transposes = name == "hvp" and not strict
 
     def autograd_grad(
         outputs: tuple[Tensor | None, ...],
@@ -328,20 +328,17 @@ def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any
             outputs = autograd_grad(tuple(outputs), outputs.inputs, outputs.u, create_graph=True)
         if len(outputs) != len(grad_outputs or outputs):
             raise AssertionError(
-                "Expected outputs and grad_outputs to have the same length, "
-                f"but got {len(outputs)} and {len(grad_outputs or ())}"
+                f"Expected outputs and grad_outputs to have the same length, but got {len(outputs)} and {len(grad_outputs or ())}"
             )
         pairs = [
-            (out, ct)
-            for out, ct in zip(outputs, grad_outputs or (None,) * len(outputs))
-            if out is not None and out.requires_grad
+            (out, ct) for out, ct in zip(outputs, grad_outputs or (None,) * len(outputs)) if out is not None and out.requires_grad
         ]
         if not pairs:
             return (None,) * len(inputs)
         connected, cotangents = zip(*pairs)
         explicit = torch.autograd._make_grads(connected, cotangents, is_grads_batched)
         retain = create_graph if retain_graph is None else retain_graph
-        reason = _refusal()
+        reason = _refusal() or (_strict_refusal(connected, inputs, create_graph) if strict else None)
         plain = transposes and grad_outputs is None and reason is None and _is_at_hand((*connected, *inputs))
         plain = plain and not C.passes_custom(connected, inputs)
         found = _engine.vjp(name, connected, inputs, explicit, retain, create_graph, is_grads_batched, reason=reason)
@@ -352,8 +349,10 @@ def _with_our_gradient(name: str, transposes: bool = False) -> Callable[..., Any
     return FunctionType(original.__code__, names, name, original.__defaults__, original.__closure__)
 
 
-_vjp, _jvp, _vhp, _strict_hvp = map(_with_our_gradient, ("vjp", "jvp", "vhp", "hvp"))
-_hvp = _with_our_gradient("hvp", transposes=True)
+# In strict mode, and else.
+_vjp, _jvp, _vhp, _hvp = (
+    {strict: _with_our_gradient(name, strict) for strict in (False, True)} for name in ("vjp", "jvp", "vhp", "hvp")
+)
 
 
 @eager
@@ -377,7 +376,7 @@ def vjp(
     >>> vjp(lambda x: x**2, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
     (tensor([1., 9.]), tensor([ 2., 60.]))
     """
-    return _vjp(func, inputs, v, create_graph, strict)
+    return _vjp[bool(strict)](func, inputs, v, create_graph, strict)
 
 
 @eager
@@ -401,7 +400,7 @@ def jvp(
     >>> jvp(lambda x: x**2, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
     (tensor([1., 9.]), tensor([ 2., 60.]))
     """
-    return _jvp(func, inputs, v, create_graph, strict)
+    return _jvp[bool(strict)](func, inputs, v, create_graph, strict)
 
 
 @eager
@@ -425,7 +424,7 @@ def vhp(
     >>> vhp(lambda x: (x**3).sum(), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
     (tensor(28.), tensor([  6., 180.]))
     """
-    return _vhp(func, inputs, v, create_graph, strict)
+    return _vhp[bool(strict)](func, inputs, v, create_graph, strict)
 
 
 @eager
@@ -449,4 +448,4 @@ def hvp(
     >>> hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]))
     (tensor(28.), tensor([  6., 180.]))
     """
-    return (_strict_hvp if strict else _hvp)(func, inputs, v, create_graph, strict)
+    return _hvp[bool(strict)](func, inputs, v, create_graph, strict)

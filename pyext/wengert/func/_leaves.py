@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import _engine
 from .._native import C
@@ -22,7 +22,7 @@ class Leaves:
 
     __slots__ = ("attached", "flat", "given", "inner", "positions", "refused", "spec", "tensors", "tuple_of_args")
 
-    def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
+    def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool, forward: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
         self.tuple_of_args = isinstance(argnums, tuple)
         self.flat = list(flat)
@@ -36,7 +36,8 @@ class Leaves:
             x = flat[k]
             if grad_mode and x.requires_grad:
                 self.attached = True
-                leaf = x.view_as(x)
+                # A copy for forward mode, where arguments may be written to: PyTorch starts anew with what was given.
+                leaf = C.attached_leaf(x.clone() if forward else x)
             else:
                 leaf = x.detach().requires_grad_()
             self.flat[k] = leaf
@@ -51,50 +52,69 @@ class Leaves:
         """What `func` returns.  The leaves of transforms inside of it are known here afterwards."""
         outer, _running.leaves = _running.leaves, self
         try:
-            return func(*args, **kwargs)
+            if not self.attached:
+                return func(*args, **kwargs)
+            places = [leaf.grad_fn for leaf in self.tensors]
+            out = func(*args, **kwargs)
+            if any(leaf.grad_fn is not place for leaf, place in zip(self.tensors, places)):
+                # As torch.func says it, to which each argument is a leaf.
+                raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+            return out
         finally:
             _running.leaves = outer
             if outer is not None:
                 outer.inner += map(weakref.ref, self.tensors)
                 outer.inner += [leaf for leaf in self.inner if leaf() is not None]
 
-    def reach_caller(self, outputs: Sequence[Tensor]) -> bool:
-        """Whether PyTorch's `outputs` would require grad: behind ours lies more than leaves of this call, made here or inside."""
+    def reach_caller(self, outputs: Sequence[Tensor]) -> list[bool]:
+        """Which of PyTorch's `outputs` would require grad: behind ours is more than leaves of this call, made here or inside."""
         inner = [leaf for reference in self.inner if (leaf := reference()) is not None]
-        return _engine.has_other_leaves(outputs, self.tensors + inner)
+        return _engine.have_other_leaves(outputs, self.tensors + inner)
 
-    def settle(self, blocks: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor]:
-        """Blocks of a result that PyTorch computes as one tensor: with a history where any has one that reaches the caller."""
-        for block in blocks:  # a loop, as a generator costs a small gradient some percent
-            if block.requires_grad:
-                break
-        else:
-            return blocks
-        if not (create_graph and self.reach_caller(blocks)):
-            return [block.detach() for block in blocks]
-        live = [block for block in blocks if block.requires_grad]
-        return blocks if len(live) == len(blocks) else [b if b.requires_grad else C.tether(b, live) for b in blocks]
+    def settle(self, groups: Sequence[Sequence[Tensor]], create_graph: bool) -> list[Sequence[Tensor]]:
+        """Blocks, in groups that PyTorch computes as one tensor: with a history where one of a group's reaches the caller."""
+        live = [block for group in groups for block in group if block.requires_grad]
+        if not live:
+            return list(groups)
+        reaching = iter(self.reach_caller(live) if create_graph else [False] * len(live))
+        settled: list[Sequence[Tensor]] = []
+        for group in groups:
+            with_history = [block for block in group if block.requires_grad]
+            reaches = [next(reaching) for _ in with_history]
+            if not any(reaches):
+                settled.append([block.detach() for block in group] if with_history else group)
+            elif len(with_history) == len(group):
+                settled.append(group)
+            else:
+                settled.append([block if block.requires_grad else C.tether(block, with_history) for block in group])
+        return settled
 
     def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
-        return self.attached or self.reach_caller(outputs)
+        return self.attached or any(self.reach_caller(outputs))
 
-    def release(self, tree: Any, grad_mode: bool) -> Any:
-        """What the caller may see of tensors that hang on our leaves: PyTorch's would not."""
+    def release(self, tree: Any, grad_mode: bool, forward: bool = False) -> Any:
+        """What the caller may see of tensors that hang on our leaves: PyTorch's would not.
 
-        def one(t: Any) -> Any:
+        Arguments are themselves again, but after PyTorch's forward mode, and so is what is the caller's own.
+        """
+        flat, spec = tree_flatten(tree)
+        given = {id(leaf): x for leaf, x in zip(self.tensors, self.given)}
+        asked = []
+        for k, t in enumerate(flat):
             if not isinstance(t, Tensor):
                 raise RuntimeError(f"Expected tensors, got unsupported type {type(t)}")
             if not t.requires_grad:
-                return t
-            given = next((x for leaf, x in zip(self.tensors, self.given) if t is leaf), None)
-            if given is not None:
-                return given
-            if t.is_leaf:  # the caller's own
-                return t
-            return t if grad_mode and self.reach_caller((t,)) else t.detach()
-
-        return one(tree) if isinstance(tree, Tensor) else tree_map(one, tree)
+                continue
+            if id(t) in given and not forward:
+                flat[k] = given[id(t)]
+            elif not t.is_leaf or id(t) in given:
+                asked.append(k)
+        reached = self.reach_caller([flat[k] for k in asked]) if grad_mode and asked else [False] * len(asked)
+        for k, reaches in zip(asked, reached):
+            if not reaches:
+                flat[k] = flat[k].detach()
+        return tree_unflatten(flat, spec)
 
 
 class _Running(threading.local):

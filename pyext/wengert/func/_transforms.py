@@ -64,7 +64,12 @@ class Wrapped:
 
 
 class ForwardWatch(TorchFunctionMode):
-    """Sees what forward and reverse mode treat differently: torch.no_grad stops only reverse mode, hooks run only there."""
+    """Sees what forward and reverse mode treat differently: torch.no_grad stops only reverse mode, hooks run only there.
+
+    Raises Refused at once, before a function writes to its arguments what it would write again when PyTorch runs it.
+    """
+
+    REASON = "forward mode through torch.no_grad or a hook"
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +78,7 @@ class ForwardWatch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (func is _set_grad_enabled and not args[0]) or func is _register_hook:
             self.differs = True
+            raise Refused(self.REASON)
         return func(*args, **(kwargs or {}))
 
 
@@ -135,7 +141,7 @@ class Transform(Wrapped):
         with ForwardWatch() as watch:
             out = leaves.run(func, args, kwargs)
         if watch.differs:
-            raise Refused("forward mode through torch.no_grad or a hook")
+            raise Refused(watch.REASON)
         return out
 
     def draws_alike(self) -> bool:
@@ -167,7 +173,7 @@ class Transform(Wrapped):
             random = None
             _set_grad_enabled(True)
             try:
-                leaves = Leaves(flat, spec, self.argnums, grad_mode)
+                leaves = Leaves(flat, spec, self.argnums, grad_mode, self.forward)
                 if self.forward:  # where the function may run again
                     random = _engine.random_state(leaves.tensors)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
@@ -200,7 +206,7 @@ class Transform(Wrapped):
 
         `grad_mode` is the caller's; here it is on.
         """
-        leaves = Leaves(flat, spec, self.argnums, grad_mode)
+        leaves = Leaves(flat, spec, self.argnums, grad_mode, self.forward)
         inner_dims = [dims[k] for k in leaves.positions]
         if isinstance(self.func, Transform):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
@@ -213,10 +219,11 @@ class Transform(Wrapped):
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
         while True:
+            versions = [leaf._version for leaf in leaves.tensors] if watched else None
             out = verdict.run(run, watched)
             result = self.derive_batch(out, leaves, inner_dims, grad_mode)
             structure = C.take_structures()
-            if watched:
+            if watched and versions == [leaf._version for leaf in leaves.tensors]:  # what it writes it must not write twice
                 verdict.remember(shapes, structure)
             if watched or structure in seen:
                 return result, leaves.refused
@@ -224,9 +231,7 @@ class Transform(Wrapped):
             if random is not None:
                 random.restore()
 
-    def _map(
-        self, flat: list[Any], spec: TreeSpec, dims: Sequence[int | None], kwargs: dict[str, Any], randomness: str
-    ) -> Any:
+    def _map(self, flat: list[Any], spec: TreeSpec, dims: Sequence[int | None], kwargs: dict[str, Any], randomness: str) -> Any:
         """torch.func.vmap of the checked function, batch axes in front."""
         _load_decompositions()
         size = next(x.shape[0] for x, dim in zip(flat, dims) if dim is not None)
@@ -240,7 +245,7 @@ class Transform(Wrapped):
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
         except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
-            if C.ends_a_program(error, handled):
+            if isinstance(error, Refused) or C.ends_a_program(error, handled):
                 raise
             raise Refused("a function that does not run under vmap alone") from error
         finally:
@@ -298,7 +303,7 @@ class Jacobian(Transform):
         result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves, create_graph)], spec)
         if must_be_finite:
             _check_finite(result)
-        return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
+        return (result, leaves.release(aux, grad_mode, self.forward)) if self.has_aux else result
 
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
         out, aux = out if self.has_aux else (out, None)
@@ -309,12 +314,12 @@ class Jacobian(Transform):
         result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves, create_graph)], spec)
         if must_be_finite:
             _check_finite(result)
-        return (result, leaves.release(aux, grad_mode)) if self.has_aux else result
+        return (result, leaves.release(aux, grad_mode, self.forward)) if self.has_aux else result
 
     def _settle(self, rows: Sequence[Sequence[Tensor]], leaves: Leaves, create_graph: bool) -> Sequence[Sequence[Tensor]]:
         if self.forward:
-            return [leaves.settle(row, create_graph) for row in rows]
-        return list(zip(*[leaves.settle(column, create_graph) for column in zip(*rows)]))
+            return leaves.settle(rows, create_graph)
+        return list(zip(*leaves.settle(list(zip(*rows)), create_graph)))
 
     def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
         """torch.func.jacrev's way through the graph that is there."""
@@ -396,10 +401,8 @@ class Gradient(Transform):
                 found = _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
         return [_filled(g, x, x.shape) for g, x in zip(found, leaves.tensors)]
 
-    def _result(
-        self, found: list[Tensor], value: Tensor, aux: Any, leaves: Leaves, create_graph: bool, grad_mode: bool
-    ) -> Any:
-        gradient = leaves.nest([leaves.settle((g,), create_graph)[0] for g in found])
+    def _result(self, found: list[Tensor], value: Tensor, aux: Any, leaves: Leaves, create_graph: bool, grad_mode: bool) -> Any:
+        gradient = leaves.nest([g for (g,) in leaves.settle([(g,) for g in found], create_graph)])
         if not self.with_value:
             return (gradient, leaves.release(aux, grad_mode)) if self.has_aux else gradient
         value = leaves.release(value, grad_mode)
@@ -452,7 +455,7 @@ class _HessianAtPoint(Transform):
                 [_filled(block, xs[j], shapes[i][j]) for j, block in enumerate(row)]
                 for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
             ]
-            results.append(leaves.nest([leaves.nest(leaves.settle(row, create_graph)) for row in rows]))
+            results.append(leaves.nest([leaves.nest(row) for row in leaves.settle(rows, create_graph)]))
         if must_be_finite:
             _check_finite(results)
         return unflatten(results, spec)
@@ -493,9 +496,7 @@ def _filled(block: Tensor | None, wrt: Tensor, shape: torch.Size) -> Tensor:
     return block if block.shape == shape else block.reshape(shape)
 
 
-def _batch_columns(
-    outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | None], create_graph: bool
-) -> list[list[Tensor]]:
+def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | None], create_graph: bool) -> list[list[Tensor]]:
     """``[j][i]``: per-sample Jacobians of outputs ``(B, *out)`` in leaves with or without a batch axis in front."""
     inputs = leaves.tensors
     tied = [x for x, dim in zip(inputs, dims) if dim is not None]
@@ -596,9 +597,7 @@ def jacrev(
 
 
 @traced_as(_torch_jacfwd)
-def jacfwd(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, randomness: str = "error"
-) -> Jacobian:
+def jacfwd(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, randomness: str = "error") -> Jacobian:
     """Jacobian of a function; torch.func.jacfwd (with negative `argnums`, for which torch 2.13 returns zeros).
 
     The engine chooses the direction itself; the name says which of torch's functions this one stands for.
