@@ -7,6 +7,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SequenceNumber.h>
 
 #include <algorithm>
 #include <cstring>
@@ -171,6 +172,17 @@ at::Tensor attached_leaf(const at::Tensor& tensor) {
   const at::Tensor leaf = view.detach();
   torch::autograd::impl::set_gradient_edge(leaf, torch::autograd::impl::gradient_edge(view));
   return leaf;
+}
+
+// Makes a tensor what it was before something with a history was written to it; a view, too.
+void forget_history(const at::Tensor& tensor) {
+  torch::autograd::AutogradMeta* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  if (meta == nullptr) return;
+  meta->grad_fn_.reset();
+  meta->output_nr_ = 0;
+  meta->set_requires_grad(false, tensor.unsafeGetTensorImpl());
+  auto* view = torch::autograd::impl::get_view_autograd_meta(tensor);
+  if (view != nullptr && view->has_bw_view()) view->set_attr_version(tensor._version());
 }
 
 // Zeros for what is not connected: block [i][j] belongs to one of `outputs` and one of `inputs`, whose first axes it shares.
@@ -380,8 +392,13 @@ PYBIND11_MODULE(_C, m) {
       "passes_custom",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  m.def(
+      "passes_hooks", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_hooks(outputs, inputs); },
+      py::arg("outputs"), py::arg("inputs"));
   m.def("ends_a_program", &ends_a_program, py::arg("error"), py::arg("handled"),
         "Whether an exception was raised while a KeyboardInterrupt, say, was on its way; but for what was `handled` before.");
+  m.def("sequence_number", &at::sequence_number::peek, "That of the next node of this thread.");
+  m.def("forget_history", &forget_history, py::arg("tensor"));
   m.def("attached_leaf", &attached_leaf, py::arg("tensor"), "A tensor of the same values whose gradient goes on to this one.");
   m.def(
       "tether",

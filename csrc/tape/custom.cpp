@@ -28,6 +28,11 @@ bool passes_custom(at::TensorList outputs, at::TensorList inputs) {
   return !common::visit_behind(outputs, inputs, is_plain);
 }
 
+bool passes_hooks(at::TensorList outputs, at::TensorList inputs) {
+  const auto has_none = [](torch::autograd::Node& fn) { return !has_tensor_hooks(fn) && !has_node_hooks(fn); };
+  return !common::visit_behind(outputs, inputs, has_none);
+}
+
 void set_python_knowledge(const PythonKnowledge& knowledge) { python = knowledge; }
 
 bool saves_through_hooks(const torch::autograd::Node& fn) {

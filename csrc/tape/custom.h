@@ -13,6 +13,7 @@ bool has_node_hooks(const torch::autograd::Node& fn);
 
 // Whether gradients of `outputs` pass code of the user's on their way to `inputs`.
 bool passes_custom(at::TensorList outputs, at::TensorList inputs);
+bool passes_hooks(at::TensorList outputs, at::TensorList inputs);  // of tensors or nodes, those of the inputs included
 
 // What takes Python to know.  The Python module sets it; without one there are no such nodes and no such errors.
 struct PythonKnowledge {

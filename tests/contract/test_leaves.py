@@ -186,3 +186,139 @@ def test_strict_products_through_user_code(name, create_graph):
             lambda: getattr(torch.autograd.functional, name)(f, vec(3), v, create_graph=create_graph, strict=True),
             f"function {k}",
         )
+
+
+X = torch.tensor([[0.5, 1.5], [1.0, -1.0]], dtype=torch.float64)
+
+
+def adds(x, b):
+    b.add_(1)
+    return (b * x * x).sum()
+
+
+def adds_without_a_history(x, b):
+    with torch.no_grad():
+        b.mul_(0.9).add_(x)
+    return (b * x * x).sum()
+
+
+def adds_what_is_differentiated(x, b):
+    b.mul_(0.9).add_(x * x)
+    return b.square().sum()
+
+
+def writes_to_a_view(x, b):
+    b.view(-1).mul_(x)
+    return (b * x).sum()
+
+
+def writes_an_item(x, b):
+    b[0] = x[1] * 2
+    return (b * x).sum()
+
+
+def writes_by_out(x, b):
+    y = (b * x).sum()
+    torch.add(b.detach(), 1, out=b)
+    return y
+
+
+OTHERS = [adds, adds_without_a_history, adds_what_is_differentiated, writes_to_a_view, writes_an_item, writes_by_out]
+
+
+@pytest.mark.parametrize("f", OTHERS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_functions_that_write_to_another_argument(f, requires_grad):
+    """Once, whatever becomes of the call, and without leaving it a history that PyTorch would not."""
+    forms = {name: lambda m, name=name: getattr(m, name)(f) for name in ("grad", "jacrev", "jacfwd", "hessian")}
+    forms |= {f"vmap {name}": lambda m, name=name: m.vmap(getattr(m, name)(f)) for name in ("grad", "jacrev", "jacfwd")}
+    for name, form in forms.items():
+        x = X if name.startswith("vmap") else X[0]
+        outcomes = []
+        for m in (func, torch.func):
+            transform, b = form(m), torch.ones_like(x)
+            try:
+                for _ in range(3):
+                    given = x.clone().requires_grad_() if requires_grad else x
+                    found = transform(given, b)
+                outcomes.append((found.detach(), b.detach(), b.requires_grad, requires_grad or found.requires_grad))
+            except RuntimeError as error:
+                outcomes.append(type(error))
+        if type(outcomes[1]) is tuple:
+            assert_same(outcomes[0], outcomes[1], where=name)
+
+
+def test_views_that_a_function_writes_to_have_no_history_afterwards():
+    for m in (func, torch.func):
+        whole = torch.ones(4, dtype=torch.float64)
+        b = whole[:2]
+        m.grad(adds_what_is_differentiated)(X[0], b)
+        assert not (whole.requires_grad or b.requires_grad) and b.grad_fn is None
+        b.numpy()
+
+
+def with_a_hook(x):
+    y = x * 2
+    y.register_hook(lambda g: g * 3)
+    return y.pow(3).sum()
+
+
+def with_a_hook_on_the_argument(x):
+    x.register_hook(lambda g: g * 2)
+    return x.pow(3).sum()
+
+
+@pytest.mark.parametrize("f", [with_a_hook, with_a_hook_on_the_argument])
+def test_hooks_run_at_their_own_level(f):
+    cases = {
+        "gradient": lambda m: m.grad(f)(vec(2)),
+        "of a gradient": lambda m: m.grad(lambda x: m.grad(f)(x).sum())(vec(2)),
+        "Jacobian of a gradient": lambda m: m.jacrev(m.grad(f))(vec(2)),
+        "Jacobian of a Jacobian": lambda m: m.jacrev(m.jacrev(f))(vec(2)),
+        "hessian": lambda m: m.hessian(f)(vec(2)),
+        "by sample": lambda m: m.vmap(m.grad(f))(vec(3, 2)),
+    }
+    for name, case in cases.items():
+        assert_same_call(lambda: case(func), lambda: case(torch.func), name)
+    gradients = []
+    for m in (func, torch.func):
+        p = vec(2).requires_grad_()
+        gradients.append(torch.autograd.grad(m.grad(f)(p).sum(), p)[0])
+    assert_same(*gradients)
+
+
+def test_detaching_in_place():
+    def cut(x):
+        y = x * 2
+        y.detach_()
+        return (y * x).sum()
+
+    def argument(x):
+        x.detach_()
+        return x.pow(3).sum()
+
+    for name in ("hessian", "jacfwd"):
+        assert_same_call(lambda: getattr(func, name)(cut)(vec(2)), lambda: getattr(torch.func, name)(cut)(vec(2)), name)
+    for name in ("grad", "jacrev"):
+        ours, theirs = (getattr(m, name)(argument)(vec(2).requires_grad_()) for m in (func, torch.func))
+        assert_same(ours, theirs)
+
+
+def test_derivatives_that_only_decompositions_have():
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    cases = [
+        lambda x: loss(x, torch.full_like(x, 0.3), weight=x * x),
+        lambda x: loss(x, x.sigmoid(), pos_weight=x * x),
+    ]
+    for f in cases:
+        for name in ("grad", "jacrev", "jacfwd", "hessian"):
+            assert_same_call(lambda: getattr(func, name)(f)(vec(2)), lambda: getattr(torch.func, name)(f)(vec(2)), name)
+
+
+def test_auxiliary_tensors_of_the_caller_without_grad_mode():
+    q = vec(3).requires_grad_() * 2
+    f = lambda x, y: (x.square().sum(), (q, y, x * 2, q * x))
+    with torch.no_grad():
+        ours, theirs = (m.grad(f, has_aux=True)(vec(3), q)[1] for m in (func, torch.func))
+    assert ours[0] is q and ours[1].requires_grad
+    assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import _engine
+from .._engine import Refused
 from .._native import C
 from ._trees import differentiated, unflatten
 
@@ -20,13 +21,14 @@ Argnums = int | tuple[int, ...]
 class Leaves:
     """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
 
-    __slots__ = ("attached", "flat", "given", "inner", "positions", "refused", "spec", "tensors", "tuple_of_args")
+    __slots__ = ("attached", "begun", "flat", "given", "inner", "nests", "others", "positions", "refused", "spec", "tensors")
 
-    def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool, forward: bool) -> None:
+    def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
-        self.tuple_of_args = isinstance(argnums, tuple)
+        self.nests = isinstance(argnums, tuple)
         self.flat = list(flat)
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
+        self.begun = 0 if grad_mode else C.sequence_number()  # what has a lower one is the caller's
         self.attached = False  # some leaf hangs on a graph of the caller
         self.tensors: list[Tensor] = []
         self.given: list[Tensor] = []  # in whose places they are
@@ -36,17 +38,24 @@ class Leaves:
             x = flat[k]
             if grad_mode and x.requires_grad:
                 self.attached = True
-                # A copy for forward mode, where arguments may be written to: PyTorch starts anew with what was given.
-                leaf = C.attached_leaf(x.clone() if forward else x)
+                leaf = C.attached_leaf(x)
             else:
                 leaf = x.detach().requires_grad_()
             self.flat[k] = leaf
             self.tensors.append(leaf)
             self.given.append(x)
+        # Of the other arguments, those without a history; it is not the function's to leave them one.
+        self.others: list[Tensor] = []
+        if len(flat) > len(self.positions):
+            for k, x in enumerate(flat):
+                if k not in self.positions and isinstance(x, Tensor) and not x.requires_grad:
+                    self.others.append(x)
+                    if x._is_view() and not x._base.requires_grad:  # type: ignore[union-attr]
+                        self.others.append(x._base)  # type: ignore[arg-type]
 
     def nest(self, parts: Sequence[Any]) -> Any:
         nested = unflatten(list(parts), self.spec)
-        return nested if self.tuple_of_args else nested[0]
+        return nested if self.nests else nested[0]
 
     def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What `func` returns.  The leaves of transforms inside of it are known here afterwards."""
@@ -54,11 +63,13 @@ class Leaves:
         try:
             if not self.attached:
                 return func(*args, **kwargs)
-            places = [leaf.grad_fn for leaf in self.tensors]
+            places = [(leaf.grad_fn, leaf._version) for leaf in self.tensors]
             out = func(*args, **kwargs)
-            if any(leaf.grad_fn is not place for leaf, place in zip(self.tensors, places)):
-                # As torch.func says it, to which each argument is a leaf.
-                raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+            for leaf, (place, version) in zip(self.tensors, places):
+                if leaf.grad_fn is not place:
+                    if leaf._version != version:  # as torch.func says it, to which each argument is a leaf
+                        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+                    raise Refused("an argument that is detached in place")
             return out
         finally:
             _running.leaves = outer
@@ -89,6 +100,14 @@ class Leaves:
                 settled.append([block if block.requires_grad else C.tether(block, with_history) for block in group])
         return settled
 
+    def clean(self) -> None:
+        """Takes what the function left of its history in other arguments that it wrote to."""
+        written = [x for x in self.others if x.requires_grad]
+        if written:
+            for x, reaches in zip(written, self.reach_caller(written)):
+                if not reaches:
+                    C.forget_history(x)
+
     def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
         return self.attached or any(self.reach_caller(outputs))
@@ -108,7 +127,7 @@ class Leaves:
                 continue
             if id(t) in given and not forward:
                 flat[k] = given[id(t)]
-            elif not t.is_leaf or id(t) in given:
+            elif id(t) in given or not (t.is_leaf or t.grad_fn._sequence_nr() < self.begun):  # type: ignore[union-attr]
                 asked.append(k)
         reached = self.reach_caller([flat[k] for k in asked]) if grad_mode and asked else [False] * len(asked)
         for k, reaches in zip(asked, reached):

@@ -29,7 +29,6 @@ from torch._functorch.eager_transforms import (
     error_if_complex,
 )
 from torch._functorch.vmap import _unwrap_batched, lazy_load_decompositions
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from .. import _engine
@@ -38,13 +37,12 @@ from .._engine import Refused
 from .._native import C
 from ._leaves import Argnums, Leaves
 from ._trees import differentiated, flatten, unflatten
-from ._watch import verdict_of
+from ._watch import ForwardWatch, verdict_of
 
 _torch_grad, _torch_grad_and_value = _torch.grad, _torch.grad_and_value  # kept from before any patching
 _torch_jacrev, _torch_jacfwd, _torch_hessian, _torch_vmap = _torch.jacrev, _torch.jacfwd, _torch.hessian, _torch.vmap
 _is_grad_enabled = torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
-_register_hook = Tensor.register_hook
 _load_decompositions = functools.cache(lazy_load_decompositions)
 _is_plain = _engine.is_plain
 
@@ -61,28 +59,6 @@ class Wrapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
-
-
-class ForwardWatch(TorchFunctionMode):
-    """Sees what forward and reverse mode treat differently: torch.no_grad stops only reverse mode, hooks run only there.
-
-    Raises Refused at once, before a function writes to its arguments what it would write again when PyTorch runs it.
-    """
-
-    REASON = "forward mode through torch.no_grad or a hook"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.differs = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (func is _set_grad_enabled and not args[0]) or func is _register_hook:
-            self.differs = True
-            raise Refused(self.REASON)
-        return func(*args, **(kwargs or {}))
-
-
-_engine.HARMLESS_MODES.add(ForwardWatch)
 
 
 class Transform(Wrapped):
@@ -138,11 +114,21 @@ class Transform(Wrapped):
         """What `func` returns; raises Refused where PyTorch's forward mode would not compute what the graph says."""
         if not self.forward:
             return leaves.run(func, args, kwargs)
-        with ForwardWatch() as watch:
+        with ForwardWatch(leaves.flat) as watch:
             out = leaves.run(func, args, kwargs)
-        if watch.differs:
-            raise Refused(watch.REASON)
+        if watch.reason is not None:
+            raise Refused(watch.reason)
         return out
+
+    @staticmethod
+    def left_to_pytorch(error: Refused, outputs: Sequence[Tensor], leaves: Leaves, create_graph: bool) -> None:
+        """PyTorch's engine goes through the graph instead; raises where its result had another history than torch.func's.
+
+        That of a gradient through hooks leads through them again.
+        """
+        if create_graph and C.passes_hooks(outputs, leaves.tensors):
+            raise error
+        leaves.refused = str(error)
 
     def draws_alike(self) -> bool:
         """Whether all tangents may see the same random numbers; PyTorch's forward mode, which is a vmap, otherwise raises."""
@@ -173,17 +159,18 @@ class Transform(Wrapped):
             random = None
             _set_grad_enabled(True)
             try:
-                leaves = Leaves(flat, spec, self.argnums, grad_mode, self.forward)
+                leaves = Leaves(flat, spec, self.argnums, grad_mode)
                 if self.forward:  # where the function may run again
                     random = _engine.random_state(leaves.tensors)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
                 if random is not None and not self.draws_alike() and random.drawn():
                     raise Refused("random numbers in forward mode")
                 result = self.derive(out, leaves, grad_mode)
+                leaves.clean()
                 _engine.count(name, leaves.refused)
                 return result
             except RuntimeError as error:
-                if not (self.forward or isinstance(error, Refused)) or C.ends_a_program(error, handled):
+                if not (self.forward or isinstance(error, Refused) or _is_decomposed(error)) or C.ends_a_program(error, handled):
                     raise
                 reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
                 if random is not None:
@@ -206,7 +193,7 @@ class Transform(Wrapped):
 
         `grad_mode` is the caller's; here it is on.
         """
-        leaves = Leaves(flat, spec, self.argnums, grad_mode, self.forward)
+        leaves = Leaves(flat, spec, self.argnums, grad_mode)
         inner_dims = [dims[k] for k in leaves.positions]
         if isinstance(self.func, Transform):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
@@ -219,11 +206,10 @@ class Transform(Wrapped):
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
         while True:
-            versions = [leaf._version for leaf in leaves.tensors] if watched else None
-            out = verdict.run(run, watched)
+            out = verdict.run(run, watched, leaves.flat)
             result = self.derive_batch(out, leaves, inner_dims, grad_mode)
             structure = C.take_structures()
-            if watched and versions == [leaf._version for leaf in leaves.tensors]:  # what it writes it must not write twice
+            if watched:
                 verdict.remember(shapes, structure)
             if watched or structure in seen:
                 return result, leaves.refused
@@ -251,6 +237,11 @@ class Transform(Wrapped):
         finally:
             while get_dynamic_layer_stack_depth() > depth:  # not so where an interrupt comes first
                 _vmap_decrement_nesting()
+
+
+def _is_decomposed(error: RuntimeError) -> bool:
+    """Whether it may be that only torch.func has the derivative, by decomposing the operator."""
+    return "is not differentiable with respect to argument" in str(error)
 
 
 class Jacobian(Transform):
@@ -296,7 +287,7 @@ class Jacobian(Transform):
         except Refused as error:
             if self.forward:  # which may be much cheaper than rows
                 raise
-            leaves.refused = str(error)
+            self.left_to_pytorch(error, flat, leaves, create_graph)
             by_rows = _engine.torch_rows if leaves.refused == _engine.SAVED_THROUGH_HOOKS else self._vmapped_rows
             blocks = by_rows(flat, leaves.tensors, create_graph)
         rows = [[_filled(block, x, y.shape + x.shape) for block, x in zip(row, leaves.tensors)] for y, row in zip(flat, blocks)]
@@ -395,7 +386,7 @@ class Gradient(Transform):
             try:
                 found = _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
             except Refused as error:
-                leaves.refused = str(error)
+                self.left_to_pytorch(error, (value,), leaves, create_graph)
                 if batched and leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                     raise
                 found = _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
@@ -509,7 +500,7 @@ def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | N
         try:
             of_tied = _engine.native_batch_jacobian(outputs, tied, create_graph, check=False)
         except Refused as error:
-            leaves.refused = str(error)
+            Transform.left_to_pytorch(error, outputs, leaves, create_graph)
             if leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                 raise
             of_tied = [_engine.summed_rows(out, tied, create_graph) for out in outputs]

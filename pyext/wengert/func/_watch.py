@@ -11,14 +11,15 @@ call, since what a call returns must not depend on the calls before it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
@@ -36,14 +37,73 @@ _CONSTANTS = {int, bool, str, type(None)}
 _VARIABLES = {float, list, dict}  # which may well be others in the next call
 _MOST_ITEMS = 16  # of a tuple that is looked into
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
+_WRITES = {"__setitem__", "__set__", *(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor".split())}
+_detach_, _register_hook = Tensor.detach_, Tensor.register_hook
+_set_grad_enabled = torch._C._set_grad_enabled
 
 
-class Watch(TorchFunctionMode):
-    """Watches one run of a function under vmap; `reason` then says why its graph is not PyTorch's, if it is not."""
+class Rewritten(Refused):
+    """The function runs under vmap, but the graph it leaves does not stand for PyTorch's derivative, or is B graphs."""
 
-    def __init__(self) -> None:
+
+class _ArgumentsWatch(TorchFunctionMode):
+    """Watches one run of a function that PyTorch may have to run again: `refuse` for what must not happen twice.
+
+    Raises at once, before the function writes to its arguments; `reason` stays for functions that catch errors.
+    """
+
+    refusal: type[Refused] = Refused
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
         super().__init__()
         self.reason: str | None = None
+        self._arguments = arguments
+        self._storages: set[int] | None = None
+
+    def refuse(self, reason: str) -> NoReturn:
+        self.reason = reason
+        raise self.refusal(reason)
+
+    def look(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> None:
+        """Raise where the call writes to an argument, or cuts a tensor off from all derivatives."""
+        if func is _detach_:
+            self.refuse("detach_() in the function")
+        name = getattr(func, "__name__", "")
+        if name[-1:] == "_" and (name in _WRITES or name[-2:-1] != "_"):
+            written = args[:1]
+        elif kwargs and kwargs.get("out") is not None:
+            written = kwargs["out"]
+        elif kwargs and kwargs.get("inplace"):
+            written = args[:1]
+        else:
+            return
+        if self._storages is None:
+            self._storages = {_storage(x) for x in self._arguments if isinstance(x, Tensor)}
+        if any(_storage(x) in self._storages for x in tree_leaves(written) if isinstance(x, Tensor)):
+            self.refuse("a function that writes to its arguments")
+
+
+def _storage(x: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+
+
+class ForwardWatch(_ArgumentsWatch):
+    """Sees what forward and reverse mode treat differently: torch.no_grad stops only reverse mode, hooks run only there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (func is _set_grad_enabled and not args[0]) or func is _register_hook:
+            self.refuse("forward mode through torch.no_grad or a hook")
+        self.look(func, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(_ArgumentsWatch):
+    """Watches one run of a function under vmap; `reason` then says why its graph is not PyTorch's, if it is not."""
+
+    refusal = Rewritten
 
     def __enter__(self) -> Watch:
         C.begin_vmap_watch()
@@ -54,6 +114,7 @@ class Watch(TorchFunctionMode):
         self.reason = C.end_vmap_watch() or self.reason
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.look(func, args, kwargs)
         out = func(*args, **(kwargs or {}))
         if func is custom_function_call:
             if has_overridden_vmap_rule(args[0]) and not all(_comes_from(t, args[0]) for t in tree_leaves(out)):
@@ -63,7 +124,7 @@ class Watch(TorchFunctionMode):
         return out
 
 
-_engine.HARMLESS_MODES.add(Watch)
+_engine.HARMLESS_MODES |= {ForwardWatch, Watch}
 
 
 def _comes_from(value: Any, function: type) -> bool:
@@ -72,10 +133,6 @@ def _comes_from(value: Any, function: type) -> bool:
         return True
     whole = get_unwrapped(value) if is_batchedtensor(value) else value
     return getattr(whole.grad_fn, "_forward_cls", None) is function
-
-
-class Rewritten(Refused):
-    """The function runs under vmap, but the graph it leaves does not stand for PyTorch's derivative, or is B graphs."""
 
 
 Refusals = dict[Any, tuple[str, int]]  # why PyTorch answered a request instead of the engine, and how often
@@ -130,14 +187,19 @@ class Verdict:
         seen = self.seen.get(shapes, _NOTHING)
         return seen if len(seen) <= _MOST_STRUCTURES else _NOTHING
 
-    def run(self, run: Callable[[], Any], watched: bool) -> Any:
+    def run(self, run: Callable[[], Any], watched: bool, arguments: Sequence[Any]) -> Any:
         """What the function returns; raises Rewritten where PyTorch has to evaluate it."""
         self.refuse()
         C.take_structures()
         if not watched:
             return run()
-        with Watch() as watch:
-            out = run()
+        watch = Watch(arguments)
+        try:
+            with watch:
+                out = run()
+        except Rewritten:
+            self.reason = watch.reason
+            raise
         self.reason = watch.reason
         self.refuse()
         return out
