@@ -165,7 +165,7 @@ std::uint64_t Route::glance() const {
   hash.mix(inputs_.size());
   std::uint64_t behind = 0;  // what lies behind the inputs may grow with every step of a program
   for (const at::Tensor& input : inputs_) {
-    if (const common::NodePtr& fn = input.grad_fn()) behind = std::max(behind, common::topological_nr(*fn));
+    behind = std::max(behind, common::topological_nr(input));
     hash.mix_size(static_cast<double>(input.numel()));
   }
   for (const at::Tensor& output : outputs_) {

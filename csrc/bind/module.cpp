@@ -149,11 +149,7 @@ bool may_retry(const std::exception& error) {
   return true;
 }
 
-// The leaf that a function form differentiates by; undefined where the engine does not take the input.
-at::Tensor fresh_leaf(PyObject* input) {
-  if (!THPVariable_CheckExact(input)) return {};
-  const at::Tensor& x = THPVariable_Unpack(input);
-  if (x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return {};
+at::Tensor fresh_leaf(const at::Tensor& x) {
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
                                          c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::Batched});
@@ -165,10 +161,28 @@ at::Tensor fresh_leaf(PyObject* input) {
   return leaf;
 }
 
-// A tensor of these values that hangs on this one.  What is written to it without a history leaves its place in the graph alone,
-// as of a leaf; a differentiable view would get another one.
+// The leaf that a function form differentiates by; undefined where the engine does not take the input.
+at::Tensor fresh_leaf(PyObject* input) {
+  if (!THPVariable_CheckExact(input)) return {};
+  const at::Tensor& x = THPVariable_Unpack(input);
+  if (x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return {};
+  return fresh_leaf(x);
+}
+
+// The leaf that a transform differentiates by, and its node, to be kept as long as the leaf: what the caller has computed before
+// does not lead to it, and no walk has to look there.
+std::pair<at::Tensor, py::object> transform_leaf(const at::Tensor& tensor) {
+  const at::Tensor leaf = fresh_leaf(tensor);
+  const wengert::common::NodePtr node = torch::autograd::impl::grad_accumulator(leaf);
+  wengert::common::raise_topological_nr(*node);
+  return {leaf, py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node))};
+}
+
+// The same, hanging on the graph of the tensor.  What is written to it without a history leaves its place in the graph alone, as
+// of a leaf; a differentiable view would get another one.
 at::Tensor attached_leaf(const at::Tensor& tensor) {
   const at::Tensor view = tensor.view_as(tensor);
+  wengert::common::raise_topological_nr(*view.grad_fn());
   const at::Tensor leaf = view.detach();
   torch::autograd::impl::set_gradient_edge(leaf, torch::autograd::impl::gradient_edge(view));
   return leaf;
@@ -386,8 +400,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def(
       "have_other_leaves",
-      [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::have_other_leaves(outputs, inputs); },
-      py::arg("outputs"), py::arg("inputs"));
+      [](const Tensors& outputs, const Tensors& inputs, std::uint64_t begun) {
+        return wengert::tape::have_other_leaves(outputs, inputs, begun);
+      },
+      py::arg("outputs"), py::arg("inputs"), py::arg("begun"));
   m.def(
       "passes_custom",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
@@ -399,6 +415,7 @@ PYBIND11_MODULE(_C, m) {
         "Whether an exception was raised while a KeyboardInterrupt, say, was on its way; but for what was `handled` before.");
   m.def("sequence_number", &at::sequence_number::peek, "That of the next node of this thread.");
   m.def("forget_history", &forget_history, py::arg("tensor"));
+  m.def("transform_leaf", &transform_leaf, py::arg("tensor"));
   m.def("attached_leaf", &attached_leaf, py::arg("tensor"), "A tensor of the same values whose gradient goes on to this one.");
   m.def(
       "tether",

@@ -2,12 +2,18 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cstdint>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -15,99 +21,127 @@ namespace wengert::bind {
 namespace {
 
 // The states of the default generators of the CPU and of one device.  The CPU's is copied as it is: as a tensor it costs 2 us.
-// Meanwhile the seed it remembers, which no number is drawn from, is another: a function that seeds the generator itself may well
-// leave it in the state it found it in.
-class RandomState {
+class States {
  public:
-  explicit RandomState(const at::Device& device) : cpu_(at::detail::getDefaultCPUGenerator()), before_(state_of_cpu()) {
-    mark();
+  explicit States(const at::Device& device) {
+    {
+      at::Generator generator = at::detail::getDefaultCPUGenerator();
+      std::lock_guard<std::mutex> lock(generator.mutex());
+      auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
+      engine_ = cpu->engine();
+      next_float_ = cpu->next_float_normal_sample();
+      next_double_ = cpu->next_double_normal_sample();
+    }
     if (device.type() == at::kCPU) return;
-    device_ = at::globalContext().defaultGenerator(device);
-    device_before_ = state_of_device();
+    at::Generator generator = at::globalContext().defaultGenerator(device);
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    device_ = generator.get_state();
   }
 
-  ~RandomState() { unmark(); }
+  bool operator==(const States& other) const {
+    const at::mt19937_data_pod &a = engine_.data(), &b = other.engine_.data();
+    if (a.left_ != b.left_ || a.next_ != b.next_ || a.seed_ != b.seed_ || a.state_ != b.state_) return false;
+    if (next_float_ != other.next_float_ || next_double_ != other.next_double_) return false;
+    return !device_.defined() || std::memcmp(device_.const_data_ptr(), other.device_.const_data_ptr(), device_.nbytes()) == 0;
+  }
+
+  void restore(const at::Device& device) const {
+    {
+      at::Generator generator = at::detail::getDefaultCPUGenerator();
+      std::lock_guard<std::mutex> lock(generator.mutex());
+      auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
+      cpu->set_engine(engine_);
+      cpu->set_next_float_normal_sample(next_float_);
+      cpu->set_next_double_normal_sample(next_double_);
+    }
+    if (!device_.defined()) return;
+    at::Generator generator = at::globalContext().defaultGenerator(device);
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(device_);
+  }
+
+ private:
+  at::mt19937 engine_;
+  std::optional<float> next_float_;
+  std::optional<double> next_double_;
+  at::Tensor device_;
+};
+
+// Whether the operator may draw random numbers.  Known by the address of its name, as asking for more costs as much as a call.
+bool may_draw(const at::RecordFunction& function) {
+  thread_local std::unordered_map<const char*, bool> known;
+  const auto found = known.find(function.name());
+  if (found != known.end()) return found->second;
+  const std::optional<c10::OperatorName> name = function.operator_name();
+  if (!name) return false;  // no operator
+  const auto op = c10::Dispatcher::singleton().findOp(*name);
+  const bool tells = op && std::string_view(name->name).starts_with("aten::");
+  return known[function.name()] = !tells || op->hasTag(at::Tag::nondeterministic_seeded);
+}
+
+// What one thread draws from generators that all threads share: the operators that it calls, and what each of them moved.
+struct Draws {
+  at::Device device;
+  std::optional<States> first;  // before the first operator that drew
+  int depth = 0;                // of operators that may draw, one calling another
+};
+
+thread_local std::vector<std::shared_ptr<Draws>> watched;
+thread_local std::optional<at::CallbackHandle> callback;
+
+struct Before : at::ObserverContext {
+  std::vector<std::pair<std::shared_ptr<Draws>, std::optional<States>>> states;
+};
+
+std::unique_ptr<at::ObserverContext> enter(const at::RecordFunction& function) {
+  if (watched.empty() || !may_draw(function)) return nullptr;
+  auto before = std::make_unique<Before>();
+  for (const auto& draws : watched) {
+    before->states.emplace_back(draws, std::nullopt);
+    if (draws->depth++ == 0) before->states.back().second.emplace(draws->device);
+  }
+  return before;
+}
+
+void leave(const at::RecordFunction&, at::ObserverContext* context) {
+  if (context == nullptr) return;
+  for (auto& [draws, before] : static_cast<Before*>(context)->states) {
+    --draws->depth;
+    if (before && !draws->first && !(*before == States(draws->device))) draws->first = std::move(before);
+  }
+}
+
+void forget(const std::shared_ptr<Draws>& draws) {
+  std::erase(watched, draws);
+  if (!watched.empty() || !callback) return;
+  at::removeCallback(*callback);
+  callback.reset();
+}
+
+class RandomState {
+ public:
+  explicit RandomState(const at::Device& device) : draws_(std::make_shared<Draws>(device)) {
+    watched.push_back(draws_);
+    if (!callback) {
+      callback = at::addThreadLocalCallback(at::RecordFunctionCallback(&enter, &leave).scopes({at::RecordScope::FUNCTION}));
+    }
+  }
+
+  ~RandomState() { forget(draws_); }
   RandomState(const RandomState&) = delete;
   RandomState& operator=(const RandomState&) = delete;
 
   bool drawn() {
-    const bool seeded = !unmark();
-    if (seeded || !(state_of_cpu() == before_)) return true;
-    if (!device_.defined()) return false;
-    const at::Tensor now = state_of_device();
-    return std::memcmp(now.const_data_ptr(), device_before_.const_data_ptr(), now.nbytes()) != 0;
+    forget(draws_);
+    return draws_->first.has_value();
   }
 
   void restore() {
-    marked_ = false;
-    {
-      std::lock_guard<std::mutex> lock(cpu_.mutex());
-      auto* cpu = at::check_generator<at::CPUGeneratorImpl>(cpu_);
-      cpu->set_engine(before_.engine);
-      cpu->set_next_float_normal_sample(before_.next_float);
-      cpu->set_next_double_normal_sample(before_.next_double);
-    }
-    if (!device_.defined()) return;
-    std::lock_guard<std::mutex> lock(device_.mutex());
-    device_.set_state(device_before_);
+    if (drawn()) draws_->first->restore(draws_->device);
   }
 
  private:
-  struct CpuState {
-    at::mt19937 engine;
-    std::optional<float> next_float;
-    std::optional<double> next_double;
-
-    bool operator==(const CpuState& other) const {
-      const at::mt19937_data_pod &a = engine.data(), &b = other.engine.data();
-      return a.left_ == b.left_ && a.next_ == b.next_ && a.seed_ == b.seed_ && a.state_ == b.state_ &&
-             next_float == other.next_float && next_double == other.next_double;
-    }
-  };
-
-  CpuState state_of_cpu() {
-    std::lock_guard<std::mutex> lock(cpu_.mutex());
-    auto* cpu = at::check_generator<at::CPUGeneratorImpl>(cpu_);
-    return {cpu->engine(), cpu->next_float_normal_sample(), cpu->next_double_normal_sample()};
-  }
-
-  static constexpr std::uint64_t kMark = 0x57454e4745525400;  // no seed that anyone gives
-
-  static void remember(at::CPUGeneratorImpl* cpu, std::uint64_t seed) {
-    at::mt19937 engine = cpu->engine();
-    at::mt19937_data_pod data = engine.data();
-    data.seed_ = seed;
-    engine.set_data(data);
-    cpu->set_engine(engine);
-  }
-
-  void mark() {
-    std::lock_guard<std::mutex> lock(cpu_.mutex());
-    remember(at::check_generator<at::CPUGeneratorImpl>(cpu_), before_.engine.data().seed_ ^ kMark);
-    marked_ = true;
-  }
-
-  // Whether the mark was there still.
-  bool unmark() {
-    if (!marked_) return true;
-    marked_ = false;
-    std::lock_guard<std::mutex> lock(cpu_.mutex());
-    auto* cpu = at::check_generator<at::CPUGeneratorImpl>(cpu_);
-    const std::uint64_t seed = before_.engine.data().seed_;
-    if (cpu->engine().data().seed_ != (seed ^ kMark)) return false;
-    remember(cpu, seed);
-    return true;
-  }
-
-  at::Tensor state_of_device() {
-    std::lock_guard<std::mutex> lock(device_.mutex());
-    return device_.get_state();
-  }
-
-  at::Generator cpu_, device_;
-  CpuState before_;
-  at::Tensor device_before_;
-  bool marked_ = false;
+  std::shared_ptr<Draws> draws_;
 };
 
 }  // namespace

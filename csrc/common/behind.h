@@ -20,7 +20,7 @@ template <class Visit>
 bool visit_behind(at::TensorList outputs, at::TensorList until, Visit&& visit) {
   // A node with a lower number leads to none of them: what may lie behind the graph in question can be much longer than it.
   std::uint64_t least = until.empty() ? 0 : std::numeric_limits<std::uint64_t>::max();
-  for (const at::Tensor& end : until) least = std::min(least, end.grad_fn() ? topological_nr(*end.grad_fn()) : 0);
+  for (const at::Tensor& end : until) least = std::min(least, topological_nr(end));
   PointerIndex seen;
   std::vector<torch::autograd::Node*> stack;
   const auto is_new = [&](torch::autograd::Node* node) {

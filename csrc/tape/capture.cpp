@@ -528,7 +528,8 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
     node.fn = common::share(visit.fn);
     node.reader = touches_complex(*visit.fn) ? find_complex_reader(*visit.fn) : find_reader(*visit.fn);
     check_hooks(*visit.fn, visit.below);
-    if (node.reader == &opaque_reader() && is_custom(*visit.fn)) {
+    const bool custom = node.reader == &opaque_reader() && is_custom(*visit.fn);
+    if (custom) {
       check_custom(*visit.fn);
       tape.custom = true;
     }
@@ -540,6 +541,10 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
     }
     node.inputs.resize(visit.fn->num_outputs());
     for (std::size_t i = 0; i < node.inputs.size(); ++i) node.inputs[i] = walk.value(visit, i);
+    if (custom &&
+        std::ranges::all_of(node.outputs, [](const Meta& y) { return std::ranges::find(y.shape, 0) != y.shape.end(); })) {
+      throw Unsupported("a custom Function of tensors without elements");  // which the engine would not call
+    }
     if (visit.below) {
       node.reader->check_hooks(*visit.fn);
       Take take(node, slots, one_row);
@@ -559,7 +564,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   return tape;
 }
 
-std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs) {
+std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun) {
   std::unordered_set<const at::TensorImpl*> own;
   for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
   // A node, or what of a fused one is behind one of its outputs: another result of it may lead elsewhere.
@@ -583,6 +588,8 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
     places.push_back({.fn = fn, .some = fused != nullptr ? fused->onwards(output) : std::vector<bool>()});
     if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
       places.back().leads = !own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl());
+    } else {
+      places.back().leads = fn->sequence_nr() < begun && fn->thread_id() == at::RecordFunction::currentThreadId();
     }
     return place;
   };

@@ -250,9 +250,12 @@ def zeros(output: Tensor, wrt: Tensor) -> Tensor:
     return wrt.new_zeros(output.shape + wrt.shape)
 
 
-def have_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
-    """Of each output, whether its graph reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say."""
-    return C.have_other_leaves(list(outputs), list(inputs))
+def have_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor], begun: int) -> list[bool]:
+    """Of each output, whether its graph reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say.
+
+    What is older than `begun`, a `C.sequence_number()` from before the inputs were made, does.
+    """
+    return C.have_other_leaves(list(outputs), list(inputs), begun)
 
 
 def forward_mode(outputs: Sequence[Tensor]) -> tuple[str, bool]:

@@ -70,8 +70,17 @@ _PUBLIC = ("torch", "torch.func", "torch.autograd", "torch.autograd.functional",
 _REPLACEMENTS = _replacements()
 
 _lock = threading.RLock()
-_PROCESS = 0  # in the place of a thread: `install` holds for all of them
-_holders: list[int] = []  # the thread of each `patched` that is open
+
+
+class _Holder:
+    """An open `patched` of a thread, or `install`."""
+
+    def __init__(self, thread: int | None) -> None:
+        self.thread = thread
+
+
+_PROCESS = _Holder(None)  # `install` holds for all threads
+_holders: list[_Holder] = []
 _changed: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, what stood there, what stands there now
 
 
@@ -82,46 +91,52 @@ def _modules() -> Iterator[ModuleType]:
             yield module
 
 
-def _enter(holder: int) -> None:
+def _enter(holder: _Holder) -> None:
+    """May be interrupted anywhere: `_exit` leaves nothing half done."""
     with _lock:
+        first = not _holders
         _holders.append(holder)
-        if len(_holders) > 1:
+        if not first:
             return
         # TorchScript finds torch.autograd.grad by identity: without this entry it would try to compile our function.
         torch.jit._builtins._register_builtin(_grad, "aten::grad")
         by_id = {id(theirs): (theirs, ours) for theirs, ours in _REPLACEMENTS}
-        try:
-            for module in _modules():
-                for name, value in list(vars(module).items()):
-                    if id(value) in by_id:
-                        theirs, ours = by_id[id(value)]
-                        _changed.append((module, name, theirs, ours))
-                        setattr(module, name, ours)
-        except BaseException:  # an interrupt, say: leave nothing half done
-            _exit(holder)
-            raise
+        for module in _modules():
+            for name, value in list(vars(module).items()):
+                if id(value) in by_id:
+                    theirs, ours = by_id[id(value)]
+                    _changed.append((module, name, theirs, ours))
+                    setattr(module, name, ours)
 
 
-def _exit(holder: int) -> None:
+def _exit(holder: _Holder) -> None:
     with _lock:
-        if holder not in _holders:  # of a thread that a fork left behind
-            return
-        _holders.remove(holder)
+        if holder in _holders:  # not if a fork left it behind
+            _holders.remove(holder)
         _restore_unless_held()
+
+
+def _exit_at_last(holder: _Holder) -> None:
+    try:
+        _exit(holder)
+    except BaseException:  # an interrupt
+        _exit(holder)
+        raise
 
 
 def _restore_unless_held() -> None:
     while _changed and not _holders:
-        module, name, theirs, ours = _changed.pop()
+        module, name, theirs, ours = _changed[-1]
         if vars(module).get(name) is ours:  # somebody else's later replacement stays
             setattr(module, name, theirs)
+        _changed.pop()
 
 
 def _after_fork_in_child() -> None:
     """Only the forking thread is here: what others hold would be held for good."""
     try:
-        here = (_PROCESS, threading.get_ident())
-        _holders[:] = [holder for holder in _holders if holder in here]
+        here = (None, threading.get_ident())
+        _holders[:] = [holder for holder in _holders if holder.thread in here]
         _restore_unless_held()
     finally:
         _lock.release()
@@ -149,21 +164,26 @@ def patched() -> Iterator[None]:
     >>> torch.func.jacrev is before
     True
     """
-    holder = threading.get_ident()
-    _enter(holder)
+    holder = _Holder(threading.get_ident())
     try:
+        _enter(holder)
         yield
     finally:
-        _exit(holder)
+        _exit_at_last(holder)
 
 
 def install() -> None:
     """Do what `patched` does until `uninstall`; a second call changes nothing."""
     with _lock:
-        if _PROCESS not in _holders:
+        if _PROCESS in _holders:
+            return
+        try:
             _enter(_PROCESS)
+        except BaseException:
+            _exit_at_last(_PROCESS)
+            raise
 
 
 def uninstall() -> None:
     """Undo `install`; without one before it, nothing happens."""
-    _exit(_PROCESS)
+    _exit_at_last(_PROCESS)

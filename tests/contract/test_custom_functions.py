@@ -542,3 +542,32 @@ def test_a_checkpoint_of_nodes_that_are_called_runs_as_often_as_in_pytorch(form)
         return net[1].num_batches_tracked.item()
 
     assert tracked(wengert, wengert.grad) == tracked(F, torch.autograd.grad)
+
+
+def test_functions_of_tensors_without_elements():
+    """Their backward runs, gives nothing or raises, as ever."""
+    runs = []
+
+    def gives_one(ctx, a):
+        runs.append(a)
+        return a * 2, None
+
+    def raises(ctx, a):
+        raise ValueError("mine")
+
+    def make(backward):
+        methods = {"forward": staticmethod(lambda ctx, x, y: x * 2), "backward": staticmethod(backward)}
+        return type("Empty", (torch.autograd.Function,), methods).apply
+
+    x, y = (torch.rand(0, 3, requires_grad=True) for _ in range(2))
+    for grad in (torch.autograd.grad, wengert.grad):
+        out = make(gives_one)(x, y)
+        found = grad(out, (x, y), torch.ones_like(out), allow_unused=True)
+        assert found[0].shape == x.shape and found[1] is None
+        with pytest.raises(RuntimeError, match="appears to not have been used"):
+            grad(make(gives_one)(x, y), (x, y), torch.ones(0, 3))
+        with pytest.raises(ValueError, match="mine"):
+            grad(make(raises)(x, y), x, torch.ones(0, 3))
+        q = torch.rand(3, requires_grad=True)
+        grad(make(gives_one)(q[:0], q[:0]).sum() + q.sum(), q)
+    assert len(runs) == 6

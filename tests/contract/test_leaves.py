@@ -5,7 +5,9 @@ import pytest
 import torch
 import wengert
 from support.compare import assert_same, assert_same_call
+from support.native import Calls
 from wengert import _engine, func
+from wengert._native import C
 
 
 def vec(*shape, start=0.5):
@@ -148,12 +150,14 @@ def test_one_walk_answers_for_all_results(monkeypatch):
 
 
 def test_which_of_several_results_reach_a_leaf():
+    begun = C.sequence_number()
     a, b = vec(3).requires_grad_(), vec(3).requires_grad_()
     x = a.sin()
     outputs = [x.exp(), x * b, a, b, (x * b).cos() + x, vec(3), x]
-    assert _engine.have_other_leaves(outputs, [a]) == [False, True, False, True, True, False, False]
-    assert _engine.have_other_leaves(outputs[::-1], [a]) == [False, False, True, True, False, True, False]
-    assert _engine.have_other_leaves(outputs, [a, b]) == [False] * 7
+    assert _engine.have_other_leaves(outputs, [a], begun) == [False, True, False, True, True, False, False]
+    assert _engine.have_other_leaves(outputs[::-1], [a], begun) == [False, False, True, True, False, True, False]
+    assert _engine.have_other_leaves(outputs, [a, b], begun) == [False] * 7
+    assert _engine.have_other_leaves(outputs, [a], C.sequence_number()) == [True, True, False, True, True, False, True]
 
 
 def test_auxiliary_arguments_of_forward_mode_are_others():
@@ -322,3 +326,18 @@ def test_auxiliary_tensors_of_the_caller_without_grad_mode():
         ours, theirs = (m.grad(f, has_aux=True)(vec(3), q)[1] for m in (func, torch.func))
     assert ours[0] is q and ours[1].requires_grad
     assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]
+
+
+def test_what_the_caller_has_computed_before_is_not_walked():
+    """Or each step of a program would walk all steps before it.  The hook, which PyTorch's result does not run, tells."""
+    c = vec(3).requires_grad_().sin()
+    c.register_hook(lambda g: g * 2)
+    c = c * 3
+    p = vec(3).requires_grad_()  # with a short graph, beside a long one
+    for x in (torch.ones(3, dtype=torch.float64), p):
+        before = Calls.now()
+        found = func.grad(lambda z: (z.sin() * c).sum())(x)
+        assert (Calls.now() - before).native == 1
+        assert found.requires_grad
+        assert_same(found.detach(), (x.cos() * c).detach())
+    assert_same(torch.autograd.grad(found.sum(), p)[0], -(p.sin() * c).detach())

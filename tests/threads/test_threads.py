@@ -10,6 +10,7 @@ import pytest
 import torch
 import wengert
 from support.compare import assert_same
+from support.native import Calls
 
 THREADS = 4
 ROUNDS = int(os.environ.get("WENGERT_THREAD_ROUNDS", "30"))
@@ -207,3 +208,70 @@ def test_a_thread_that_ends_takes_nothing_along():
         thread.join()
     for result in results:
         assert_same(result, torch.diag(x.cos()))
+
+
+@pytest.mark.parametrize("name", ["jacfwd", "hessian", "vmap"])
+def test_random_numbers_of_another_thread(name):
+    """They are not the function's, and are drawn once."""
+    transforms = {
+        "jacfwd": wengert.func.jacfwd,
+        "hessian": wengert.func.hessian,
+        "vmap": lambda f: lambda x: wengert.func.vmap(wengert.func.jacrev(f))(x[None])[0],
+    }
+    drawn = []
+
+    def f(x):
+        thread = threading.Thread(target=lambda: drawn.append(torch.rand(3)))
+        thread.start()
+        thread.join()
+        assert torch.initial_seed() == 5
+        return x.sin().sum()
+
+    torch.manual_seed(5)
+    before = Calls.now()
+    transforms[name](f)(torch.rand(3))
+    drawn.append(torch.rand(3))
+    assert len(drawn) == 2 and not torch.equal(*drawn)
+    assert (Calls.now() - before).native == 1
+    assert torch.initial_seed() == 5
+
+
+def test_an_interrupt_while_a_watch_begins(monkeypatch):
+    """The mode that watches is on the stack, but nobody has been told yet."""
+    from torch import overrides
+
+    push = overrides._push_mode
+    x = torch.rand(3)
+
+    def interrupted(mode):
+        push(mode)
+        raise KeyboardInterrupt
+
+    for transform in (wengert.func.jacfwd(torch.sin), wengert.func.vmap(wengert.func.grad(lambda x: x.sin().sum()))):
+        given = x if transform.__name__ == "sin" else torch.stack([x, x])
+        with torch.no_grad(), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(overrides, "_push_mode", interrupted)
+            transform(given)
+        assert torch._C._len_torch_function_stack() == 0
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("interrupted", ["_modules", "_restore_unless_held"])
+def test_an_interrupt_while_patching(monkeypatch, interrupted):
+    theirs = torch.func.jacrev
+    real = getattr(wengert.patching, interrupted)
+    times = []
+
+    def once(*args):
+        if not times:
+            times.append(0)
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(wengert.patching, interrupted, once)
+    with pytest.raises(KeyboardInterrupt), wengert.patched():
+        pass
+    assert torch.func.jacrev is theirs
+    with wengert.patched():
+        assert torch.func.jacrev is wengert.func.jacrev
+    assert torch.func.jacrev is theirs

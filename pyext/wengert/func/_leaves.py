@@ -21,16 +21,17 @@ Argnums = int | tuple[int, ...]
 class Leaves:
     """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
 
-    __slots__ = ("attached", "begun", "flat", "given", "inner", "nests", "others", "positions", "refused", "spec", "tensors")
+    __slots__ = ("attached", "begun", "flat", "given", "inner", "nests", "nodes", "others", "positions", "refused", "spec", "tensors")
 
     def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
         self.nests = isinstance(argnums, tuple)
         self.flat = list(flat)
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
-        self.begun = 0 if grad_mode else C.sequence_number()  # what has a lower one is the caller's
+        self.begun = C.sequence_number()  # what has a lower one is the caller's
         self.attached = False  # some leaf hangs on a graph of the caller
         self.tensors: list[Tensor] = []
+        self.nodes: list[Any] = []  # of those that hang on nothing
         self.given: list[Tensor] = []  # in whose places they are
         # Those of transforms that the function called.  Where a graph holds them it keeps these references alive, too.
         self.inner: list[weakref.ref[Tensor]] = []
@@ -40,7 +41,8 @@ class Leaves:
                 self.attached = True
                 leaf = C.attached_leaf(x)
             else:
-                leaf = x.detach().requires_grad_()
+                leaf, node = C.transform_leaf(x)
+                self.nodes.append(node)
             self.flat[k] = leaf
             self.tensors.append(leaf)
             self.given.append(x)
@@ -80,7 +82,7 @@ class Leaves:
     def reach_caller(self, outputs: Sequence[Tensor]) -> list[bool]:
         """Which of PyTorch's `outputs` would require grad: behind ours is more than leaves of this call, made here or inside."""
         inner = [leaf for reference in self.inner if (leaf := reference()) is not None]
-        return _engine.have_other_leaves(outputs, self.tensors + inner)
+        return _engine.have_other_leaves(outputs, self.tensors + inner, self.begun)
 
     def settle(self, groups: Sequence[Sequence[Tensor]], create_graph: bool) -> list[Sequence[Tensor]]:
         """Blocks, in groups that PyTorch computes as one tensor: with a history where one of a group's reaches the caller."""

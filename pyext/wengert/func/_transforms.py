@@ -114,8 +114,8 @@ class Transform(Wrapped):
         """What `func` returns; raises Refused where PyTorch's forward mode would not compute what the graph says."""
         if not self.forward:
             return leaves.run(func, args, kwargs)
-        with ForwardWatch(leaves.flat) as watch:
-            out = leaves.run(func, args, kwargs)
+        watch = ForwardWatch(leaves.flat)
+        out = watch.run(functools.partial(leaves.run, func, args, kwargs))
         if watch.reason is not None:
             raise Refused(watch.reason)
         return out
@@ -157,8 +157,8 @@ class Transform(Wrapped):
         if reason is None:
             grad_mode = _is_grad_enabled()
             random = None
-            _set_grad_enabled(True)
             try:
+                _set_grad_enabled(True)
                 leaves = Leaves(flat, spec, self.argnums, grad_mode)
                 if self.forward:  # where the function may run again
                     random = _engine.random_state(leaves.tensors)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack, _pop_torch_function_stack
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
 from torch.nn import Parameter
@@ -60,6 +61,16 @@ class _ArgumentsWatch(TorchFunctionMode):
         self._arguments = arguments
         self._storages: set[int] | None = None
 
+    def run(self, function: Callable[[], Any]) -> Any:
+        """What the function returns, watched."""
+        depth = _len_torch_function_stack()
+        try:
+            with self:
+                return function()
+        finally:
+            while _len_torch_function_stack() > depth:  # an interrupt came between entering and what leaves
+                _pop_torch_function_stack()
+
     def refuse(self, reason: str) -> NoReturn:
         self.reason = reason
         raise self.refusal(reason)
@@ -69,7 +80,7 @@ class _ArgumentsWatch(TorchFunctionMode):
         if func is _detach_:
             self.refuse("detach_() in the function")
         name = getattr(func, "__name__", "")
-        if name[-1:] == "_" and (name in _WRITES or name[-2:-1] != "_"):
+        if name[-1:] == "_" and (name in _WRITES or (name[-2:-1] != "_" and name != "requires_grad_")):
             written = args[:1]
         elif kwargs and kwargs.get("out") is not None:
             written = kwargs["out"]
@@ -195,8 +206,7 @@ class Verdict:
             return run()
         watch = Watch(arguments)
         try:
-            with watch:
-                out = run()
+            out = watch.run(run)
         except Rewritten:
             self.reason = watch.reason
             raise
