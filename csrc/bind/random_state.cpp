@@ -6,6 +6,7 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -79,11 +80,14 @@ bool may_draw(const at::RecordFunction& function) {
   return known[function.name()] = !tells || op->hasTag(at::Tag::nondeterministic_seeded);
 }
 
-// What one thread draws from generators that all threads share: the operators that it calls, and what each of them moved.
+// What one thread draws from generators that all threads share: the operators that it calls, and whether one of them moved one.
 struct Draws {
+  explicit Draws(const at::Device& device) : device(device) {}
+
   at::Device device;
-  std::optional<States> first;  // before the first operator that drew
-  int depth = 0;                // of operators that may draw, one calling another
+  bool any = false;
+  int depth = 0;  // of operators that may draw, one calling another
+  std::atomic<bool> over = false;
 };
 
 thread_local std::vector<std::shared_ptr<Draws>> watched;
@@ -95,6 +99,7 @@ struct Before : at::ObserverContext {
 
 std::unique_ptr<at::ObserverContext> enter(const at::RecordFunction& function) {
   if (watched.empty() || !may_draw(function)) return nullptr;
+  std::erase_if(watched, [](const auto& draws) { return draws->over.load(); });  // by another thread
   auto before = std::make_unique<Before>();
   for (const auto& draws : watched) {
     before->states.emplace_back(draws, std::nullopt);
@@ -107,40 +112,43 @@ void leave(const at::RecordFunction&, at::ObserverContext* context) {
   if (context == nullptr) return;
   for (auto& [draws, before] : static_cast<Before*>(context)->states) {
     --draws->depth;
-    if (before && !draws->first && !(*before == States(draws->device))) draws->first = std::move(before);
+    if (before && !draws->any) draws->any = !(*before == States(draws->device));
   }
 }
 
-void forget(const std::shared_ptr<Draws>& draws) {
-  std::erase(watched, draws);
-  if (!watched.empty() || !callback) return;
-  at::removeCallback(*callback);
-  callback.reset();
-}
-
+// From its construction until it is over, and so that what the function did to the generators can be undone.
 class RandomState {
  public:
-  explicit RandomState(const at::Device& device) : draws_(std::make_shared<Draws>(device)) {
+  explicit RandomState(const at::Device& device) : before_(device), draws_(std::make_shared<Draws>(device)) {
     watched.push_back(draws_);
     if (!callback) {
       callback = at::addThreadLocalCallback(at::RecordFunctionCallback(&enter, &leave).scopes({at::RecordScope::FUNCTION}));
     }
   }
 
-  ~RandomState() { forget(draws_); }
+  ~RandomState() { end(); }
   RandomState(const RandomState&) = delete;
   RandomState& operator=(const RandomState&) = delete;
 
+  void end() {
+    if (draws_->over.exchange(true)) return;
+    std::erase(watched, draws_);
+    if (!watched.empty() || !callback) return;
+    at::removeCallback(*callback);
+    callback.reset();
+  }
+
   bool drawn() {
-    forget(draws_);
-    return draws_->first.has_value();
+    end();
+    return draws_->any;
   }
 
   void restore() {
-    if (drawn()) draws_->first->restore(draws_->device);
+    if (drawn()) before_.restore(draws_->device);
   }
 
  private:
+  States before_;
   std::shared_ptr<Draws> draws_;
 };
 
@@ -149,6 +157,7 @@ class RandomState {
 void define_random_state(py::module_ m) {
   py::class_<RandomState>(m, "RandomState")
       .def(py::init<at::Device>())
+      .def("end", &RandomState::end)
       .def("drawn", &RandomState::drawn)
       .def("restore", &RandomState::restore);
 }

@@ -1,6 +1,8 @@
 """What transforms make of their arguments: functions that write to them, and what of the results requires grad."""
 
 # ruff: noqa: B023 - the closures run inside their loop
+import threading
+
 import pytest
 import torch
 import wengert
@@ -341,3 +343,83 @@ def test_what_the_caller_has_computed_before_is_not_walked():
         assert found.requires_grad
         assert_same(found.detach(), (x.cos() * c).detach())
     assert_same(torch.autograd.grad(found.sum(), p)[0], -(p.sin() * c).detach())
+
+
+def with_a_fork_of_the_generator(x):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        m = torch.rand(2, dtype=x.dtype)
+    return (x.sin() * m).max()
+
+
+def drawing(x):
+    return (x.sin() * torch.rand(2, dtype=x.dtype)).max()
+
+
+RANDOM = {
+    "jacfwd": lambda m, f: m.jacfwd(f)(X[0]),
+    "jacfwd different": lambda m, f: m.jacfwd(f, randomness="different")(X[0]),
+    "jacfwd same": lambda m, f: m.jacfwd(f, randomness="same")(X[0]),
+    "by sample": lambda m, f: m.vmap(m.grad(f))(X),
+    "by sample, different": lambda m, f: m.vmap(m.grad(f), randomness="different")(X),
+    "one sample": lambda m, f: m.vmap(m.grad(f))(X[:1]),
+    "gradient": lambda m, f: m.grad(f)(X[0]),
+}
+
+
+@pytest.mark.parametrize("f", [with_a_fork_of_the_generator, drawing])
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_numbers_and_what_is_drawn_after_them(name, f):
+    drawn = []
+
+    def call(m):
+        torch.manual_seed(1)
+        try:
+            return RANDOM[name](m, f)
+        finally:
+            drawn.append(torch.rand(3))
+
+    assert_same_call(lambda: call(func), lambda: call(torch.func), name)
+    assert torch.equal(*drawn)
+
+
+def test_a_generator_of_the_functions_own_is_not_drawn_from_twice():
+    for randomness in ("different", "same"):
+        found = []
+        for m in (func, torch.func):
+            g = torch.Generator().manual_seed(3)
+            f = lambda x: (x.sin() * torch.rand(2, generator=g, dtype=x.dtype)).max()
+            found.append((m.vmap(m.grad(f), randomness=randomness)(X), torch.rand(2, generator=g)))
+        assert_same(*found)
+
+
+def test_running_statistics_are_updated_once():
+    x = vec(5, 4)
+    for name, norm in (("jacfwd", "batch_norm"), ("hessian", "batch_norm"), ("jacfwd", "instance_norm")):
+        statistics = []
+        for m in (func, torch.func):
+            mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+            of = getattr(torch.nn.functional, norm)
+            data = x if norm == "batch_norm" else x[..., None] * vec(2)
+            scale = lambda w: w if norm == "batch_norm" else w[:, None]
+            getattr(m, name)(lambda w: of(data * scale(w), mean, var, None, None, True).sum().float())(vec(4))
+            statistics.append((mean, var))
+        assert_same(*statistics, where=f"{name} {norm}")
+
+
+def test_values_without_a_derivative_in_forward_mode():
+    both_ways = lambda x: (x.sin() * x.data).sum()
+    for name in ("hessian", "jacfwd"):
+        assert_same(getattr(func, name)(both_ways)(vec(3)), getattr(torch.func, name)(both_ways)(vec(3)))
+
+
+def test_auxiliary_output_made_by_a_thread_of_the_function():
+    def f(x):
+        made = []
+        thread = threading.Thread(target=lambda: made.append(x.sin()))
+        thread.start()
+        thread.join()
+        return x.cos().sum(), made[0]
+
+    for name in ("grad", "jacrev"):
+        assert not getattr(func, name)(f, has_aux=True)(vec(3))[1].requires_grad

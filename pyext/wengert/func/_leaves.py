@@ -21,7 +21,8 @@ Argnums = int | tuple[int, ...]
 class Leaves:
     """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
 
-    __slots__ = ("attached", "begun", "flat", "given", "inner", "nests", "nodes", "others", "positions", "refused", "spec", "tensors")
+    __slots__ = ("attached", "begun", "flat", "given", "inner", "nests", "nodes", "others", "positions", "refused", "spec")
+    __slots__ += ("tensors",)
 
     def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
@@ -110,6 +111,9 @@ class Leaves:
                 if not reaches:
                     C.forget_history(x)
 
+    def is_older(self, t: Tensor) -> bool:
+        return t.grad_fn._sequence_nr() < self.begun  # type: ignore[union-attr]
+
     def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
         return self.attached or any(self.reach_caller(outputs))
@@ -129,7 +133,7 @@ class Leaves:
                 continue
             if id(t) in given and not forward:
                 flat[k] = given[id(t)]
-            elif id(t) in given or not (t.is_leaf or t.grad_fn._sequence_nr() < self.begun):  # type: ignore[union-attr]
+            elif id(t) in given or not (t.is_leaf or (not grad_mode and self.is_older(t))):
                 asked.append(k)
         reached = self.reach_caller([flat[k] for k in asked]) if grad_mode and asked else [False] * len(asked)
         for k, reaches in zip(asked, reached):

@@ -132,7 +132,7 @@ class Transform(Wrapped):
 
     def draws_alike(self) -> bool:
         """Whether all tangents may see the same random numbers; PyTorch's forward mode, which is a vmap, otherwise raises."""
-        return not self.forward or self.options.get("randomness", "error") != "error"
+        return not self.forward or self.options.get("randomness") == "same"
 
     def chain(self) -> Iterator[Transform]:
         """This transform, the one it differentiates, and so on."""
@@ -177,6 +177,8 @@ class Transform(Wrapped):
                     random.restore()
             finally:
                 _set_grad_enabled(grad_mode)
+                if random is not None:
+                    random.end()
         _engine.count_fallback(name, reason)
         return self.peer(*args, **kwargs)
 
@@ -205,17 +207,21 @@ class Transform(Wrapped):
         seen = verdict.structures(shapes)
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
-        while True:
-            out = verdict.run(run, watched, leaves.flat)
-            result = self.derive_batch(out, leaves, inner_dims, grad_mode)
-            structure = C.take_structures()
-            if watched:
-                verdict.remember(shapes, structure)
-            if watched or structure in seen:
-                return result, leaves.refused
-            watched, leaves.refused = True, None
+        try:
+            while True:
+                out = verdict.run(run, watched, leaves.flat)
+                result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+                structure = C.take_structures()
+                if watched:
+                    verdict.remember(shapes, structure)
+                if watched or structure in seen:
+                    return result, leaves.refused
+                watched, leaves.refused = True, None
+                if random is not None:
+                    random.restore()
+        finally:
             if random is not None:
-                random.restore()
+                random.end()
 
     def _map(self, flat: list[Any], spec: TreeSpec, dims: Sequence[int | None], kwargs: dict[str, Any], randomness: str) -> Any:
         """torch.func.vmap of the checked function, batch axes in front."""

@@ -91,6 +91,9 @@ class BatchedTransform(Wrapped):
                     verdict.forget(request)
                     if random is not None:
                         random.restore()
+                finally:
+                    if random is not None:
+                        random.end()
         if reason is None and size == 1 and not self.has_aux:
             done, result = self._run_single(dims, flat, spec, kwargs)
             if done:
@@ -116,6 +119,8 @@ class BatchedTransform(Wrapped):
                     random.restore()
             finally:
                 torch._C._set_grad_enabled(grad_mode)
+                if random is not None:
+                    random.end()
         _engine.count_fallback(self.name, reason)
         rewritten = refused_as is Rewritten and random is None
         if not (rewritten and verdict.one_by_one):
@@ -129,7 +134,10 @@ class BatchedTransform(Wrapped):
                     raise
                 verdict.one_by_one = True
         random = _random_state(flat)
-        result = self._run_one_by_one(size, dims, flat, spec, kwargs)
+        try:
+            result = self._run_one_by_one(size, dims, flat, spec, kwargs)
+        finally:
+            random.end()
         if random.drawn():  # which has to be an error, that of PyTorch
             random.restore()
             return self.peer(*args, **kwargs)
@@ -185,7 +193,11 @@ class BatchedTransform(Wrapped):
         """
         random = _random_state(flat) if self.randomness == "error" else None
         sample = unflatten([x if d is None else x.select(d, 0) for x, d in zip(flat, dims)], spec)
-        result = self.func.at_point(sample, kwargs, self.name)
+        try:
+            result = self.func.at_point(sample, kwargs, self.name)
+        finally:
+            if random is not None:
+                random.end()
         if random is not None and random.drawn():
             random.restore()
             return False, None

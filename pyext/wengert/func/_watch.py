@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+from inspect import signature
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from torch._C import _len_torch_function_stack, _pop_torch_function_stack
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
 from torch.nn import Parameter
+from torch.nn.functional import batch_norm, instance_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,7 +41,7 @@ _VARIABLES = {float, list, dict}  # which may well be others in the next call
 _MOST_ITEMS = 16  # of a tuple that is looked into
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
 _WRITES = {"__setitem__", "__set__", *(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor".split())}
-_detach_, _register_hook = Tensor.detach_, Tensor.register_hook
+_detach_, _register_hook, _data = Tensor.detach_, Tensor.register_hook, Tensor.data
 _set_grad_enabled = torch._C._set_grad_enabled
 
 
@@ -76,9 +78,11 @@ class _ArgumentsWatch(TorchFunctionMode):
         raise self.refusal(reason)
 
     def look(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> None:
-        """Raise where the call writes to an argument, or cuts a tensor off from all derivatives."""
+        """Raise where the call writes to an argument or moves a generator, or cuts a tensor off from all derivatives."""
         if func is _detach_:
             self.refuse("detach_() in the function")
+        if kwargs and kwargs.get("generator") is not None:
+            self.refuse("a random generator of the function's own")
         name = getattr(func, "__name__", "")
         if name[-1:] == "_" and (name in _WRITES or (name[-2:-1] != "_" and name != "requires_grad_")):
             written = args[:1]
@@ -107,8 +111,20 @@ class ForwardWatch(_ArgumentsWatch):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (func is _set_grad_enabled and not args[0]) or func is _register_hook:
             self.refuse("forward mode through torch.no_grad or a hook")
+        if getattr(func, "__self__", None) is _data:
+            self.refuse("forward mode through x.data")
+        if (func is batch_norm or func is instance_norm) and _updates_statistics(func, args, kwargs or {}):
+            self.refuse("running statistics that are updated")
         self.look(func, args, kwargs)
         return func(*args, **(kwargs or {}))
+
+
+def _updates_statistics(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Of a call of batch_norm or instance_norm: whether it writes to the running statistics that it is given."""
+    given = signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    options = given.arguments
+    return bool(options.get("training", options.get("use_input_stats"))) and options["running_mean"] is not None
 
 
 class Watch(_ArgumentsWatch):
