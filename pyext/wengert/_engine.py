@@ -263,9 +263,12 @@ def forward_mode(outputs: Sequence[Tensor]) -> tuple[str, bool]:
     return C.forward_mode(list(outputs))
 
 
-def random_state(tensors: Sequence[Tensor]) -> Any:
-    """The state of the random generators that a function of these tensors may use: `drawn()` since, and `restore()`."""
-    return C.RandomState(tensors[0].device)
+def random_state(tensors: Sequence[Tensor], watches: bool = True) -> Any:
+    """The state of the random generators that a function of these tensors may use: `drawn()` since, and `restore()`.
+
+    Either `watches` what this thread draws until its `end()`, or only compares, which costs less and may blame other threads.
+    """
+    return C.RandomState(tensors[0].device, watches)
 
 
 def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor | None:

@@ -383,6 +383,37 @@ def test_random_numbers_and_what_is_drawn_after_them(name, f):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("name", ["jacfwd", "jacfwd different", "hessian", "one sample"])
+def test_functions_that_come_to_draw(name):
+    """Watched once; afterwards the generator is compared alone."""
+    dropout = torch.nn.Dropout(0.5)
+
+    def f(x):
+        return dropout(x.sin()).max()
+
+    transforms = {
+        "jacfwd": lambda m: m.jacfwd(f),
+        "jacfwd different": lambda m: m.jacfwd(f, randomness="different"),
+        "hessian": lambda m: m.hessian(f),
+        "one sample": lambda m: m.vmap(m.grad(f)),
+    }
+    made = [transforms[name](m) for m in (func, torch.func)]
+    x = X[:1] if name == "one sample" else X[0]
+    for training in (False, False, True, True, False):
+        dropout.train(training)
+        before = Calls.now()
+        if not training:
+            assert_same(made[0](x), made[1](x))
+            assert (Calls.now() - before).native == 1
+        elif name == "jacfwd different":
+            made[0](x)
+            assert (Calls.now() - before).native == 0
+        else:
+            for transform in made:
+                with pytest.raises(RuntimeError, match="random"):
+                    transform(x)
+
+
 def test_a_generator_of_the_functions_own_is_not_drawn_from_twice():
     for randomness in ("different", "same"):
         found = []

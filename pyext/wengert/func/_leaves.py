@@ -21,8 +21,20 @@ Argnums = int | tuple[int, ...]
 class Leaves:
     """The differentiated tensors of one call, made fresh, and what is needed to put results back into their structure."""
 
-    __slots__ = ("attached", "begun", "flat", "given", "inner", "nests", "nodes", "others", "positions", "refused", "spec")
-    __slots__ += ("tensors",)
+    __slots__ = (
+        "attached",
+        "begun",
+        "flat",
+        "given",
+        "inner",
+        "nests",
+        "nodes",
+        "others",
+        "positions",
+        "refused",
+        "spec",
+        "tensors",
+    )
 
     def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)

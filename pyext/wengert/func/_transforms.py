@@ -67,6 +67,7 @@ class Transform(Wrapped):
     name = ""
     takes_kwargs = False
     forward = False  # stands for a transform that is forward mode in torch
+    calm = False  # was watched and drew no random numbers
 
     def __init__(self, func: Callable[..., Any], argnums: Argnums, has_aux: bool, **options: Any) -> None:
         super().__init__(func)
@@ -161,10 +162,17 @@ class Transform(Wrapped):
                 _set_grad_enabled(True)
                 leaves = Leaves(flat, spec, self.argnums, grad_mode)
                 if self.forward:  # where the function may run again
-                    random = _engine.random_state(leaves.tensors)
+                    random = _engine.random_state(leaves.tensors, not self.calm)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
-                if random is not None and not self.draws_alike() and random.drawn():
-                    raise Refused("random numbers in forward mode")
+                if random is not None and not self.draws_alike():
+                    if not random.drawn():
+                        self.calm = True
+                    elif self.calm:  # this function or another thread
+                        self.calm = False
+                        _set_grad_enabled(grad_mode)
+                        return self.at_point(args, kwargs, name)
+                    else:
+                        raise Refused("random numbers in forward mode")
                 result = self.derive(out, leaves, grad_mode)
                 leaves.clean()
                 _engine.count(name, leaves.refused)
@@ -419,7 +427,11 @@ class Hessian(Jacobian):
         return _torch_hessian(self.scalar_func, argnums)
 
     def at_point(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-        return _HessianAtPoint(self).at_point(args, kwargs, name)
+        transform = _HessianAtPoint(self)
+        try:
+            return transform.at_point(args, kwargs, name)
+        finally:
+            self.calm = transform.calm
 
 
 class _HessianAtPoint(Transform):
@@ -435,6 +447,7 @@ class _HessianAtPoint(Transform):
         self.options = hessian.options
         self.inner = hessian.func
         self.make_peer = hessian.make_peer  # type: ignore[method-assign]
+        self.calm = hessian.calm
         self._peers = {}
 
     def check(self, out: Any) -> Any:

@@ -24,8 +24,8 @@ from ._watch import Rewritten, Verdict, verdict_of
 _torch_vmap = _torch.vmap  # kept from before any patching
 
 
-def _random_state(flat: list[Any]) -> Any:
-    return _engine.random_state([x for x in flat if isinstance(x, Tensor)])
+def _random_state(flat: list[Any], watches: bool = True) -> Any:
+    return _engine.random_state([x for x in flat if isinstance(x, Tensor)], watches)
 
 
 _CONSTANTS = {int, float, complex, bool, str, type(None), torch.dtype, torch.device}
@@ -46,6 +46,8 @@ def _kind(tree: Any) -> Any:
 
 class BatchedTransform(Wrapped):
     """``vmap(jacrev(f))`` and its like: one evaluation of `f` for the whole batch, the batch axis tied."""
+
+    calm = False  # one sample was watched and drew no random numbers
 
     def __init__(
         self, transform: Transform, in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None
@@ -191,16 +193,22 @@ class BatchedTransform(Wrapped):
 
         Returns whether that holds, and the result.  It does not where torch forbids random numbers and some were drawn.
         """
-        random = _random_state(flat) if self.randomness == "error" else None
+        random = _random_state(flat, not self.calm) if self.randomness == "error" else None
         sample = unflatten([x if d is None else x.select(d, 0) for x, d in zip(flat, dims)], spec)
         try:
             result = self.func.at_point(sample, kwargs, self.name)
         finally:
             if random is not None:
                 random.end()
-        if random is not None and random.drawn():
-            random.restore()
-            return False, None
+        if random is not None:
+            if not random.drawn():
+                self.calm = True
+            elif self.calm:  # this function or another thread
+                self.calm = False
+                return self._run_single(dims, flat, spec, kwargs)
+            else:
+                random.restore()
+                return False, None
         return True, result.unsqueeze(self.out_dims) if type(result) is Tensor else tree_map(self._unsqueeze, result)
 
     def _unsqueeze(self, t: Tensor) -> Tensor:
