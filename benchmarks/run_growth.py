@@ -5,7 +5,8 @@ python benchmarks/run_growth.py --only cnn,gru --forms hvp,parameters
 python benchmarks/run_growth.py --save                  writes benchmarks/results/growth-<device>.md
 
 The forms of run_networks.py that have a batch, and `parameters`: the Jacobian of all outputs of the batch by all parameters,
-whose rows grow with it.  Against that of PyTorch's forms which is the fastest at the largest batch; agreement is checked there.
+whose rows grow with it.  Against that of PyTorch's forms which is the fastest at the largest batch; agreement is checked at the
+smallest and there.
 A growth of p says that time grows with the batch to the power p, from the second size to the third.
 Exit status: 0; 1 if a line is broken; 2 for wrong arguments.
 """
@@ -25,7 +26,7 @@ from device import Call, Device, open_device
 from report import human, markdown_table, text_table
 from rows import Peer, Prepared
 from run_networks import FORMS, RESULTS, chosen, runs
-from timer import Timing, agreement, race
+from timer import HOPELESS, Timing, agreement, race
 from torch.autograd import functional as torch_functional
 
 BATCHES = {form: (64, 256, 1024) for form in FORMS if form not in ("jacobian", "hessian")} | {"parameters": (4, 16, 64)}
@@ -85,16 +86,21 @@ def raced(ours: Call, peer: Call, device: Device, seconds: float) -> tuple[float
 def growth(name: str, form: str, device: Device, seconds: float, tolerance: float) -> Growth | None:
     """None where PyTorch has no such derivative, or where it would be too large."""
     batches = BATCHES[form]
-    largest = prepare(name, form, batches[-1])
-    if largest is None or not any(runs(peer.call) for peer in largest.peers):
+    label = f"{name}/{form}"
+    if (largest := prepare(name, form, batches[-1])) is None:
         return None
-    field = agreement(f"{name}/{form}", largest, largest.ours(), device, tolerance)
-    known = [(timing, call) for timing, call in field if call is not None and timing.counted]
-    near = [(t, call) for t, call in known if t.seconds < 4 * min(t.seconds for t, _ in known)]
-    best = min(near, key=lambda pair: min(device.sample(pair[1], 1) for _ in range(2)))[0].name
+    smallest = prepare(name, form, batches[0])
+    if not any(runs(peer.call) for peer in smallest.peers):
+        return None
+    known = agreement(label, smallest, smallest.ours(), device, tolerance)
+    near = {timing.name for timing, _ in known if timing.seconds < HOPELESS * min(t.seconds for t, _ in known)}
+    largest.peers = [peer for peer in largest.peers if peer.name in near and peer.counted]  # others may need all memory there is
+    field = agreement(label, largest, largest.ours(), device, tolerance)
+    times = {timing.name: min(device.sample(call, 1) for _ in range(3)) for timing, call in field if call is not None}
+    best = min(times, key=times.get)
     seconds_of = []
     for batch in batches:
-        prepared = largest if batch == batches[-1] else prepare(name, form, batch)
+        prepared = {batches[0]: smallest, batches[-1]: largest}.get(batch) or prepare(name, form, batch)
         peer = next(p.call for p in prepared.peers if p.name == best)
         for call in (prepared.ours, peer):
             call()
