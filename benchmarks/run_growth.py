@@ -25,7 +25,7 @@ import wengert
 from device import Call, Device, open_device
 from report import human, markdown_table, text_table
 from rows import Peer, Prepared
-from run_networks import FORMS, RESULTS, chosen, runs
+from run_networks import FORMS, RESULTS, chosen, every_cell, runs
 from timer import HOPELESS, Timing, agreement, race
 from torch.autograd import functional as torch_functional
 
@@ -157,16 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     forms = chosen(parser, "--forms", arguments.forms, list(BATCHES))
     torch.set_num_threads(arguments.threads)
     device = open_device("cpu", seen_by_nsight=False)
-    lines, broken = [], []
-    for name in names:
-        for form in forms:
-            try:
-                if (line := growth(name, form, device, arguments.seconds, arguments.tolerance)) is not None:
-                    lines.append(line)
-                    print("  ".join(line.cells()), file=sys.stderr, flush=True)
-            except Exception as error:
-                broken.append(f"{name}/{form}: {type(error).__name__}: {error}")
-                print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)
+    run = lambda name, form: growth(name, form, device, arguments.seconds, arguments.tolerance)
+    lines, broken = every_cell(names, forms, run, lambda line: "  ".join(line.cells()))
     print(text_table(HEADER, [g.cells() for g in lines]))
     print(summary(lines))
     for line in broken:

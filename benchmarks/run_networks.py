@@ -263,6 +263,23 @@ def chosen(parser: argparse.ArgumentParser, option: str, text: str | None, names
     return [name for name in names if any(part in name for part in parts)]
 
 
+def every_cell(
+    names: list[str], forms: list[str], run: Callable[[str, str], Any], text: Callable[[Any], str]
+) -> tuple[list[Any], list[str]]:
+    """What `run` returns for each network and form, but None, and what went wrong; as `text` on the way."""
+    results, broken = [], []
+    for name in names:
+        for form in forms:
+            try:
+                if (result := run(name, form)) is not None:
+                    results.append(result)
+                    print(text(result), file=sys.stderr, flush=True)
+            except Exception as error:
+                broken.append(f"{name}/{form}: {type(error).__name__}: {error}")
+                print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)
+    return results, broken
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="run_networks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -279,16 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     forms = chosen(parser, "--forms", arguments.forms, list(FORMS))
     torch.set_num_threads(arguments.threads)
     device = open_device("cpu", seen_by_nsight=False)
-    results, broken = [], []
-    for name in names:
-        for form in forms:
-            try:
-                if (result := run_cell(name, form, arguments, device)) is not None:
-                    results.append(result)
-                    print(f"{result.row}: {result.ratio:.2f}", file=sys.stderr, flush=True)
-            except Exception as error:
-                broken.append(f"{name}/{form}: {type(error).__name__}: {error}")
-                print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)
+    run = lambda name, form: run_cell(name, form, arguments, device)
+    results, broken = every_cell(names, forms, run, lambda r: f"{r.row}: {r.ratio:.2f}")
     print(text_table(["network", *forms], matrix(results, forms)))
     print(summary(results, arguments.least))
     for line in broken:
