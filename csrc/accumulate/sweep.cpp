@@ -570,6 +570,7 @@ blocks::Plan make_plan(const tape::Tape& tape, const Request& request, Report* r
   for (const at::Tensor& tensor : tape.slots) {
     const fused::Dtype dtype = to_fused(tensor.scalar_type());
     given.push_back({.shape = tensor.sizes().vec(), .dtype = dtype, .requires_grad = tensor.is_floating_point()});
+    if (!tensor.is_contiguous()) given.back().strides = tensor.strides().vec();
   }
   std::vector<std::int32_t> cotangent_slots;
   for (const Cotangent& cotangent : request.cotangents) {

@@ -126,7 +126,12 @@ bool ends_a_program(py::handle raised, py::handle handled) {
   return false;
 }
 
-// Whatever a Function raises may be due to how it was called, but for what ends a program.
+// Whatever a Function raises may be due to how it was called, but for what ends a program and what handlers of signals raise
+// (TimeoutError).
+bool may_be_due_to_the_call(py::handle raised, py::handle handled) {
+  return PyErr_GivenExceptionMatches(raised.ptr(), PyExc_OSError) == 0 && !ends_a_program(raised, handled);
+}
+
 bool may_retry(const std::exception& error) {
   const py::gil_scoped_acquire gil;
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
@@ -143,9 +148,11 @@ bool may_retry(const std::exception& error) {
   }
   if (const auto* raised = dynamic_cast<const python_error*>(&error); raised && raised->type) {
     const bool made = raised->value && PyExceptionInstance_Check(raised->value) != 0;
-    return !ends_a_program(made ? raised->value : raised->type, handled);
+    return may_be_due_to_the_call(made ? raised->value : raised->type, handled);
   }
-  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) return !ends_a_program(raised->value(), handled);
+  if (const auto* raised = dynamic_cast<const py::error_already_set*>(&error)) {
+    return may_be_due_to_the_call(raised->value(), handled);
+  }
   return true;
 }
 
@@ -160,6 +167,9 @@ at::Tensor fresh_leaf(const at::Tensor& x) {
   leaf.set_requires_grad(true);
   return leaf;
 }
+
+// Why PyTorch is asked about the graph of a function that did so: it mostly raises an error.
+constexpr const char* kDetached = "an argument that is detached in place";
 
 // The leaf that a function form differentiates by; undefined where the engine does not take the input.
 at::Tensor fresh_leaf(PyObject* input) {
@@ -252,7 +262,9 @@ py::object of_function(const py::object& func, const py::object& inputs, const D
                                                                 : PyObject_CallOneArg(func.ptr(), arguments.ptr()));
   if (!output) throw py::error_already_set();
   py::object reason = py::none();
-  if (THPVariable_CheckExact(output.ptr())) {
+  if (!std::ranges::all_of(leaves, &at::Tensor::requires_grad)) {
+    reason = py::str(kDetached);
+  } else if (THPVariable_CheckExact(output.ptr())) {
     try {
       return nest(derive({THPVariable_Unpack(output.ptr())}, leaves), square && several, several);
     } catch (const accumulate::CoupledSamples&) {  // met again where it is known what to do about them
@@ -352,8 +364,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("outputs"), py::arg("inputs"), "Why a gradient with a history is known to be PyTorch's, or None.");
   m.def("refusal", &wengert::tape::ambient_refusal);
-  m.def("forward_mode", [](const py::sequence& outputs) {
-    const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs));
+  m.def("forward_mode", [](const py::sequence& outputs, const py::sequence& inputs) {
+    const wengert::tape::ForwardMode found = wengert::tape::forward_mode(plain(outputs), plain(inputs));
     return py::make_tuple(found.differs, found.masks);
   });
   m.def("begin_vmap_watch", &wengert::tape::begin_vmap_watch);
@@ -400,10 +412,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def(
       "have_other_leaves",
-      [](const Tensors& outputs, const Tensors& inputs, std::uint64_t begun) {
-        return wengert::tape::have_other_leaves(outputs, inputs, begun);
+      [](const Tensors& outputs, const Tensors& inputs, const Tensors& attached, std::uint64_t begun) {
+        return wengert::tape::have_other_leaves(outputs, inputs, attached, begun);
       },
-      py::arg("outputs"), py::arg("inputs"), py::arg("begun"));
+      py::arg("outputs"), py::arg("inputs"), py::arg("attached"), py::arg("begun"));
   m.def(
       "passes_custom",
       [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_custom(outputs, inputs); },
@@ -411,6 +423,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "passes_hooks", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_hooks(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  m.def(
+      "drop_hooks",
+      [](const Tensors& outputs, const Tensors& inputs, std::uint64_t begun) {
+        wengert::tape::drop_hooks(outputs, inputs, begun);
+      },
+      py::arg("outputs"), py::arg("inputs"), py::arg("begun"));
+  m.def("without_draws", &wengert::bind::without_draws, py::arg("function"),
+        "What the function returns; an operator that would draw random numbers raises an error instead.");
   m.def("ends_a_program", &ends_a_program, py::arg("error"), py::arg("handled"),
         "Whether an exception was raised while a KeyboardInterrupt, say, was on its way; but for what was `handled` before.");
   m.def("sequence_number", &at::sequence_number::peek, "That of the next node of this thread.");

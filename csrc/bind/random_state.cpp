@@ -6,6 +6,9 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <torch/library.h>
+
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -28,10 +31,7 @@ class States {
     {
       at::Generator generator = at::detail::getDefaultCPUGenerator();
       std::lock_guard<std::mutex> lock(generator.mutex());
-      auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
-      engine_ = cpu->engine();
-      next_float_ = cpu->next_float_normal_sample();
-      next_double_ = cpu->next_double_normal_sample();
+      read(*at::check_generator<at::CPUGeneratorImpl>(generator));
     }
     if (device.type() == at::kCPU) return;
     at::Generator generator = at::globalContext().defaultGenerator(device);
@@ -39,29 +39,48 @@ class States {
     device_ = generator.get_state();
   }
 
-  bool operator==(const States& other) const {
-    const at::mt19937_data_pod &a = engine_.data(), &b = other.engine_.data();
-    if (a.left_ != b.left_ || a.next_ != b.next_ || a.seed_ != b.seed_ || a.state_ != b.state_) return false;
-    if (next_float_ != other.next_float_ || next_double_ != other.next_double_) return false;
-    return !device_.defined() || std::memcmp(device_.const_data_ptr(), other.device_.const_data_ptr(), device_.nbytes()) == 0;
-  }
+  bool operator==(const States& other) const { return same_here(other) && same_on_device(other.device_); }
 
-  void restore(const at::Device& device) const {
+  // Goes back to these states from `last`, a generator that is still there: what others have drawn since stays drawn.
+  void restore(const at::Device& device, const States& last) const {
     {
       at::Generator generator = at::detail::getDefaultCPUGenerator();
       std::lock_guard<std::mutex> lock(generator.mutex());
       auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
-      cpu->set_engine(engine_);
-      cpu->set_next_float_normal_sample(next_float_);
-      cpu->set_next_double_normal_sample(next_double_);
+      States now;
+      now.read(*cpu);
+      if (now.same_here(last)) {
+        cpu->set_engine(engine_);
+        cpu->set_next_float_normal_sample(next_float_);
+        cpu->set_next_double_normal_sample(next_double_);
+      }
     }
     if (!device_.defined()) return;
     at::Generator generator = at::globalContext().defaultGenerator(device);
     std::lock_guard<std::mutex> lock(generator.mutex());
-    generator.set_state(device_);
+    if (last.same_on_device(generator.get_state())) generator.set_state(device_);
   }
 
  private:
+  States() = default;
+
+  void read(const at::CPUGeneratorImpl& cpu) {
+    auto& generator = const_cast<at::CPUGeneratorImpl&>(cpu);  // whose accessors are not const
+    engine_ = generator.engine();
+    next_float_ = generator.next_float_normal_sample();
+    next_double_ = generator.next_double_normal_sample();
+  }
+
+  bool same_here(const States& other) const {
+    const at::mt19937_data_pod &a = engine_.data(), &b = other.engine_.data();
+    if (a.left_ != b.left_ || a.next_ != b.next_ || a.seed_ != b.seed_ || a.state_ != b.state_) return false;
+    return next_float_ == other.next_float_ && next_double_ == other.next_double_;
+  }
+
+  bool same_on_device(const at::Tensor& state) const {
+    return !device_.defined() || std::memcmp(device_.const_data_ptr(), state.const_data_ptr(), device_.nbytes()) == 0;
+  }
+
   at::mt19937 engine_;
   std::optional<float> next_float_;
   std::optional<double> next_double_;
@@ -80,14 +99,25 @@ bool may_draw(const at::RecordFunction& function) {
   return known[function.name()] = !tells || op->hasTag(at::Tag::nondeterministic_seeded);
 }
 
-// What one thread draws from generators that all threads share: the operators that it calls, and whether one of them moved one.
+// What one thread draws from generators that all threads share: the operators that it calls, and how they moved them.
 struct Draws {
   explicit Draws(const at::Device& device) : device(device) {}
 
   at::Device device;
-  bool any = false;
-  int depth = 0;  // of operators that may draw, one calling another
+  std::optional<States> first, last;  // before and after all that moved one
+  bool alone = true;                  // no other thread drew in between
+  int depth = 0;                      // of operators that may draw, one calling another
   std::atomic<bool> over = false;
+
+  void drew(States before, States after) {
+    if (before == after) return;
+    if (!first) {
+      first.emplace(std::move(before));
+    } else if (!(*last == before)) {
+      alone = false;
+    }
+    last.emplace(std::move(after));
+  }
 };
 
 thread_local std::vector<std::shared_ptr<Draws>> watched;
@@ -112,18 +142,14 @@ void leave(const at::RecordFunction&, at::ObserverContext* context) {
   if (context == nullptr) return;
   for (auto& [draws, before] : static_cast<Before*>(context)->states) {
     --draws->depth;
-    if (before && !draws->any) draws->any = !(*before == States(draws->device));
+    if (before) draws->drew(*std::move(before), States(draws->device));
   }
 }
 
-// From its construction until it is over, and so that what the function did to the generators can be undone.  Where it does not
-// watch the thread's operators, a fifth of the time of a small function, it only compares: what other threads draw counts too,
-// and not what a function draws and puts back.
+// Watches from its construction until it is over, so that what the function did to the generators can be undone.
 class RandomState {
  public:
-  RandomState(const at::Device& device, bool watches) : device_(device), before_(device) {
-    if (!watches) return;
-    draws_ = std::make_shared<Draws>(device);
+  explicit RandomState(const at::Device& device) : draws_(std::make_shared<Draws>(device)) {
     watched.push_back(draws_);
     if (!callback) {
       callback = at::addThreadLocalCallback(at::RecordFunctionCallback(&enter, &leave).scopes({at::RecordScope::FUNCTION}));
@@ -135,35 +161,79 @@ class RandomState {
   RandomState& operator=(const RandomState&) = delete;
 
   void end() {
-    if (!draws_ || draws_->over.exchange(true)) return;
+    if (draws_->over.exchange(true)) return;
     std::erase(watched, draws_);
     if (!watched.empty() || !callback) return;
     at::removeCallback(*callback);
     callback.reset();
   }
 
-  bool drawn() {
-    end();
-    return draws_ ? draws_->any : !(before_ == States(device_));
-  }
-
   void restore() {
-    if (draws_ && drawn()) before_.restore(device_);  // the numbers of other threads stay drawn
+    end();
+    if (draws_->first && draws_->alone) draws_->first->restore(draws_->device, *draws_->last);
+    draws_->first.reset();
   }
 
  private:
-  at::Device device_;
-  States before_;
   std::shared_ptr<Draws> draws_;
 };
 
+// PyTorch has such a rule: under its first vmap, which only autograd.grad(is_grads_batched=True) uses today, random operators
+// raise an error before they draw; a key of the dispatcher, included for a thread, brings its kernels in.  It knows operators
+// that others are made of, but for those that draw in their own kernels:
+constexpr std::array kDrawThemselves{
+    "_cudnn_rnn",
+    "_efficient_attention_forward",
+    "_flash_attention_forward",
+    "_fused_dropout",
+    "_sample_dirichlet",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_standard_gamma",
+    "binomial",
+    "native_dropout",
+    "rrelu_with_noise",
+    "rrelu_with_noise_",
+};
+
+thread_local bool forbidden = false;
+
+// Nothing but what moves a generator is an error: attention without dropout draws nothing.
+void refuse_draws(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto is_zero = [](const c10::IValue& value) { return value.isDouble() && value.toDouble() == 0; };
+  const std::string& name = op.schema().name();
+  bool draws = forbidden;
+  for (std::size_t k = 0; draws && k < op.schema().arguments().size(); ++k) {
+    const c10::IValue& value = stack->at(stack->size() - op.schema().arguments().size() + k);
+    const std::string& argument = op.schema().arguments()[k].name();
+    if ((argument == "dropout_p" || argument == "dropout") && is_zero(value)) draws = false;
+    if ((argument == "training" || argument == "train") && value.isBool() && !value.toBool()) draws = false;
+  }
+  TORCH_CHECK(!draws, "vmap: We do not yet support calling random operations inside of vmap: ", name);
+  op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::VmapMode), stack);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(aten, VmapMode, m) {
+  for (const char* name : kDrawThemselves) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_draws>());
+}
+
+py::object without_draws(const py::object& function) {
+  const bool outer = std::exchange(forbidden, true);
+  struct Back {
+    bool outer;
+    ~Back() { forbidden = outer; }
+  } const back{outer};
+  const c10::impl::IncludeDispatchKeyGuard guard(c10::DispatchKey::VmapMode);
+  return function();
+}
 
 void define_random_state(py::module_ m) {
   py::class_<RandomState>(m, "RandomState")
-      .def(py::init<at::Device, bool>(), py::arg("device"), py::arg("watches"))
+      .def(py::init<at::Device>(), py::arg("device"))
       .def("end", &RandomState::end)
-      .def("drawn", &RandomState::drawn)
       .def("restore", &RandomState::restore);
 }
 

@@ -3,7 +3,10 @@
 
 namespace wengert::bind {
 
-// RandomState(device): what a function has drawn since, and back to before.
+// What the function returns; an operator that would draw random numbers raises an error instead, before it does.
+pybind11::object without_draws(const pybind11::object& function);
+
+// RandomState(device): back to before what a function has drawn since.
 void define_random_state(pybind11::module_ module);
 
 }  // namespace wengert::bind

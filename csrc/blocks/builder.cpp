@@ -1,9 +1,10 @@
 #include "blocks/builder.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <iterator>
 
 #include "blocks/join_nests.h"
+#include "blocks/layout.h"
 
 namespace wengert::blocks {
 
@@ -105,10 +106,12 @@ const char* name(Loss loss) {
 Builder::Builder(std::vector<Slot> given, Abilities abilities) : abilities_(abilities) {
   plan_.given = given.size();
   plan_.slots = std::move(given);
+  turnable_.resize(plan_.given);
 }
 
 std::int32_t Builder::new_slot(Shape shape, fused::Dtype dtype, bool requires_grad) {
   plan_.slots.push_back(Slot{.shape = std::move(shape), .dtype = dtype, .zero_filled = false, .requires_grad = requires_grad});
+  turnable_.push_back(false);
   return static_cast<std::int32_t>(plan_.slots.size() - 1);
 }
 
@@ -209,7 +212,8 @@ Value Builder::evaluate(const Value& value, const Shape& extents, fused::Dtype d
   compact(scaled);
   if (compute_dtype(dtype) == dtype) {  // integer slots keep the loops' own order, which read() relies on
     sort_by_memory(scaled.operands, moving);
-    sort_by_memory(scaled.operands, kept);
+    kept.clear();
+    std::ranges::copy_if(moving, std::back_inserter(kept), [&](std::size_t k) { return !reduces || !reduced[k]; });
   }
 
   Evaluate step;
@@ -241,25 +245,8 @@ Value Builder::evaluate(const Value& value, const Shape& extents, fused::Dtype d
   return out;
 }
 
-void Builder::sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const {
-  // Loops in the order in which the operand with the most elements lies in memory, the others outside of it.
-  std::vector<std::pair<std::int64_t, std::size_t>> by_size;
-  for (std::size_t i = 0; i < operands.size(); ++i) by_size.emplace_back(numel(slot(operands[i].slot).shape), i);
-  std::stable_sort(by_size.begin(), by_size.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-  auto key = [&](std::size_t k) -> std::pair<std::int64_t, std::int64_t> {
-    for (std::size_t r = 0; r < by_size.size(); ++r) {
-      const Read& read = operands[by_size[r].second];
-      const Shape& shape = slot(read.slot).shape;
-      std::int64_t step = 0, stride = 1;
-      for (std::size_t a = shape.size(); a-- > 0;) {
-        step += read.axes[a].step[k] * stride;
-        stride *= shape[a];
-      }
-      if (step != 0) return {-static_cast<std::int64_t>(r), -std::abs(step)};
-    }
-    return {0, 0};
-  };
-  std::stable_sort(loops.begin(), loops.end(), [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
+void Builder::sort_by_memory(std::span<const Read> operands, std::vector<std::size_t>& loops) const {
+  blocks::sort_by_memory(plan_.slots, turnable_, operands, loops);
 }
 
 void Builder::force_together(std::span<Value* const> values, const Shape& extents, fused::Dtype dtype) {
@@ -441,17 +428,18 @@ Value Builder::matmul(Value value, Value factor, const Shape& extents, const std
     if (!both && in_a) step.m.push_back(i);
     if (!both && in_b) step.n.push_back(i);
   }
-  sort_by_memory({step.a}, step.batch);
+  sort_by_memory({&step.a, 1}, step.batch);
   std::stable_partition(step.batch.begin(), step.batch.end(), [&](std::size_t i) { return step.b.moves(i); });
-  sort_by_memory({step.a}, step.m);
-  sort_by_memory({step.a}, step.k);
-  sort_by_memory({step.b}, step.n);
+  sort_by_memory({&step.a, 1}, step.m);
+  sort_by_memory({&step.a, 1}, step.k);
+  sort_by_memory({&step.b, 1}, step.n);
   std::vector<std::size_t> order = step.batch;
   order.insert(order.end(), step.m.begin(), step.m.end());
   order.insert(order.end(), step.n.begin(), step.n.end());
   Shape shape;
   for (std::size_t i : order) shape.push_back(extents[i]);
   step.out = new_slot(shape, dtype);
+  turnable_[step.out] = !step.scale;
   Value out{.expr = pool_.operand(0), .operands = {direct_read(step.out, extents.size(), order)}};
   emit(std::move(step));
   return out;
@@ -647,6 +635,7 @@ Plan Builder::finish(std::vector<std::int32_t> results, std::vector<Shape> resul
   plan_.results = std::move(results);
   plan_.result_shapes = std::move(result_shapes);
   join_nests(plan_, abilities_);
+  orient(plan_);
   std::vector<std::int64_t> last(plan_.slots.size(), -1);
   for (std::size_t i = 0; i < plan_.steps.size(); ++i) {
     const Touched slots = touched(plan_.steps[i]);

@@ -82,7 +82,7 @@ class Builder {
   Value take_still(Value& value, const std::vector<bool>& dead);
   Value sum(Value value, Value factor, const Shape& extents, const std::vector<bool>& dead, fused::Dtype dtype);
   Value iota(std::size_t loop, const Shape& extents);
-  void sort_by_memory(const std::vector<Read>& operands, std::vector<std::size_t>& loops) const;
+  void sort_by_memory(std::span<const Read> operands, std::vector<std::size_t>& loops) const;
   void hoist(Value& value, const Value& other, const Shape& extents, fused::Dtype dtype);
   bool as_matmul(const Value& value, const Value& factor, const Shape& extents, const std::vector<bool>& dead) const;
   std::optional<Read> take_scale(Value& value, const Value& other, bool left, const Shape& extents, const std::vector<bool>& dead,
@@ -100,6 +100,7 @@ class Builder {
   fused::ExprPool pool_;
   Abilities abilities_;
   Plan plan_;
+  std::vector<bool> turnable_;  // per slot: a product, which may yet lie another way
   std::array<std::int64_t, static_cast<std::size_t>(Loss::kCount)> losses_{};
   std::map<std::int64_t, std::int32_t> iotas_;                             // extent -> slot
   std::map<std::pair<std::int32_t, std::int64_t>, std::int32_t> wrapped_;  // (slot, size) -> slot

@@ -49,7 +49,7 @@ struct Below {
 std::size_t footprint(const Plan& plan) {
   std::size_t bytes = sizeof(Plan) + list(plan.slots) + list(plan.steps) + list(plan.last_use) + list(plan.results) +
                       list(plan.result_shapes) + list(plan.reads);
-  for (const Slot& slot : plan.slots) bytes += list(slot.shape);
+  for (const Slot& slot : plan.slots) bytes += list(slot.shape) + list(slot.strides);
   for (const Step& step : plan.steps) bytes += std::visit(Below(), step);
   for (const auto& slots : plan.last_use) bytes += list(slots);
   for (const Shape& shape : plan.result_shapes) bytes += list(shape);

@@ -72,33 +72,6 @@ std::optional<std::vector<std::size_t>> match_loops(const Evaluate& first, const
   return best;
 }
 
-Affine permuted(const Affine& affine, const std::vector<std::size_t>& order) {
-  Affine out{.start = affine.start, .step = std::vector<std::int64_t>(order.size())};
-  for (std::size_t k = 0; k < order.size(); ++k) out.step[order[k]] = affine.step[k];
-  return out;
-}
-
-// The nest with its loops in another order, but for the program.
-Evaluate permuted(Evaluate nest, const std::vector<std::size_t>& order) {
-  const Shape extents = nest.extents;
-  for (std::size_t k = 0; k < order.size(); ++k) nest.extents[order[k]] = extents[k];
-  for (Read& read : nest.operands) {
-    for (Affine& axis : read.axes) axis = permuted(axis, order);
-  }
-  for (Target& target : nest.targets) {
-    for (Affine& axis : target.axes) axis = permuted(axis, order);
-  }
-  return nest;
-}
-
-std::vector<fused::OutputSpec> permuted(std::vector<fused::OutputSpec> outputs, const std::vector<std::size_t>& order) {
-  for (fused::OutputSpec& output : outputs) {
-    const std::uint32_t reduced = std::exchange(output.reduced, 0);
-    for (std::size_t k = 0; k < order.size(); ++k) output.reduced |= (reduced >> k & 1) << order[k];
-  }
-  return outputs;
-}
-
 class Joiner {
  public:
   Joiner(Plan& plan, const Abilities& abilities)
@@ -185,8 +158,8 @@ class Joiner {
     if (meet(mine.written, placed.touched.written) || meet(mine.written, placed.touched.read)) return false;
     const std::optional<std::vector<std::size_t>> order = match_loops(first, given);
     if (!order) return false;
-    const Evaluate second = permuted(given, *order);
-    const std::vector<fused::OutputSpec> more = permuted(program.outputs(), *order);
+    const Evaluate second = with_loops_at(given, *order);
+    const std::vector<fused::OutputSpec> more = with_loops_at(program.outputs(), *order);
     if (!sum_alike(placed.outputs, more)) return false;
 
     std::vector<int> from;  // per operand: the output it is, or -1

@@ -1,6 +1,38 @@
 #include "blocks/plan.h"
 
+#include <utility>
+
 namespace wengert::blocks {
+
+namespace {
+
+Affine with_loops_at(const Affine& affine, const std::vector<std::size_t>& place) {
+  Affine out{.start = affine.start, .step = std::vector<std::int64_t>(place.size())};
+  for (std::size_t k = 0; k < place.size(); ++k) out.step[place[k]] = affine.step[k];
+  return out;
+}
+
+}  // namespace
+
+Evaluate with_loops_at(Evaluate nest, const std::vector<std::size_t>& place) {
+  const Shape extents = nest.extents;
+  for (std::size_t k = 0; k < place.size(); ++k) nest.extents[place[k]] = extents[k];
+  for (Read& read : nest.operands) {
+    for (Affine& axis : read.axes) axis = with_loops_at(axis, place);
+  }
+  for (Target& target : nest.targets) {
+    for (Affine& axis : target.axes) axis = with_loops_at(axis, place);
+  }
+  return nest;
+}
+
+std::vector<fused::OutputSpec> with_loops_at(std::vector<fused::OutputSpec> outputs, const std::vector<std::size_t>& place) {
+  for (fused::OutputSpec& output : outputs) {
+    const std::uint32_t reduced = std::exchange(output.reduced, 0);
+    for (std::size_t k = 0; k < place.size(); ++k) output.reduced |= (reduced >> k & 1) << place[k];
+  }
+  return outputs;
+}
 
 Touched touched(const Step& step) {
   Touched slots;

@@ -25,6 +25,7 @@ struct Abilities {
 // steps.
 struct Slot {
   Shape shape;
+  Shape strides = {};  // in memory, of a given tensor that is not contiguous; where a step's array lies is the plan's choice
   fused::Dtype dtype = fused::Dtype::f32;
   bool zero_filled = false;   // made by several writes into zeros, else by exactly one step that covers it
   bool requires_grad = true;  // integer slots never do
@@ -45,6 +46,10 @@ struct Evaluate {
   std::string text;
   std::vector<Target> targets;  // one per output of the program
 };
+
+// The nest with loop k in place place[k], but for its program, and the outputs of that program.
+Evaluate with_loops_at(Evaluate nest, const std::vector<std::size_t>& place);
+std::vector<fused::OutputSpec> with_loops_at(std::vector<fused::OutputSpec> outputs, const std::vector<std::size_t>& place);
 
 // out[batch, m, n] = sum_k a * b, or sum_k a * scale * b; the four lists partition the loops that they move along.
 struct Matmul {

@@ -564,9 +564,11 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   return tape;
 }
 
-std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun) {
+std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, at::TensorList attached, std::uint64_t begun) {
   std::unordered_set<const at::TensorImpl*> own;
   for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
+  std::unordered_set<const autograd::Node*> leading;
+  for (const at::Tensor& input : attached) leading.insert(input.grad_fn().get());
   // A node, or what of a fused one is behind one of its outputs: another result of it may lead elsewhere.
   struct Place {
     autograd::Node* fn;
@@ -589,7 +591,8 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
     if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
       places.back().leads = !own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl());
     } else {
-      places.back().leads = fn->sequence_nr() < begun && fn->thread_id() == at::RecordFunction::currentThreadId();
+      const bool older = fn->sequence_nr() < begun && fn->thread_id() == at::RecordFunction::currentThreadId();
+      places.back().leads = older || leading.contains(fn);
     }
     return place;
   };

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <typeinfo>
 
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+
 #include "common/behind.h"
 
 namespace wengert::tape {
@@ -31,6 +33,17 @@ bool passes_custom(at::TensorList outputs, at::TensorList inputs) {
 bool passes_hooks(at::TensorList outputs, at::TensorList inputs) {
   const auto has_none = [](torch::autograd::Node& fn) { return !has_tensor_hooks(fn) && !has_node_hooks(fn); };
   return !common::visit_behind(outputs, inputs, has_none);
+}
+
+void drop_hooks(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun) {
+  common::visit_behind(outputs, inputs, [begun](torch::autograd::Node& fn) {
+    if (fn.sequence_nr() < begun || typeid(fn) == typeid(torch::autograd::AccumulateGrad)) return true;
+    fn.tensor_pre_hooks().clear();
+    fn.retains_grad_hooks().clear();
+    fn.pre_hooks().clear();
+    fn.post_hooks().clear();
+    return true;
+  });
 }
 
 void set_python_knowledge(const PythonKnowledge& knowledge) { python = knowledge; }

@@ -42,9 +42,9 @@ bool scatters_products(const Node& node) {
 
 }  // namespace
 
-ForwardMode forward_mode(at::TensorList outputs) {
+ForwardMode forward_mode(at::TensorList outputs, at::TensorList inputs) {
   ForwardMode out;
-  common::visit_behind(outputs, {}, [&](const Node& node) {
+  common::visit_behind(outputs, inputs, [&](const Node& node) {
     const Role role = scatters_products(node) ? Role::plain : role_of(node);
     out.masks = out.masks || role == Role::masks;
     if (role == Role::differs) out.differs = node.name();

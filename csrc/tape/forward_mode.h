@@ -13,6 +13,6 @@ struct ForwardMode {
 };
 
 // What forward mode through the graph of `outputs` would make of it.
-ForwardMode forward_mode(at::TensorList outputs);
+ForwardMode forward_mode(at::TensorList outputs, at::TensorList inputs);
 
 }  // namespace wengert::tape

@@ -83,7 +83,7 @@ void check_tensor(const at::Tensor& tensor);
 
 // Of each output, whether its graph reaches a leaf that is not one of the inputs: a captured parameter, say.  Nodes that this
 // thread made before, whose sequence numbers are below `begun`, do: the inputs were made afterwards.
-std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun);
+std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, at::TensorList attached, std::uint64_t begun);
 
 // Frees the buffers of every walked node, as the engine does with retain_graph=False.
 void release(Tape& tape);

@@ -29,7 +29,11 @@ _strided = torch.strided
 # Graphs of which something is computed again when it is needed (checkpointing): below vmap there is no telling with what.
 SAVED_THROUGH_HOOKS = "saved tensors with hooks"
 
+DETACHED = "an argument that is detached in place"
 NO_INPUTS = "no inputs"  # whatever PyTorch has to say to that
+
+# What code raises for arguments of another kind than it was written for.
+_DUE_TO_ARGUMENTS = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError, NameError)
 
 HARMLESS_MODES: set[type] = {DeviceContext}  # torch function modes that change no derivative
 
@@ -82,7 +86,8 @@ def values(
         return type(inputs) is tuple, *begun
     is_tuple, given = as_tuple(inputs, "inputs", name)
     leaves = fresh_leaves(given, create_graph)
-    return is_tuple, leaves, func(*leaves), None
+    out = func(*leaves)
+    return is_tuple, leaves, out, None if all(leaf.requires_grad for leaf in leaves) else DETACHED
 
 
 def refusal_of(strategy: str, inputs: Any) -> str | None:
@@ -250,25 +255,35 @@ def zeros(output: Tensor, wrt: Tensor) -> Tensor:
     return wrt.new_zeros(output.shape + wrt.shape)
 
 
-def have_other_leaves(outputs: Sequence[Tensor], inputs: Sequence[Tensor], begun: int) -> list[bool]:
+def have_other_leaves(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], begun: int, attached: Sequence[Tensor] = ()
+) -> list[bool]:
     """Of each output, whether its graph reaches a leaf that is not one of `inputs` (leaves too): a captured parameter, say.
 
-    What is older than `begun`, a `C.sequence_number()` from before the inputs were made, does.
+    What is older than `begun`, a `C.sequence_number()` from before the inputs were made, does; so do those of the inputs that
+    are `attached` to such a leaf.
     """
-    return C.have_other_leaves(list(outputs), list(inputs), begun)
+    return C.have_other_leaves(list(outputs), list(inputs), list(attached), begun)
 
 
-def forward_mode(outputs: Sequence[Tensor]) -> tuple[str, bool]:
-    """A node whose operator has another derivative in PyTorch's forward mode, or ""; whether some operator leaves values out."""
-    return C.forward_mode(list(outputs))
+def forward_mode(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[str, bool]:
+    """A node between them whose operator has another derivative in PyTorch's forward mode, or ""; whether some operator leaves
+    values out."""
+    return C.forward_mode(list(outputs), list(inputs))
 
 
-def random_state(tensors: Sequence[Tensor], watches: bool = True) -> Any:
-    """The state of the random generators that a function of these tensors may use: `drawn()` since, and `restore()`.
+def may_run_again(error: BaseException, handled: BaseException | None) -> bool:
+    """Whether a function that raised `error` may have done so because of how it was run.
 
-    Either `watches` what this thread draws until its `end()`, or only compares, which costs less and may blame other threads.
+    Not where a handler of signals raised it, say; `handled` is what was being handled before.
     """
-    return C.RandomState(tensors[0].device, watches)
+    return isinstance(error, _DUE_TO_ARGUMENTS) and not C.ends_a_program(error, handled)
+
+
+def random_state(tensors: Sequence[Tensor]) -> Any:
+    """Watches what this thread draws from the random generators that a function of these tensors may use, until its `end()`;
+    `restore()` undoes it, unless other threads have drawn since."""
+    return C.RandomState(tensors[0].device)
 
 
 def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor | None:

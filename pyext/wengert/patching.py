@@ -117,11 +117,15 @@ def _exit(holder: _Holder) -> None:
 
 
 def _exit_at_last(holder: _Holder) -> None:
-    try:
-        _exit(holder)
-    except BaseException:  # an interrupt
-        _exit(holder)
-        raise
+    interrupt: BaseException | None = None
+    for _ in range(8):
+        try:
+            _exit(holder)
+            break
+        except BaseException as error:  # an interrupt, or several
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _restore_unless_held() -> None:

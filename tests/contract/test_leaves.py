@@ -293,6 +293,97 @@ def test_hooks_run_at_their_own_level(f):
     assert_same(*gradients)
 
 
+def hooked_and_writing(x, b):
+    y = x * 1
+    y.register_hook(lambda g: g * 2)
+    y.grad_fn.register_hook(lambda given, taken: None)
+    b.add_(1)
+    return (b * y * y * torch.rand(2, dtype=x.dtype)).sum()
+
+
+@pytest.mark.parametrize("name", ["captured", "nested", "thrice", "argument", "batch of one"])
+def test_functions_with_hooks_run_once(name):
+    def call(m):
+        w, b, x = vec(2).requires_grad_(), torch.zeros(2, dtype=torch.float64), vec(2)
+        torch.manual_seed(0)
+        if name == "captured":
+            found = m.grad(lambda x, b: hooked_and_writing(x, b) * w.sum())(x, b)
+        elif name == "nested":
+            found = m.jacrev(lambda x, b: m.grad(hooked_and_writing)(x, b))(x, b)
+        elif name == "thrice":
+            found = m.jacrev(lambda x, b: m.jacrev(lambda x, b: m.grad(hooked_and_writing)(x, b) * x)(x, b))(x, b)
+        elif name == "argument":
+            found = m.grad_and_value(hooked_and_writing)(x.requires_grad_(), b)[0]
+        else:
+            f = lambda x: hooked_and_writing(x, torch.zeros(2, dtype=torch.float64)) * w.sum()
+            found = m.vmap(m.grad(f), randomness="different")(x[None])
+        again = torch.autograd.grad(found.sum(), [w, x], allow_unused=True) if found.requires_grad else None
+        return found.detach(), again, b.detach(), b.requires_grad, torch.rand(2)
+
+    assert_same_call(lambda: call(func), lambda: call(torch.func), name)
+
+
+def test_histories_do_not_stay_in_arguments():
+    """Passed by name, after an error, or without grad mode."""
+    w = vec(2).requires_grad_()
+
+    def raises(x, b):
+        b.add_(x)
+        raise ValueError("mine")
+
+    for m in (func, torch.func):
+        written = [torch.zeros(2, dtype=torch.float64) for _ in range(3)]
+        m.grad(lambda x, b: (b.copy_(x * 2) * x).sum())(vec(2), b=written[0])
+        with pytest.raises(ValueError, match="mine"):
+            m.grad(raises)(vec(2), written[1])
+        with torch.no_grad():
+            m.grad(lambda x, b: (b.copy_(x * w) * x).sum())(vec(2), written[2])
+        assert not any(b.requires_grad for b in written)
+        assert all(b.ne(0).all() for b in written)
+
+
+def test_writing_to_a_parameter_without_grad_mode():
+    def call(m):
+        p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        with torch.no_grad():
+            return m.grad(lambda x, p: (p.copy_(x) * x).sum())(vec(2), p), p
+
+    assert_same_call(lambda: call(func), lambda: call(torch.func), "gradient")
+
+
+def test_what_runs_sample_by_sample_writes_to_nothing():
+    """Where PyTorch raises an error after writing, or raised one in another call, nothing is written twice."""
+    f = lambda x, b: (b.add_(1), x * b)[1]
+    x = torch.stack([vec(3)] * 3)
+
+    def after_an_error(m):
+        with pytest.raises(RuntimeError):
+            m.vmap(m.jacrev(f, argnums=1), (0, None))(x, torch.zeros(3, dtype=torch.float64))
+        b = torch.zeros(3, dtype=torch.float64)
+        return m.vmap(m.jacrev(f), (0, None))(x, b), b
+
+    assert_same_call(lambda: after_an_error(func), lambda: after_an_error(torch.func), "after an error")
+
+    def branches(x, b):
+        b.add_(1)
+        return (x * b).sum() if x.sum().item() > 0 else x.sum()
+
+    for m in (func, torch.func):
+        with pytest.raises(RuntimeError):
+            m.vmap(m.grad(branches))(x, torch.zeros(3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["jacobian", "vjp", "jvp", "hessian", "vhp", "hvp"])
+def test_arguments_of_function_forms_that_are_detached_in_place(name):
+    w = vec(2).requires_grad_()
+    scalar = name in ("hessian", "vhp", "hvp")
+    f = lambda x: (x.detach_(), (x * w).sum() if scalar else x * w)[1]
+    given = (vec(2),) if name in ("jacobian", "hessian") else (vec(2), vec(2))
+    for m in (wengert, torch.autograd.functional):
+        with pytest.raises(RuntimeError, match=r"does not require grad|detach views"):
+            getattr(m, name)(f, *given)
+
+
 def test_detaching_in_place():
     def cut(x):
         y = x * 2
@@ -343,6 +434,11 @@ def test_what_the_caller_has_computed_before_is_not_walked():
         assert found.requires_grad
         assert_same(found.detach(), (x.cos() * c).detach())
     assert_same(torch.autograd.grad(found.sum(), p)[0], -(p.sin() * c).detach())
+    c = torch.fmax(vec(3).requires_grad_(), p)  # of which PyTorch's forward mode has another derivative
+    for derive in (lambda: func.jacfwd(lambda z: z.sin() * c)(vec(3)), lambda: func.hessian(lambda z: z.sin().sum())(c)):
+        before = Calls.now()
+        derive()
+        assert (Calls.now() - before).native == 1
 
 
 def with_a_fork_of_the_generator(x):
@@ -385,7 +481,7 @@ def test_random_numbers_and_what_is_drawn_after_them(name, f):
 
 @pytest.mark.parametrize("name", ["jacfwd", "jacfwd different", "hessian", "one sample"])
 def test_functions_that_come_to_draw(name):
-    """Watched once; afterwards the generator is compared alone."""
+    """Whether or not they drew nothing before."""
     dropout = torch.nn.Dropout(0.5)
 
     def f(x):
@@ -402,16 +498,18 @@ def test_functions_that_come_to_draw(name):
     for training in (False, False, True, True, False):
         dropout.train(training)
         before = Calls.now()
-        if not training:
-            assert_same(made[0](x), made[1](x))
-            assert (Calls.now() - before).native == 1
-        elif name == "jacfwd different":
-            made[0](x)
-            assert (Calls.now() - before).native == 0
+        state = torch.get_rng_state()
+        if not training or name == "jacfwd different":
+            torch.manual_seed(2)
+            ours = made[0](x)
+            torch.manual_seed(2)
+            assert_same(ours, made[1](x))
+            assert (Calls.now() - before).native == (0 if name == "jacfwd different" else 1)
         else:
             for transform in made:
                 with pytest.raises(RuntimeError, match="random"):
                     transform(x)
+            assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_generator_of_the_functions_own_is_not_drawn_from_twice():

@@ -657,3 +657,24 @@ def test_grad_mode_where_the_generators_cannot_be_read(monkeypatch):
         with pytest.raises(MemoryError):
             func.vmap(func.grad(lambda x: x.sin().sum()), randomness="same")(torch.ones(2, 3))
         assert not torch.is_grad_enabled()
+
+
+def test_an_error_of_the_functions_own_kind_is_not_tried_again():
+    """A handler of signals, say, raises it once."""
+
+    class Timeout(Exception):
+        pass
+
+    runs = []
+
+    def f(x):
+        runs.append(0)
+        if len(runs) == 1:
+            raise Timeout
+        return x.sin().sum()
+
+    for derive in (func.grad, func.jacfwd):
+        runs.clear()
+        with pytest.raises(Timeout):
+            func.vmap(derive(f))(torch.ones(3, 2))
+        assert len(runs) == 1

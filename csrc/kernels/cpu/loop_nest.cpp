@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::int64_t kChunkWork = 32768;  // elements: some 20 us of work, far above the cost of handing it to a thread
 constexpr std::int64_t kTinyRow = 8;
-constexpr std::int64_t kShortKept = 32;
+constexpr std::int64_t kTinyKept = 4;
 constexpr std::int64_t kBlockRow = 512;          // of a transposing nest: a cache line each, they stay in the L2 cache
 constexpr std::int64_t kBlockWork = 4096;        // elements of a chunk of such rows
 constexpr std::int64_t kRowSums = 2048;          // doubles: sums along a row stay in the L1 cache
@@ -55,11 +55,10 @@ void LoopNest::lengthen_rows() {
   const int inner = rank_ - 1;
   std::uint32_t summed = 0;
   for (const Output& output : outputs_) summed |= output.reduced;
-  // Sums kept along short rows are many little ones: they gain even where the rows are not that short.
-  const bool kept_rows = summed && !(summed >> inner & 1);
-  if (rank_ < 2 || extents_[inner] > (kept_rows ? kShortKept : kTinyRow) || sums_dense()) return;
+  const bool kept_rows = summed && !(summed >> inner & 1);  // whose sums are added row by row as they lie
+  if (rank_ < 2 || extents_[inner] > (kept_rows ? kTinyKept : kTinyRow) || sums_dense()) return;
   for (int k = rank_ - 2; k >= 0; --k) {
-    if (extents_[k] < kShortRow || (extents_[inner] > kTinyRow && summed >> k & 1)) continue;
+    if (extents_[k] < kShortRow) continue;
     for (; k < rank_ - 1; ++k) swap(k, k + 1);
     return;
   }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import _engine
 from .._engine import Refused
@@ -16,6 +16,7 @@ from .._native import C
 from ._trees import differentiated, unflatten
 
 Argnums = int | tuple[int, ...]
+_MANY = 64  # leaves of inner transforms
 
 
 class Leaves:
@@ -26,7 +27,9 @@ class Leaves:
         "begun",
         "flat",
         "given",
+        "hooked",
         "inner",
+        "most_inner",
         "nests",
         "nodes",
         "others",
@@ -36,11 +39,14 @@ class Leaves:
         "tensors",
     )
 
-    def __init__(self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool) -> None:
+    def __init__(
+        self, flat: list[Any], args_spec: Any, argnums: Argnums, grad_mode: bool, kwargs: dict[str, Any] | None = None
+    ) -> None:
         self.positions, self.spec = differentiated(argnums, len(flat), args_spec)
         self.nests = isinstance(argnums, tuple)
         self.flat = list(flat)
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
+        self.hooked: Sequence[Tensor] = ()  # outputs with hooks behind them, which PyTorch's engine has run
         self.begun = C.sequence_number()  # what has a lower one is the caller's
         self.attached = False  # some leaf hangs on a graph of the caller
         self.tensors: list[Tensor] = []
@@ -48,6 +54,7 @@ class Leaves:
         self.given: list[Tensor] = []  # in whose places they are
         # Those of transforms that the function called.  Where a graph holds them it keeps these references alive, too.
         self.inner: list[weakref.ref[Tensor]] = []
+        self.most_inner = _MANY  # when to forget those that are gone
         for k in self.positions:
             x = flat[k]
             if grad_mode and x.requires_grad:
@@ -61,9 +68,10 @@ class Leaves:
             self.given.append(x)
         # Of the other arguments, those without a history; it is not the function's to leave them one.
         self.others: list[Tensor] = []
-        if len(flat) > len(self.positions):
-            for k, x in enumerate(flat):
-                if k not in self.positions and isinstance(x, Tensor) and not x.requires_grad:
+        if len(flat) > len(self.positions) or kwargs:
+            rest = [x for k, x in enumerate(flat) if k not in self.positions]
+            for x in [*rest, *tree_leaves(kwargs)] if kwargs else rest:
+                if isinstance(x, Tensor) and not x.requires_grad:
                     self.others.append(x)
                     if x._is_view() and not x._base.requires_grad:  # type: ignore[union-attr]
                         self.others.append(x._base)  # type: ignore[arg-type]
@@ -91,11 +99,15 @@ class Leaves:
             if outer is not None:
                 outer.inner += map(weakref.ref, self.tensors)
                 outer.inner += [leaf for leaf in self.inner if leaf() is not None]
+                if len(outer.inner) > outer.most_inner:
+                    outer.inner = [leaf for leaf in outer.inner if leaf() is not None]
+                    outer.most_inner = max(_MANY, 2 * len(outer.inner))
 
     def reach_caller(self, outputs: Sequence[Tensor]) -> list[bool]:
         """Which of PyTorch's `outputs` would require grad: behind ours is more than leaves of this call, made here or inside."""
         inner = [leaf for reference in self.inner if (leaf := reference()) is not None]
-        return _engine.have_other_leaves(outputs, self.tensors + inner, self.begun)
+        attached = [leaf for leaf in self.tensors if leaf.grad_fn is not None] if self.attached else []
+        return _engine.have_other_leaves(outputs, self.tensors + inner, self.begun, attached)
 
     def settle(self, groups: Sequence[Sequence[Tensor]], create_graph: bool) -> list[Sequence[Tensor]]:
         """Blocks, in groups that PyTorch computes as one tensor: with a history where one of a group's reaches the caller."""
@@ -115,12 +127,24 @@ class Leaves:
                 settled.append([block if block.requires_grad else C.tether(block, with_history) for block in group])
         return settled
 
-    def clean(self) -> None:
-        """Takes what the function left of its history in other arguments that it wrote to."""
+    def left_to_pytorch(self, error: Refused, outputs: Sequence[Tensor]) -> None:
+        """PyTorch's engine goes through the graph of `outputs` instead."""
+        self.refused = str(error)
+        if C.passes_hooks(outputs, self.tensors):
+            self.hooked = outputs
+
+    def drop_hooks(self) -> None:
+        """Of the function's own graph: torch.func's transforms outside of this one do not meet them again."""
+        if self.hooked:
+            C.drop_hooks(self.hooked, self.tensors, self.begun)
+
+    def clean(self, grad_mode: bool) -> None:
+        """Takes what the function left behind: its history in other arguments that it wrote to, and hooks."""
+        self.drop_hooks()
         written = [x for x in self.others if x.requires_grad]
         if written:
             for x, reaches in zip(written, self.reach_caller(written)):
-                if not reaches:
+                if not (reaches and grad_mode):
                     C.forget_history(x)
 
     def is_older(self, t: Tensor) -> bool:

@@ -67,7 +67,6 @@ class Transform(Wrapped):
     name = ""
     takes_kwargs = False
     forward = False  # stands for a transform that is forward mode in torch
-    calm = False  # was watched and drew no random numbers
 
     def __init__(self, func: Callable[..., Any], argnums: Argnums, has_aux: bool, **options: Any) -> None:
         super().__init__(func)
@@ -103,6 +102,8 @@ class Transform(Wrapped):
         """Why PyTorch should see these arguments (to raise an error, most often), or None."""
         if not isinstance(self.argnums, (int, tuple)):
             return "argnums that is neither an int nor a tuple"
+        if self.forward and self.options.get("randomness") == "different":
+            return "different random numbers for each tangent"
         for k in differentiated(self.argnums, len(flat), args_spec)[0]:
             if not _is_plain(flat[k]) or not flat[k].is_floating_point():
                 return "differentiated arguments that are not plain real tensors"
@@ -115,25 +116,14 @@ class Transform(Wrapped):
         """What `func` returns; raises Refused where PyTorch's forward mode would not compute what the graph says."""
         if not self.forward:
             return leaves.run(func, args, kwargs)
+        run = functools.partial(leaves.run, func, args, kwargs)
+        if self.options.get("randomness") != "same":  # PyTorch's forward mode, which is a vmap, raises an error
+            run = functools.partial(C.without_draws, run)
         watch = ForwardWatch(leaves.flat)
-        out = watch.run(functools.partial(leaves.run, func, args, kwargs))
+        out = watch.run(run)
         if watch.reason is not None:
             raise Refused(watch.reason)
         return out
-
-    @staticmethod
-    def left_to_pytorch(error: Refused, outputs: Sequence[Tensor], leaves: Leaves, create_graph: bool) -> None:
-        """PyTorch's engine goes through the graph instead; raises where its result had another history than torch.func's.
-
-        That of a gradient through hooks leads through them again.
-        """
-        if create_graph and C.passes_hooks(outputs, leaves.tensors):
-            raise error
-        leaves.refused = str(error)
-
-    def draws_alike(self) -> bool:
-        """Whether all tangents may see the same random numbers; PyTorch's forward mode, which is a vmap, otherwise raises."""
-        return not self.forward or self.options.get("randomness") == "same"
 
     def chain(self) -> Iterator[Transform]:
         """This transform, the one it differentiates, and so on."""
@@ -157,36 +147,23 @@ class Transform(Wrapped):
             reason = self.unusual(flat, spec)
         if reason is None:
             grad_mode = _is_grad_enabled()
-            random = None
+            leaves = None
             try:
                 _set_grad_enabled(True)
-                leaves = Leaves(flat, spec, self.argnums, grad_mode)
-                if self.forward:  # where the function may run again
-                    random = _engine.random_state(leaves.tensors, not self.calm)
+                leaves = Leaves(flat, spec, self.argnums, grad_mode, kwargs)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
-                if random is not None and not self.draws_alike():
-                    if not random.drawn():
-                        self.calm = True
-                    elif self.calm:  # this function or another thread
-                        self.calm = False
-                        _set_grad_enabled(grad_mode)
-                        return self.at_point(args, kwargs, name)
-                    else:
-                        raise Refused("random numbers in forward mode")
                 result = self.derive(out, leaves, grad_mode)
-                leaves.clean()
                 _engine.count(name, leaves.refused)
                 return result
             except RuntimeError as error:
-                if not (self.forward or isinstance(error, Refused) or _is_decomposed(error)) or C.ends_a_program(error, handled):
+                known = self.forward or isinstance(error, Refused) or _torch_func_alone(error, grad_mode)
+                if not known or C.ends_a_program(error, handled):
                     raise
                 reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
-                if random is not None:
-                    random.restore()
             finally:
                 _set_grad_enabled(grad_mode)
-                if random is not None:
-                    random.end()
+                if leaves is not None:
+                    leaves.clean(grad_mode)
         _engine.count_fallback(name, reason)
         return self.peer(*args, **kwargs)
 
@@ -208,7 +185,9 @@ class Transform(Wrapped):
         if isinstance(self.func, Transform):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
             out, leaves.refused = self.run(leaves, inner, (leaves.flat,), {})
-            return self.derive_batch(out, leaves, inner_dims, grad_mode), leaves.refused
+            result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+            leaves.drop_hooks()
+            return result, leaves.refused
         verdict = verdict_of(self.func)
         shapes = tuple([x.shape if isinstance(x, Tensor) else None for x in flat])
         run = functools.partial(self.run, leaves, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
@@ -219,6 +198,7 @@ class Transform(Wrapped):
             while True:
                 out = verdict.run(run, watched, leaves.flat)
                 result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+                leaves.drop_hooks()
                 structure = C.take_structures()
                 if watched:
                     verdict.remember(shapes, structure)
@@ -245,7 +225,7 @@ class Transform(Wrapped):
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
         except Exception as error:  # PyTorch's order of things may run it, or has an error of its own
-            if isinstance(error, Refused) or C.ends_a_program(error, handled):
+            if isinstance(error, Refused) or not _engine.may_run_again(error, handled):
                 raise
             raise Refused("a function that does not run under vmap alone") from error
         finally:
@@ -253,9 +233,15 @@ class Transform(Wrapped):
                 _vmap_decrement_nesting()
 
 
-def _is_decomposed(error: RuntimeError) -> bool:
-    """Whether it may be that only torch.func has the derivative, by decomposing the operator."""
-    return "is not differentiable with respect to argument" in str(error)
+def _torch_func_alone(error: RuntimeError, grad_mode: bool) -> bool:
+    """Whether it may be that torch.func has no such error.
+
+    It has derivatives by decomposing operators; under no_grad a function may write to arguments that require grad.
+    """
+    text = str(error)
+    return "is not differentiable with respect to argument" in text or (
+        not grad_mode and "a leaf Variable that requires grad" in text
+    )
 
 
 class Jacobian(Transform):
@@ -301,7 +287,7 @@ class Jacobian(Transform):
         except Refused as error:
             if self.forward:  # which may be much cheaper than rows
                 raise
-            self.left_to_pytorch(error, flat, leaves, create_graph)
+            leaves.left_to_pytorch(error, flat)
             by_rows = _engine.torch_rows if leaves.refused == _engine.SAVED_THROUGH_HOOKS else self._vmapped_rows
             blocks = by_rows(flat, leaves.tensors, create_graph)
         rows = [[_filled(block, x, y.shape + x.shape) for block, x in zip(row, leaves.tensors)] for y, row in zip(flat, blocks)]
@@ -400,7 +386,7 @@ class Gradient(Transform):
             try:
                 found = _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
             except Refused as error:
-                self.left_to_pytorch(error, (value,), leaves, create_graph)
+                leaves.left_to_pytorch(error, (value,))
                 if batched and leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                     raise
                 found = _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
@@ -427,11 +413,7 @@ class Hessian(Jacobian):
         return _torch_hessian(self.scalar_func, argnums)
 
     def at_point(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-        transform = _HessianAtPoint(self)
-        try:
-            return transform.at_point(args, kwargs, name)
-        finally:
-            self.calm = transform.calm
+        return _HessianAtPoint(self).at_point(args, kwargs, name)
 
 
 class _HessianAtPoint(Transform):
@@ -447,7 +429,6 @@ class _HessianAtPoint(Transform):
         self.options = hessian.options
         self.inner = hessian.func
         self.make_peer = hessian.make_peer  # type: ignore[method-assign]
-        self.calm = hessian.calm
         self._peers = {}
 
     def check(self, out: Any) -> Any:
@@ -480,7 +461,7 @@ def _check_forward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
         raise Refused("forward mode with outputs of another dtype")  # tangents carry the output's precision
     if not all(t.numel() for t in (*outputs, *inputs)):
         raise Refused("a tensor without elements in forward mode")  # which mostly raises
-    differs, masks = _engine.forward_mode(outputs)
+    differs, masks = _engine.forward_mode(outputs, inputs)
     if differs:
         raise Refused(f"forward mode through {differs}")
     return masks
@@ -519,7 +500,7 @@ def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | N
         try:
             of_tied = _engine.native_batch_jacobian(outputs, tied, create_graph, check=False)
         except Refused as error:
-            Transform.left_to_pytorch(error, outputs, leaves, create_graph)
+            leaves.left_to_pytorch(error, outputs)
             if leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                 raise
             of_tied = [_engine.summed_rows(out, tied, create_graph) for out in outputs]

@@ -19,13 +19,18 @@ from .._engine import Refused
 from .._native import C
 from ._transforms import Transform, Wrapped
 from ._trees import batched, flatten, unflatten
-from ._watch import Rewritten, Verdict, verdict_of
+from ._watch import ArgumentsWatch, Rewritten, Verdict, verdict_of
 
 _torch_vmap = _torch.vmap  # kept from before any patching
 
 
-def _random_state(flat: list[Any], watches: bool = True) -> Any:
-    return _engine.random_state([x for x in flat if isinstance(x, Tensor)], watches)
+def _random_state(flat: list[Any]) -> Any:
+    return _engine.random_state([x for x in flat if isinstance(x, Tensor)])
+
+
+def _is_draw(error: RuntimeError) -> bool:
+    """Whether random numbers were to be drawn within `C.without_draws`."""
+    return "random operations inside of vmap" in str(error)
 
 
 _CONSTANTS = {int, float, complex, bool, str, type(None), torch.dtype, torch.device}
@@ -46,8 +51,6 @@ def _kind(tree: Any) -> Any:
 
 class BatchedTransform(Wrapped):
     """``vmap(jacrev(f))`` and its like: one evaluation of `f` for the whole batch, the batch axis tied."""
-
-    calm = False  # one sample was watched and drew no random numbers
 
     def __init__(
         self, transform: Transform, in_dims: Any, out_dims: Any, randomness: str, chunk_size: int | None
@@ -97,23 +100,24 @@ class BatchedTransform(Wrapped):
                     if random is not None:
                         random.end()
         if reason is None and size == 1 and not self.has_aux:
-            done, result = self._run_single(dims, flat, spec, kwargs)
-            if done:
-                return result
+            try:
+                return self._run_single(dims, flat, spec, kwargs)
+            except RuntimeError as error:
+                if not _is_draw(error):
+                    raise
+                reason = "random numbers"
         refused_as: type[Exception] = RuntimeError
         if reason is None:
             random = self._random_state(flat)
             try:
                 torch._C._set_grad_enabled(True)
                 result, refused = self._run(size, dims, flat, spec, kwargs, grad_mode)
-                if random is not None and not all(t.draws_alike() for t in self.func.chain()) and random.drawn():
-                    raise Refused("random numbers in forward mode")
                 _engine.count(self.name, refused)
                 if request is not None:
                     verdict.forget(request)
                 return result
             except RuntimeError as error:  # PyTorch's own way has its own errors, or none
-                if C.ends_a_program(error, handled):
+                if not _engine.may_run_again(error, handled):
                     raise
                 refused_as = type(error)
                 reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
@@ -124,26 +128,25 @@ class BatchedTransform(Wrapped):
                 if random is not None:
                     random.end()
         _engine.count_fallback(self.name, reason)
-        rewritten = refused_as is Rewritten and random is None
-        if not (rewritten and verdict.one_by_one):
+        # One sample after the other, where PyTorch cannot do it either, and nothing that was done would be done twice.
+        harmless = refused_as is Rewritten and random is None and verdict.complete
+        if not (harmless and verdict.one_by_one):
             try:
                 result = self.peer(*args, **kwargs)
                 if issubclass(refused_as, Refused) and not known:
                     verdict.refused(self._request(verdict, args, kwargs, grad_mode), reason)
                 return result
             except RuntimeError as error:
-                if not rewritten or C.ends_a_program(error, handled):
+                if not harmless or C.ends_a_program(error, handled):
                     raise
                 verdict.one_by_one = True
-        random = _random_state(flat)
+        run = functools.partial(self._run_one_by_one, size, dims, flat, spec, kwargs)
         try:
-            result = self._run_one_by_one(size, dims, flat, spec, kwargs)
-        finally:
-            random.end()
-        if random.drawn():  # which has to be an error, that of PyTorch
-            random.restore()
-            return self.peer(*args, **kwargs)
-        return result
+            return ArgumentsWatch(flat).run(functools.partial(C.without_draws, run))
+        except RuntimeError as error:
+            if not (isinstance(error, Refused) or _is_draw(error)) or C.ends_a_program(error, handled):
+                raise
+        return self.peer(*args, **kwargs)
 
     def _random_state(self, flat: list[Any]) -> Any:
         """Of the generators, where the function may draw from them and then run again; else None."""
@@ -182,34 +185,19 @@ class BatchedTransform(Wrapped):
             reason = transform.unusual(flat, spec)
             if reason is not None:
                 return reason
-            if isinstance(transform.func, Transform) and transform.options.get("randomness") == "different":
-                return "nested transforms with different randomness"
         return None
 
-    def _run_single(
-        self, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]
-    ) -> tuple[bool, Any]:
+    def _run_single(self, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any]) -> Any:
         """A batch of one sample is that sample: the function runs without torch's batching, which triples its cost.
 
-        Returns whether that holds, and the result.  It does not where torch forbids random numbers and some were drawn.
+        Raises an error that `_is_draw` knows where torch forbids random numbers and some were to be drawn.
         """
-        random = _random_state(flat, not self.calm) if self.randomness == "error" else None
         sample = unflatten([x if d is None else x.select(d, 0) for x, d in zip(flat, dims)], spec)
-        try:
+        if self.randomness == "error":
+            result = C.without_draws(functools.partial(self.func.at_point, sample, kwargs, self.name))
+        else:
             result = self.func.at_point(sample, kwargs, self.name)
-        finally:
-            if random is not None:
-                random.end()
-        if random is not None:
-            if not random.drawn():
-                self.calm = True
-            elif self.calm:  # this function or another thread
-                self.calm = False
-                return self._run_single(dims, flat, spec, kwargs)
-            else:
-                random.restore()
-                return False, None
-        return True, result.unsqueeze(self.out_dims) if type(result) is Tensor else tree_map(self._unsqueeze, result)
+        return result.unsqueeze(self.out_dims) if type(result) is Tensor else tree_map(self._unsqueeze, result)
 
     def _unsqueeze(self, t: Tensor) -> Tensor:
         return t.unsqueeze(self.out_dims)

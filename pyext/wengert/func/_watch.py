@@ -49,7 +49,7 @@ class Rewritten(Refused):
     """The function runs under vmap, but the graph it leaves does not stand for PyTorch's derivative, or is B graphs."""
 
 
-class _ArgumentsWatch(TorchFunctionMode):
+class ArgumentsWatch(TorchFunctionMode):
     """Watches one run of a function that PyTorch may have to run again: `refuse` for what must not happen twice.
 
     Raises at once, before the function writes to its arguments; `reason` stays for functions that catch errors.
@@ -76,6 +76,10 @@ class _ArgumentsWatch(TorchFunctionMode):
     def refuse(self, reason: str) -> NoReturn:
         self.reason = reason
         raise self.refusal(reason)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.look(func, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
     def look(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> None:
         """Raise where the call writes to an argument or moves a generator, or cuts a tensor off from all derivatives."""
@@ -105,7 +109,7 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
-class ForwardWatch(_ArgumentsWatch):
+class ForwardWatch(ArgumentsWatch):
     """Sees what forward and reverse mode treat differently: torch.no_grad stops only reverse mode, hooks run only there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,8 +119,7 @@ class ForwardWatch(_ArgumentsWatch):
             self.refuse("forward mode through x.data")
         if (func is batch_norm or func is instance_norm) and _updates_statistics(func, args, kwargs or {}):
             self.refuse("running statistics that are updated")
-        self.look(func, args, kwargs)
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _updates_statistics(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -127,7 +130,7 @@ def _updates_statistics(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     return bool(options.get("training", options.get("use_input_stats"))) and options["running_mean"] is not None
 
 
-class Watch(_ArgumentsWatch):
+class Watch(ArgumentsWatch):
     """Watches one run of a function under vmap; `reason` then says why its graph is not PyTorch's, if it is not."""
 
     refusal = Rewritten
@@ -151,7 +154,7 @@ class Watch(_ArgumentsWatch):
         return out
 
 
-_engine.HARMLESS_MODES |= {ForwardWatch, Watch}
+_engine.HARMLESS_MODES |= {ArgumentsWatch, ForwardWatch, Watch}
 
 
 def _comes_from(value: Any, function: type) -> bool:
@@ -172,11 +175,12 @@ class Verdict:
     PyTorch's answer is the right one whatever the function does.  That the graph of another one was watched says nothing.
     """
 
-    __slots__ = ("like", "one_by_one", "reason", "refusals", "seen")
+    __slots__ = ("complete", "like", "one_by_one", "reason", "refusals", "seen")
 
     def __init__(self, refusals: Refusals) -> None:
         self.like: Any = None
         self.reason: str | None = None  # why PyTorch has to evaluate it
+        self.complete = False  # for that reason, after the whole of it was watched
         self.one_by_one = False  # for PyTorch cannot either
         self.seen: dict[Any, set[int]] = {}  # structures of watched graphs, by the shapes of the inputs
         self.refusals = refusals
@@ -227,6 +231,7 @@ class Verdict:
             self.reason = watch.reason
             raise
         self.reason = watch.reason
+        self.complete = True
         self.refuse()
         return out
 
