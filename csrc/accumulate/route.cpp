@@ -16,6 +16,7 @@
 #include "common/lru.h"
 #include "common/node_ptr.h"
 #include "common/pointer_index.h"
+#include "ops/fused_autograd.h"
 #include "ops/tether.h"
 
 namespace wengert::accumulate {
@@ -26,6 +27,8 @@ namespace autograd = torch::autograd;
 
 // Fitted to both ways through the benchmark's networks.
 constexpr double kSecondsPerPass = 11e-6, kSecondsPerNode = 4e-6, kSecondsPerView = 1.8e-6, kBytesPerSecond = 5e9;
+// An instruction of a nest, for an element: when it runs, and in the derivatives that follow.
+constexpr double kSecondsPerInstruction = 0.45e-9;
 constexpr double kWorthwhile = 1.05;  // what follows is the quicker for our nests
 
 bool compares_ways() {
@@ -65,6 +68,17 @@ bool is_view(const autograd::Node& node) {
          std::ranges::any_of(kViews, [&](std::string_view view) { return name.starts_with(view); });
 }
 
+// What the nest of a fused node does: elements times instructions.
+double work_of(const ops::FusedBackward& node) {
+  double elements = 1;
+  for (std::uint32_t k = 0; k < node.num_inputs(); ++k) elements = std::max(elements, elements_of(node.input_metadata(k)));
+  for (const autograd::Edge& edge : node.next_edges()) {
+    if (!edge.is_valid() || edge.input_nr >= edge.function->num_inputs()) continue;
+    elements = std::max(elements, elements_of(edge.function->input_metadata(edge.input_nr)));
+  }
+  return elements * static_cast<double>(node.program_->bytecode().instructions.size());
+}
+
 // Estimated seconds for a pass that gives the results, by the nodes that lead to them, but for those of the graph that was
 // differentiated.
 double seconds_of(const std::vector<at::Tensor>& results, common::PointerIndex& differentiated) {
@@ -86,6 +100,9 @@ double seconds_of(const std::vector<at::Tensor>& results, common::PointerIndex& 
       seconds += kSecondsPerView;
     } else if (typeid(node) != typeid(ops::TetherBackward)) {
       seconds += kSecondsPerNode + bytes_of(node) / kBytesPerSecond;
+      if (typeid(node) == typeid(ops::FusedBackward)) {
+        seconds += kSecondsPerInstruction * work_of(static_cast<const ops::FusedBackward&>(node));
+      }
     }
     for (const autograd::Edge& edge : node.next_edges()) enter(edge.function.get());
   }

@@ -360,6 +360,8 @@ Value Builder::sum(Value value, Value factor, const Shape& extents, const std::v
 }
 
 bool Builder::as_matmul(const Value& value, const Value& factor, const Shape& extents, const std::vector<bool>& dead) const {
+  // A constant beside a mask is summed with it, and is no matrix.
+  if (pool_.is_constant(value.expr) || pool_.is_constant(factor.expr)) return false;
   std::int64_t batch = 1, m = 1, n = 1, k = 1;
   for (std::size_t i = 0; i < extents.size(); ++i) {
     const bool v = value.moves(i), f = factor.moves(i);
