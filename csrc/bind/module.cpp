@@ -8,6 +8,7 @@
 #include <ATen/Functions.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SequenceNumber.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <cstring>
@@ -423,6 +424,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "passes_hooks", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_hooks(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
+  m.def("is_older", [](const at::Tensor& tensor, std::uint64_t begun) {
+    const auto& fn = tensor.grad_fn();
+    return fn && (fn->sequence_nr() < begun || fn->thread_id() != at::RecordFunction::currentThreadId());
+  });
   m.def(
       "drop_hooks",
       [](const Tensors& outputs, const Tensors& inputs, std::uint64_t begun) {

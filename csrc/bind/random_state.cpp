@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
+#include <ATen/LegacyVmapMode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -41,15 +42,15 @@ class States {
 
   bool operator==(const States& other) const { return same_here(other) && same_on_device(other.device_); }
 
-  // Goes back to these states from `last`, a generator that is still there: what others have drawn since stays drawn.
-  void restore(const at::Device& device, const States& last) const {
+  // Goes back to these states, a generator only from `last`, where that is given: what others have drawn since stays drawn.
+  void restore(const at::Device& device, const States* last = nullptr) const {
     {
       at::Generator generator = at::detail::getDefaultCPUGenerator();
       std::lock_guard<std::mutex> lock(generator.mutex());
       auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
       States now;
       now.read(*cpu);
-      if (now.same_here(last)) {
+      if (last == nullptr || now.same_here(*last)) {
         cpu->set_engine(engine_);
         cpu->set_next_float_normal_sample(next_float_);
         cpu->set_next_double_normal_sample(next_double_);
@@ -58,7 +59,7 @@ class States {
     if (!device_.defined()) return;
     at::Generator generator = at::globalContext().defaultGenerator(device);
     std::lock_guard<std::mutex> lock(generator.mutex());
-    if (last.same_on_device(generator.get_state())) generator.set_state(device_);
+    if (last == nullptr || last->same_on_device(generator.get_state())) generator.set_state(device_);
   }
 
  private:
@@ -146,10 +147,16 @@ void leave(const at::RecordFunction&, at::ObserverContext* context) {
   }
 }
 
-// Watches from its construction until it is over, so that what the function did to the generators can be undone.
+// So that what a function did to the generators since can be undone.  Where `others` may draw at the same time it watches, until
+// it is over, and undoes what this thread's operators did, unless another thread drew in between.
 class RandomState {
  public:
-  explicit RandomState(const at::Device& device) : draws_(std::make_shared<Draws>(device)) {
+  RandomState(const at::Device& device, bool others) : device_(device) {
+    if (!others) {
+      before_.emplace(device);
+      return;
+    }
+    draws_ = std::make_shared<Draws>(device);
     watched.push_back(draws_);
     if (!callback) {
       callback = at::addThreadLocalCallback(at::RecordFunctionCallback(&enter, &leave).scopes({at::RecordScope::FUNCTION}));
@@ -161,7 +168,7 @@ class RandomState {
   RandomState& operator=(const RandomState&) = delete;
 
   void end() {
-    if (draws_->over.exchange(true)) return;
+    if (!draws_ || draws_->over.exchange(true)) return;
     std::erase(watched, draws_);
     if (!watched.empty() || !callback) return;
     at::removeCallback(*callback);
@@ -169,12 +176,21 @@ class RandomState {
   }
 
   void restore() {
+    if (before_) {
+      before_->restore(device_);
+      return;
+    }
     end();
-    if (draws_->first && draws_->alone) draws_->first->restore(draws_->device, *draws_->last);
+    if (draws_->first && draws_->alone) draws_->first->restore(device_, &*draws_->last);
+    for (const auto& outer : watched) {  // which have seen the same draws
+      if (outer->last && draws_->last && *outer->last == *draws_->last) outer->last = draws_->first;
+    }
     draws_->first.reset();
   }
 
  private:
+  at::Device device_;
+  std::optional<States> before_;
   std::shared_ptr<Draws> draws_;
 };
 
@@ -224,15 +240,19 @@ py::object without_draws(const py::object& function) {
   const bool outer = std::exchange(forbidden, true);
   struct Back {
     bool outer;
-    ~Back() { forbidden = outer; }
-  } const back{outer};
-  const c10::impl::IncludeDispatchKeyGuard guard(c10::DispatchKey::VmapMode);
+    ~Back() {
+      forbidden = outer;
+      at::impl::VmapMode::decrement_nesting();
+    }
+  };
+  at::impl::VmapMode::increment_nesting();  // counted, so that a vmap of the function's own leaves it at that
+  const Back back{outer};
   return function();
 }
 
 void define_random_state(py::module_ m) {
   py::class_<RandomState>(m, "RandomState")
-      .def(py::init<at::Device>(), py::arg("device"))
+      .def(py::init<at::Device, bool>(), py::arg("device"), py::arg("others"))
       .def("end", &RandomState::end)
       .def("restore", &RandomState::restore);
 }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <typeinfo>
 
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 
 #include "common/behind.h"
@@ -37,7 +38,8 @@ bool passes_hooks(at::TensorList outputs, at::TensorList inputs) {
 
 void drop_hooks(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun) {
   common::visit_behind(outputs, inputs, [begun](torch::autograd::Node& fn) {
-    if (fn.sequence_nr() < begun || typeid(fn) == typeid(torch::autograd::AccumulateGrad)) return true;
+    const bool older = fn.sequence_nr() < begun || fn.thread_id() != at::RecordFunction::currentThreadId();
+    if (older || typeid(fn) == typeid(torch::autograd::AccumulateGrad)) return true;
     fn.tensor_pre_hooks().clear();
     fn.retains_grad_hooks().clear();
     fn.pre_hooks().clear();

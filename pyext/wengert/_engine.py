@@ -6,6 +6,7 @@ when the engine refuses, the same graph is differentiated by PyTorch, so a user'
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -281,9 +282,9 @@ def may_run_again(error: BaseException, handled: BaseException | None) -> bool:
 
 
 def random_state(tensors: Sequence[Tensor]) -> Any:
-    """Watches what this thread draws from the random generators that a function of these tensors may use, until its `end()`;
-    `restore()` undoes it, unless other threads have drawn since."""
-    return C.RandomState(tensors[0].device)
+    """What a function of these tensors does to the random generators until its `end()` is undone by `restore()`, unless other
+    threads have drawn since."""
+    return C.RandomState(tensors[0].device, threading.active_count() > 1)
 
 
 def _stack(rows: list[Tensor | None], prefix: torch.Size, wrt: Tensor) -> Tensor | None:

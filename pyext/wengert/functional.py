@@ -198,7 +198,10 @@ def hessian(
     grad_mode = _is_grad_enabled()
     _set_grad_enabled(True)
     try:
-        is_inputs_tuple, inputs, out, reason = _engine.values("hessian", func, inputs, create_graph, begun)
+        given = inputs
+        is_inputs_tuple, inputs, out, reason = _engine.values("hessian", func, given, create_graph, begun)
+        if reason == _engine.DETACHED:  # of a view, to PyTorch, which has its own errors
+            return _torch_hessian(func, given, create_graph, strict, vectorize, outer_jacobian_strategy)
         is_out_tuple, outputs = _engine.as_tuple(out, "outputs of the user-provided function", "hessian")
         if strict:
             _check_requires_grad(outputs, "outputs", strict)

@@ -323,6 +323,118 @@ def test_functions_with_hooks_run_once(name):
     assert_same_call(lambda: call(func), lambda: call(torch.func), name)
 
 
+@pytest.mark.parametrize("name", ["tensor", "node"])
+def test_what_a_hook_captures_is_differentiated(name):
+    def by_w(m, w):
+        def f(x):
+            y = x * x
+            if name == "tensor":
+                y.register_hook(lambda g: g * w)
+            else:
+                y.grad_fn.register_hook(lambda given, taken: tuple(g * w for g in given))
+            return (y * x).sum()
+
+        return m.grad(f)(vec(3)).sum()
+
+    for order in ("grad", "jacrev"):
+        derive = lambda m: getattr(m, order)(lambda w: by_w(m, w))(vec(3, start=1))
+        assert_same_call(lambda: derive(func), lambda: derive(torch.func), order)
+    w = vec(3).requires_grad_()
+    assert_same(*(torch.autograd.grad(by_w(m, w), w)[0] for m in (func, torch.func)))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "grad_and_value"])
+def test_hooks_of_auxiliary_outputs_stay_inside(transform):
+    w = vec(3).requires_grad_()
+
+    def f(x):
+        a = x * w
+        a.register_hook(lambda g: g * 10)
+        a.grad_fn.register_hook(lambda given, taken: tuple(g * 10 for g in given))
+        return (x * x).sum(), a
+
+    def call(m):
+        found = getattr(m, transform)(f, has_aux=True)(vec(3))
+        aux = found[1][1] if transform == "grad_and_value" else found[1]
+        return torch.autograd.grad(aux.sum(), w)
+
+    assert_same_call(lambda: call(func), lambda: call(torch.func), transform)
+
+
+def test_hooks_of_what_another_thread_made_stay():
+    w, ran = vec(3).requires_grad_(), []
+    captured = w * 2
+    captured.register_hook(lambda g: ran.append(0))
+
+    def f(x):
+        y = x * x
+        y.register_hook(lambda g: g * 2)
+        return (y * captured).sum()
+
+    thread = threading.Thread(target=lambda: func.grad(f)(vec(3)))
+    thread.start()
+    thread.join()
+    ran.clear()
+    torch.autograd.grad(captured.sum(), w)
+    assert ran == [0]
+
+
+def test_writing_by_an_overload_is_seen():
+    f = lambda x, b: (torch.ops.aten.add_.Scalar(b, 1), (x * b).max())[1]
+
+    def call(m):
+        b = torch.zeros(3, dtype=torch.float64)
+        return m.vmap(m.grad(f), (0, None))(torch.stack([vec(3)] * 2), b), b
+
+    assert_same_call(lambda: call(func), lambda: call(torch.func), "overload")
+
+
+def test_functions_that_catch_the_errors_of_operators():
+    """Which the operator raises under vmap alone."""
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(3, 3).double()
+
+    def f(x):
+        try:
+            return lstm(x.view(1, 1, 3))[0].sum()
+        except RuntimeError:
+            return (x**3).sum()
+
+    assert_same(*(m.vmap(m.grad(f))(vec(2, 3)) for m in (func, torch.func)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["own seed", "fork", "permutation"])
+def test_generators_go_back_however_the_function_moves_them(name, threads):
+    def f(x):
+        a = torch.rand(3, dtype=x.dtype)
+        if name == "own seed":
+            torch.manual_seed(4)
+        elif name == "fork":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                a = a * torch.rand(3, dtype=x.dtype)
+        else:
+            return (x[torch.randperm(3)] * x * a).sum()
+        return (x * a * torch.rand(3, dtype=x.dtype) * x).max()
+
+    def call(m, randomness):
+        torch.manual_seed(5)
+        return m.vmap(m.grad(f), randomness=randomness)(vec(4, 3)), torch.rand(2)
+
+    go_on = threading.Event()
+    other = threading.Thread(target=go_on.wait)  # which draws nothing
+    if threads == 2:
+        if name != "permutation":
+            return  # with threads about, what moves a generator between draws may be theirs
+        other.start()
+    try:
+        for randomness in ("same", "different", "same"):
+            assert_same_call(lambda: call(func, randomness), lambda: call(torch.func, randomness), randomness)
+    finally:
+        go_on.set()
+
+
 def test_histories_do_not_stay_in_arguments():
     """Passed by name, after an error, or without grad mode."""
     w = vec(2).requires_grad_()

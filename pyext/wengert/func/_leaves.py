@@ -25,8 +25,10 @@ class Leaves:
     __slots__ = (
         "attached",
         "begun",
+        "create_graph",
         "flat",
         "given",
+        "grad_mode",
         "hooked",
         "inner",
         "most_inner",
@@ -46,6 +48,8 @@ class Leaves:
         self.nests = isinstance(argnums, tuple)
         self.flat = list(flat)
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
+        self.grad_mode = grad_mode  # the caller's
+        self.create_graph = False  # whether PyTorch's result could be differentiated again
         self.hooked: Sequence[Tensor] = ()  # outputs with hooks behind them, which PyTorch's engine has run
         self.begun = C.sequence_number()  # what has a lower one is the caller's
         self.attached = False  # some leaf hangs on a graph of the caller
@@ -109,12 +113,12 @@ class Leaves:
         attached = [leaf for leaf in self.tensors if leaf.grad_fn is not None] if self.attached else []
         return _engine.have_other_leaves(outputs, self.tensors + inner, self.begun, attached)
 
-    def settle(self, groups: Sequence[Sequence[Tensor]], create_graph: bool) -> list[Sequence[Tensor]]:
+    def settle(self, groups: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         """Blocks, in groups that PyTorch computes as one tensor: with a history where one of a group's reaches the caller."""
         live = [block for group in groups for block in group if block.requires_grad]
         if not live:
             return list(groups)
-        reaching = iter(self.reach_caller(live) if create_graph else [False] * len(live))
+        reaching = iter(self.reach_caller(live) if self.create_graph else [False] * len(live))
         settled: list[Sequence[Tensor]] = []
         for group in groups:
             with_history = [block for block in group if block.requires_grad]
@@ -132,29 +136,27 @@ class Leaves:
         self.refused = str(error)
         if C.passes_hooks(outputs, self.tensors):
             self.hooked = outputs
+            self.create_graph = self.grad_mode  # a hook may use what has a history
 
     def drop_hooks(self) -> None:
         """Of the function's own graph: torch.func's transforms outside of this one do not meet them again."""
         if self.hooked:
             C.drop_hooks(self.hooked, self.tensors, self.begun)
 
-    def clean(self, grad_mode: bool) -> None:
+    def clean(self) -> None:
         """Takes what the function left behind: its history in other arguments that it wrote to, and hooks."""
         self.drop_hooks()
         written = [x for x in self.others if x.requires_grad]
         if written:
             for x, reaches in zip(written, self.reach_caller(written)):
-                if not (reaches and grad_mode):
+                if not (reaches and self.grad_mode):
                     C.forget_history(x)
 
-    def is_older(self, t: Tensor) -> bool:
-        return t.grad_fn._sequence_nr() < self.begun  # type: ignore[union-attr]
-
-    def needs_graph(self, outputs: Sequence[Tensor]) -> bool:
+    def decide(self, outputs: Sequence[Tensor]) -> None:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
-        return self.attached or any(self.reach_caller(outputs))
+        self.create_graph = self.grad_mode and (self.attached or any(self.reach_caller(outputs)))
 
-    def release(self, tree: Any, grad_mode: bool, forward: bool = False) -> Any:
+    def release(self, tree: Any, forward: bool = False) -> Any:
         """What the caller may see of tensors that hang on our leaves: PyTorch's would not.
 
         Arguments are themselves again, but after PyTorch's forward mode, and so is what is the caller's own.
@@ -169,12 +171,15 @@ class Leaves:
                 continue
             if id(t) in given and not forward:
                 flat[k] = given[id(t)]
-            elif id(t) in given or not (t.is_leaf or (not grad_mode and self.is_older(t))):
+            elif id(t) in given or not (t.is_leaf or (not self.grad_mode and C.is_older(t, self.begun))):
                 asked.append(k)
-        reached = self.reach_caller([flat[k] for k in asked]) if grad_mode and asked else [False] * len(asked)
+        reached = self.reach_caller([flat[k] for k in asked]) if self.grad_mode and asked else [False] * len(asked)
         for k, reaches in zip(asked, reached):
             if not reaches:
                 flat[k] = flat[k].detach()
+        kept = [flat[k] for k, reaches in zip(asked, reached) if reaches]
+        if kept:
+            C.drop_hooks(kept, self.tensors, self.begun)
         return tree_unflatten(flat, spec)
 
 

@@ -79,11 +79,11 @@ class Transform(Wrapped):
         """torch.func's own function."""
         raise NotImplementedError
 
-    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+    def derive(self, out: Any, leaves: Leaves) -> Any:
         """The result, from what `func` returned at the leaves."""
         raise NotImplementedError
 
-    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
+    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None]) -> Any:
         """The same with a batch axis in front of every output and of the arguments whose entry in `dims` is 0."""
         raise NotImplementedError
 
@@ -102,8 +102,8 @@ class Transform(Wrapped):
         """Why PyTorch should see these arguments (to raise an error, most often), or None."""
         if not isinstance(self.argnums, (int, tuple)):
             return "argnums that is neither an int nor a tuple"
-        if self.forward and self.options.get("randomness") == "different":
-            return "different random numbers for each tangent"
+        if self.forward and self.options.get("randomness", "error") != "error":
+            return "random numbers in forward mode"
         for k in differentiated(self.argnums, len(flat), args_spec)[0]:
             if not _is_plain(flat[k]) or not flat[k].is_floating_point():
                 return "differentiated arguments that are not plain real tensors"
@@ -116,11 +116,9 @@ class Transform(Wrapped):
         """What `func` returns; raises Refused where PyTorch's forward mode would not compute what the graph says."""
         if not self.forward:
             return leaves.run(func, args, kwargs)
-        run = functools.partial(leaves.run, func, args, kwargs)
-        if self.options.get("randomness") != "same":  # PyTorch's forward mode, which is a vmap, raises an error
-            run = functools.partial(C.without_draws, run)
+        # PyTorch's forward mode is a vmap, where drawing is an error.
         watch = ForwardWatch(leaves.flat)
-        out = watch.run(run)
+        out = watch.run(functools.partial(C.without_draws, functools.partial(leaves.run, func, args, kwargs)))
         if watch.reason is not None:
             raise Refused(watch.reason)
         return out
@@ -152,7 +150,7 @@ class Transform(Wrapped):
                 _set_grad_enabled(True)
                 leaves = Leaves(flat, spec, self.argnums, grad_mode, kwargs)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
-                result = self.derive(out, leaves, grad_mode)
+                result = self.derive(out, leaves)
                 _engine.count(name, leaves.refused)
                 return result
             except RuntimeError as error:
@@ -163,7 +161,7 @@ class Transform(Wrapped):
             finally:
                 _set_grad_enabled(grad_mode)
                 if leaves is not None:
-                    leaves.clean(grad_mode)
+                    leaves.clean()
         _engine.count_fallback(name, reason)
         return self.peer(*args, **kwargs)
 
@@ -185,7 +183,7 @@ class Transform(Wrapped):
         if isinstance(self.func, Transform):
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
             out, leaves.refused = self.run(leaves, inner, (leaves.flat,), {})
-            result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+            result = self.derive_batch(out, leaves, inner_dims)
             leaves.drop_hooks()
             return result, leaves.refused
         verdict = verdict_of(self.func)
@@ -197,7 +195,7 @@ class Transform(Wrapped):
         try:
             while True:
                 out = verdict.run(run, watched, leaves.flat)
-                result = self.derive_batch(out, leaves, inner_dims, grad_mode)
+                result = self.derive_batch(out, leaves, inner_dims)
                 leaves.drop_hooks()
                 structure = C.take_structures()
                 if watched:
@@ -277,40 +275,40 @@ class Jacobian(Transform):
                 error_if_complex("jacfwd" if self.forward else "jacrev", flat, is_input=False)
         return out
 
-    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+    def derive(self, out: Any, leaves: Leaves) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
         must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
-        create_graph = grad_mode and leaves.needs_graph(flat)
+        leaves.decide(flat)
         try:
-            blocks = _engine.native_jacobian(flat, leaves.tensors, create_graph)
+            blocks = _engine.native_jacobian(flat, leaves.tensors, leaves.create_graph)
         except Refused as error:
             if self.forward:  # which may be much cheaper than rows
                 raise
             leaves.left_to_pytorch(error, flat)
             by_rows = _engine.torch_rows if leaves.refused == _engine.SAVED_THROUGH_HOOKS else self._vmapped_rows
-            blocks = by_rows(flat, leaves.tensors, create_graph)
+            blocks = by_rows(flat, leaves.tensors, leaves.create_graph)
         rows = [[_filled(block, x, y.shape + x.shape) for block, x in zip(row, leaves.tensors)] for y, row in zip(flat, blocks)]
-        result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves, create_graph)], spec)
+        result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves)], spec)
         if must_be_finite:
             _check_finite(result)
-        return (result, leaves.release(aux, grad_mode, self.forward)) if self.has_aux else result
+        return (result, leaves.release(aux, self.forward)) if self.has_aux else result
 
-    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
+    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None]) -> Any:
         out, aux = out if self.has_aux else (out, None)
         flat, spec = flatten(out)
         must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
-        create_graph = grad_mode and leaves.needs_graph(flat)
-        rows = list(zip(*_batch_columns(flat, leaves, dims, create_graph)))
-        result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves, create_graph)], spec)
+        leaves.decide(flat)
+        rows = list(zip(*_batch_columns(flat, leaves, dims)))
+        result = unflatten([leaves.nest(row) for row in self._settle(rows, leaves)], spec)
         if must_be_finite:
             _check_finite(result)
-        return (result, leaves.release(aux, grad_mode, self.forward)) if self.has_aux else result
+        return (result, leaves.release(aux, self.forward)) if self.has_aux else result
 
-    def _settle(self, rows: Sequence[Sequence[Tensor]], leaves: Leaves, create_graph: bool) -> Sequence[Sequence[Tensor]]:
+    def _settle(self, rows: Sequence[Sequence[Tensor]], leaves: Leaves) -> Sequence[Sequence[Tensor]]:
         if self.forward:
-            return leaves.settle(rows, create_graph)
-        return list(zip(*leaves.settle(list(zip(*rows)), create_graph)))
+            return leaves.settle(rows)
+        return list(zip(*leaves.settle(list(zip(*rows)))))
 
     def _vmapped_rows(self, outputs: list[Tensor], inputs: list[Tensor], create_graph: bool) -> _engine.Blocks:
         """torch.func.jacrev's way through the graph that is there."""
@@ -362,42 +360,43 @@ class Gradient(Transform):
             )
         return out
 
-    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+    def derive(self, out: Any, leaves: Leaves) -> Any:
         value, aux = out if self.has_aux else (out, None)
-        create_graph = grad_mode and leaves.needs_graph((value,))
-        found = self._vjp(value, leaves, create_graph)
-        return self._result(found, value, aux, leaves, create_graph, grad_mode)
+        leaves.decide((value,))
+        found = self._vjp(value, leaves)
+        return self._result(found, value, aux, leaves)
 
-    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None], grad_mode: bool) -> Any:
+    def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None]) -> Any:
         value, aux = out if self.has_aux else (out, None)
-        create_graph = grad_mode and leaves.needs_graph((value,))
+        leaves.decide((value,))
         if None in dims:
-            found = [column[0] for column in _batch_columns([value], leaves, dims, create_graph)]
+            found = [column[0] for column in _batch_columns([value], leaves, dims)]
         else:  # samples are independent, so the gradient of their sum holds every sample's own
-            found = self._vjp(value, leaves, create_graph, batched=True)
-        return self._result(found, value, aux, leaves, create_graph, grad_mode)
+            found = self._vjp(value, leaves, batched=True)
+        return self._result(found, value, aux, leaves)
 
-    def _vjp(self, value: Tensor, leaves: Leaves, create_graph: bool, batched: bool = False) -> list[Tensor]:
+    def _vjp(self, value: Tensor, leaves: Leaves, batched: bool = False) -> list[Tensor]:
         found: Sequence[Tensor | None] = [None] * len(leaves.tensors)
         if value.requires_grad:
             # The auxiliary output may share the graph, so that freeing it would break what the caller holds.
-            retain_graph = create_graph or self.has_aux
+            retain_graph = leaves.create_graph or self.has_aux
             ones = torch.ones_like(value)
             try:
-                found = _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, create_graph)
+                found = _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, leaves.create_graph)
             except Refused as error:
                 leaves.left_to_pytorch(error, (value,))
                 if batched and leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                     raise
-                found = _engine.torch_grad(value, leaves.tensors, ones, retain_graph, create_graph, allow_unused=True)
+                retain_graph = leaves.create_graph or self.has_aux
+                found = _engine.torch_grad(value, leaves.tensors, ones, retain_graph, leaves.create_graph, allow_unused=True)
         return [_filled(g, x, x.shape) for g, x in zip(found, leaves.tensors)]
 
-    def _result(self, found: list[Tensor], value: Tensor, aux: Any, leaves: Leaves, create_graph: bool, grad_mode: bool) -> Any:
-        gradient = leaves.nest([g for (g,) in leaves.settle([(g,) for g in found], create_graph)])
+    def _result(self, found: list[Tensor], value: Tensor, aux: Any, leaves: Leaves) -> Any:
+        gradient = leaves.nest([g for (g,) in leaves.settle([(g,) for g in found])])
         if not self.with_value:
-            return (gradient, leaves.release(aux, grad_mode)) if self.has_aux else gradient
-        value = leaves.release(value, grad_mode)
-        return gradient, (value, leaves.release(aux, grad_mode)) if self.has_aux else value
+            return (gradient, leaves.release(aux)) if self.has_aux else gradient
+        value = leaves.release(value)
+        return gradient, (value, leaves.release(aux)) if self.has_aux else value
 
 
 class Hessian(Jacobian):
@@ -434,19 +433,19 @@ class _HessianAtPoint(Transform):
     def check(self, out: Any) -> Any:
         return self.inner.check(out)
 
-    def derive(self, out: Any, leaves: Leaves, grad_mode: bool) -> Any:
+    def derive(self, out: Any, leaves: Leaves) -> Any:
         flat, spec = flatten(out)
         xs = leaves.tensors
         must_be_finite = _check_forward([*flat, *xs], xs)
-        create_graph = grad_mode and leaves.needs_graph(flat)
+        leaves.decide(flat)
         results = []
         for y in flat:
             shapes = [[y.shape + a.shape + b.shape for b in xs] for a in xs]
             rows = [
                 [_filled(block, xs[j], shapes[i][j]) for j, block in enumerate(row)]
-                for i, row in enumerate(_hessian_blocks(y, xs, create_graph))
+                for i, row in enumerate(_hessian_blocks(y, xs, leaves.create_graph))
             ]
-            results.append(leaves.nest([leaves.nest(row) for row in leaves.settle(rows, create_graph)]))
+            results.append(leaves.nest([leaves.nest(row) for row in leaves.settle(rows)]))
         if must_be_finite:
             _check_finite(results)
         return unflatten(results, spec)
@@ -487,23 +486,23 @@ def _filled(block: Tensor | None, wrt: Tensor, shape: torch.Size) -> Tensor:
     return block if block.shape == shape else block.reshape(shape)
 
 
-def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | None], create_graph: bool) -> list[list[Tensor]]:
+def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | None]) -> list[list[Tensor]]:
     """``[j][i]``: per-sample Jacobians of outputs ``(B, *out)`` in leaves with or without a batch axis in front."""
     inputs = leaves.tensors
     tied = [x for x, dim in zip(inputs, dims) if dim is not None]
     shared = [x for x, dim in zip(inputs, dims) if dim is None]
     of_shared: _engine.Blocks = [[] for _ in outputs]
     if shared:  # refused, they are torch.func's: row by row they would be a pass over the whole batch for every sample
-        of_shared = _engine.native_jacobian(outputs, shared, create_graph, by_sample=True)
+        of_shared = _engine.native_jacobian(outputs, shared, leaves.create_graph, by_sample=True)
     of_tied: _engine.Blocks = [[] for _ in outputs]
     if tied:
         try:
-            of_tied = _engine.native_batch_jacobian(outputs, tied, create_graph, check=False)
+            of_tied = _engine.native_batch_jacobian(outputs, tied, leaves.create_graph, check=False)
         except Refused as error:
             leaves.left_to_pytorch(error, outputs)
             if leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                 raise
-            of_tied = [_engine.summed_rows(out, tied, create_graph) for out in outputs]
+            of_tied = [_engine.summed_rows(out, tied, leaves.create_graph) for out in outputs]
     tied_columns, shared_columns = iter(zip(*of_tied)), iter(zip(*of_shared))
     columns = []
     for x, dim in zip(inputs, dims):
@@ -595,7 +594,7 @@ def jacfwd(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False
 
     Args:
         func, argnums, has_aux: as for `jacrev`.
-        randomness: as in torch; "different" takes PyTorch's path.
+        randomness: as in torch; all but "error" take PyTorch's path.
 
     Returns:
         A function of the same arguments that returns ``J`` of shape ``output.shape + input.shape``, nested like the output

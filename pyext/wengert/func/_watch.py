@@ -79,7 +79,11 @@ class ArgumentsWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.look(func, args, kwargs)
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError:
+            self.reason = "an operator that raises an error"  # which it need not do in PyTorch's order of things
+            raise
 
     def look(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> None:
         """Raise where the call writes to an argument or moves a generator, or cuts a tensor off from all derivatives."""
@@ -87,7 +91,7 @@ class ArgumentsWatch(TorchFunctionMode):
             self.refuse("detach_() in the function")
         if kwargs and kwargs.get("generator") is not None:
             self.refuse("a random generator of the function's own")
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # of torch.ops.aten.add_.Scalar, say
         if name[-1:] == "_" and (name in _WRITES or (name[-2:-1] != "_" and name != "requires_grad_")):
             written = args[:1]
         elif kwargs and kwargs.get("out") is not None:
@@ -144,8 +148,7 @@ class Watch(ArgumentsWatch):
         self.reason = C.end_vmap_watch() or self.reason
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.look(func, args, kwargs)
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_function__(func, types, args, kwargs)
         if func is custom_function_call:
             if has_overridden_vmap_rule(args[0]) and not all(_comes_from(t, args[0]) for t in tree_leaves(out)):
                 self.reason = f"{args[0].__name__} has a vmap rule of its own"
