@@ -7,7 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <unordered_set>
+
 #include <utility>
 
 #include "common/behind.h"
@@ -564,11 +564,13 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   return tape;
 }
 
+constexpr std::size_t kMostNodesAtFirst = 64;
+
 std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, at::TensorList attached, std::uint64_t begun) {
-  std::unordered_set<const at::TensorImpl*> own;
-  for (const at::Tensor& input : inputs) own.insert(input.unsafeGetTensorImpl());
-  std::unordered_set<const autograd::Node*> leading;
-  for (const at::Tensor& input : attached) leading.insert(input.grad_fn().get());
+  common::PointerIndex own, leading;
+  for (const at::Tensor& input : inputs) own[input.unsafeGetTensorImpl()] = 0;
+  for (const at::Tensor& input : attached) leading[input.grad_fn().get()] = 0;
+  const auto is_own = [&](const at::Tensor& leaf) { return own[leaf.unsafeGetTensorImpl()] >= 0; };
   // A node, or what of a fused one is behind one of its outputs: another result of it may lead elsewhere.
   struct Place {
     autograd::Node* fn;
@@ -579,6 +581,9 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
   std::vector<Place> places;
   std::vector<std::int32_t> stack;
   common::PointerIndex index;
+  const std::uint64_t thread = at::RecordFunction::currentThreadId();
+  places.reserve(kMostNodesAtFirst);
+  stack.reserve(kMostNodesAtFirst);
   const auto enter = [&](autograd::Node* fn, std::uint32_t output) {
     constexpr int kAddressBits = 48;
     const auto* fused = typeid(*fn) == typeid(ops::FusedBackward) ? static_cast<const ops::FusedBackward*>(fn) : nullptr;
@@ -589,16 +594,16 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
     stack.push_back(place);
     places.push_back({.fn = fn, .some = fused != nullptr ? fused->onwards(output) : std::vector<bool>()});
     if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
-      places.back().leads = !own.contains(static_cast<autograd::AccumulateGrad*>(fn)->variable.unsafeGetTensorImpl());
+      places.back().leads = !is_own(static_cast<autograd::AccumulateGrad*>(fn)->variable);
     } else {
-      const bool older = fn->sequence_nr() < begun && fn->thread_id() == at::RecordFunction::currentThreadId();
-      places.back().leads = older || leading.contains(fn);
+      const bool older = fn->sequence_nr() < begun && fn->thread_id() == thread;
+      places.back().leads = older || (!attached.empty() && leading[fn] >= 0);
     }
     return place;
   };
   const auto leads = [&](const at::Tensor& output) {
     const NodePtr& fn = output.grad_fn();
-    if (!fn) return output.requires_grad() && !own.contains(output.unsafeGetTensorImpl());
+    if (!fn) return output.requires_grad() && !is_own(output);
     const std::int32_t root = enter(fn.get(), static_cast<std::uint32_t>(output.output_nr()));
     while (!stack.empty()) {
       const std::int32_t at = stack.back();

@@ -264,7 +264,7 @@ def have_other_leaves(
     What is older than `begun`, a `C.sequence_number()` from before the inputs were made, does; so do those of the inputs that
     are `attached` to such a leaf.
     """
-    return C.have_other_leaves(list(outputs), list(inputs), list(attached), begun)
+    return C.have_other_leaves(outputs, inputs, attached, begun)
 
 
 def forward_mode(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[str, bool]:

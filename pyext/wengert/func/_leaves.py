@@ -109,9 +109,11 @@ class Leaves:
 
     def reach_caller(self, outputs: Sequence[Tensor]) -> list[bool]:
         """Which of PyTorch's `outputs` would require grad: behind ours is more than leaves of this call, made here or inside."""
-        inner = [leaf for reference in self.inner if (leaf := reference()) is not None]
-        attached = [leaf for leaf in self.tensors if leaf.grad_fn is not None] if self.attached else []
-        return _engine.have_other_leaves(outputs, self.tensors + inner, self.begun, attached)
+        own = self.tensors
+        if self.inner:
+            own = own + [leaf for reference in self.inner if (leaf := reference()) is not None]
+        attached = [leaf for leaf in self.tensors if leaf.grad_fn is not None] if self.attached else ()
+        return _engine.have_other_leaves(outputs, own, self.begun, attached)
 
     def settle(self, groups: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         """Blocks, in groups that PyTorch computes as one tensor: with a history where one of a group's reaches the caller."""

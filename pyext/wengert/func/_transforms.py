@@ -37,7 +37,7 @@ from .._engine import Refused
 from .._native import C
 from ._leaves import Argnums, Leaves
 from ._trees import differentiated, flatten, unflatten
-from ._watch import ForwardWatch, verdict_of
+from ._watch import ForwardWatch, Verdict
 
 _torch_grad, _torch_grad_and_value = _torch.grad, _torch.grad_and_value  # kept from before any patching
 _torch_jacrev, _torch_jacfwd, _torch_hessian, _torch_vmap = _torch.jacrev, _torch.jacfwd, _torch.hessian, _torch.vmap
@@ -172,29 +172,35 @@ class Transform(Wrapped):
         dims: Sequence[int | None],
         kwargs: dict[str, Any],
         randomness: str,
+        verdict: Verdict,
         grad_mode: bool = True,
     ) -> tuple[Any, str | None]:
         """The derivative at every sample, batch axes in front; and why PyTorch's engine computed it, if it did.
 
-        `grad_mode` is the caller's; here it is on.
+        `verdict` is that on the innermost function; `grad_mode` is the caller's; here it is on.
         """
         leaves = Leaves(flat, spec, self.argnums, grad_mode)
         inner_dims = [dims[k] for k in leaves.positions]
         if isinstance(self.func, Transform):
-            inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, kwargs=kwargs, randomness=randomness)
+            options = {"kwargs": kwargs, "randomness": randomness, "verdict": verdict}
+            inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, **options)
             out, leaves.refused = self.run(leaves, inner, (leaves.flat,), {})
             result = self.derive_batch(out, leaves, inner_dims)
             leaves.drop_hooks()
             return result, leaves.refused
-        verdict = verdict_of(self.func)
         shapes = tuple([x.shape if isinstance(x, Tensor) else None for x in flat])
-        run = functools.partial(self.run, leaves, self._map, (leaves.flat, spec, dims, kwargs, randomness), {})
+        arguments = (leaves.flat, spec, dims, kwargs, randomness)
         seen = verdict.structures(shapes)
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
         try:
             while True:
-                out = verdict.run(run, watched, leaves.flat)
+                verdict.refuse()
+                C.take_structures()
+                if watched:
+                    out = verdict.watch(functools.partial(self.run, leaves, self._map, arguments, {}), leaves.flat)
+                else:
+                    out = self.run(leaves, self._map, arguments, {})
                 result = self.derive_batch(out, leaves, inner_dims)
                 leaves.drop_hooks()
                 structure = C.take_structures()
@@ -489,8 +495,8 @@ def _filled(block: Tensor | None, wrt: Tensor, shape: torch.Size) -> Tensor:
 def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | None]) -> list[list[Tensor]]:
     """``[j][i]``: per-sample Jacobians of outputs ``(B, *out)`` in leaves with or without a batch axis in front."""
     inputs = leaves.tensors
-    tied = [x for x, dim in zip(inputs, dims) if dim is not None]
     shared = [x for x, dim in zip(inputs, dims) if dim is None]
+    tied = [x for x, dim in zip(inputs, dims) if dim is not None] if shared else inputs
     of_shared: _engine.Blocks = [[] for _ in outputs]
     if shared:  # refused, they are torch.func's: row by row they would be a pass over the whole batch for every sample
         of_shared = _engine.native_jacobian(outputs, shared, leaves.create_graph, by_sample=True)
@@ -503,6 +509,8 @@ def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | N
             if leaves.refused == _engine.SAVED_THROUGH_HOOKS:
                 raise
             of_tied = [_engine.summed_rows(out, tied, leaves.create_graph) for out in outputs]
+    if not shared:
+        return [[_filled(row[j], x, y.shape + x.shape[1:]) for row, y in zip(of_tied, outputs)] for j, x in enumerate(inputs)]
     tied_columns, shared_columns = iter(zip(*of_tied)), iter(zip(*of_shared))
     columns = []
     for x, dim in zip(inputs, dims):

@@ -111,7 +111,7 @@ class BatchedTransform(Wrapped):
             random = self._random_state(flat)
             try:
                 torch._C._set_grad_enabled(True)
-                result, refused = self._run(size, dims, flat, spec, kwargs, grad_mode)
+                result, refused = self._run(size, dims, flat, spec, kwargs, verdict, grad_mode)
                 _engine.count(self.name, refused)
                 if request is not None:
                     verdict.forget(request)
@@ -203,13 +203,20 @@ class BatchedTransform(Wrapped):
         return t.unsqueeze(self.out_dims)
 
     def _run(
-        self, size: int, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any], grad_mode: bool
+        self,
+        size: int,
+        dims: list[int | None],
+        flat: list[Any],
+        spec: Any,
+        kwargs: dict[str, Any],
+        verdict: Verdict,
+        grad_mode: bool,
     ) -> tuple[Any, str | None]:
         if self.chunk_size is None or self.chunk_size >= size:
-            return self._run_chunk(dims, flat, spec, kwargs, grad_mode)
+            return self._run_chunk(dims, flat, spec, kwargs, verdict, grad_mode)
         results, refused = zip(
             *(
-                self._run_chunk(dims, list(chunk), spec, kwargs, grad_mode)
+                self._run_chunk(dims, list(chunk), spec, kwargs, verdict, grad_mode)
                 for chunk in _get_chunked_inputs(flat, dims, size, self.chunk_size)
                 if all(x.shape[d] for x, d in zip(chunk, dims) if d is not None)
             )
@@ -219,11 +226,17 @@ class BatchedTransform(Wrapped):
         return whole, next(filter(None, refused), None)
 
     def _run_chunk(
-        self, dims: list[int | None], flat: list[Any], spec: Any, kwargs: dict[str, Any], grad_mode: bool
+        self,
+        dims: list[int | None],
+        flat: list[Any],
+        spec: Any,
+        kwargs: dict[str, Any],
+        verdict: Verdict,
+        grad_mode: bool,
     ) -> tuple[Any, str | None]:
         front = [x.movedim(d, 0) if d else x for x, d in zip(flat, dims)]
         tied = [None if d is None else 0 for d in dims]
-        result, refused = self.func.run_batch(front, spec, tied, kwargs, self.randomness, grad_mode)
+        result, refused = self.func.run_batch(front, spec, tied, kwargs, self.randomness, verdict, grad_mode)
         if self.out_dims != 0:
             result = tree_map(lambda t: t.movedim(0, self.out_dims), result)
         return result, refused

@@ -221,12 +221,8 @@ class Verdict:
         seen = self.seen.get(shapes, _NOTHING)
         return seen if len(seen) <= _MOST_STRUCTURES else _NOTHING
 
-    def run(self, run: Callable[[], Any], watched: bool, arguments: Sequence[Any]) -> Any:
-        """What the function returns; raises Rewritten where PyTorch has to evaluate it."""
-        self.refuse()
-        C.take_structures()
-        if not watched:
-            return run()
+    def watch(self, run: Callable[[], Any], arguments: Sequence[Any]) -> Any:
+        """What the function returns, watched; raises Rewritten where PyTorch has to evaluate it."""
         watch = Watch(arguments)
         try:
             out = watch.run(run)
