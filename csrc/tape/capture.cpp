@@ -7,7 +7,6 @@
 #include <map>
 #include <optional>
 #include <string>
-
 #include <utility>
 
 #include "common/behind.h"
@@ -564,7 +563,7 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   return tape;
 }
 
-constexpr std::size_t kMostNodesAtFirst = 64;
+constexpr std::size_t kUsualNodes = 64;
 
 std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, at::TensorList attached, std::uint64_t begun) {
   common::PointerIndex own, leading;
@@ -582,8 +581,8 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
   std::vector<std::int32_t> stack;
   common::PointerIndex index;
   const std::uint64_t thread = at::RecordFunction::currentThreadId();
-  places.reserve(kMostNodesAtFirst);
-  stack.reserve(kMostNodesAtFirst);
+  places.reserve(kUsualNodes);
+  stack.reserve(kUsualNodes);
   const auto enter = [&](autograd::Node* fn, std::uint32_t output) {
     constexpr int kAddressBits = 48;
     const auto* fused = typeid(*fn) == typeid(ops::FusedBackward) ? static_cast<const ops::FusedBackward*>(fn) : nullptr;

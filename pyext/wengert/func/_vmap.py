@@ -111,7 +111,8 @@ class BatchedTransform(Wrapped):
             random = self._random_state(flat)
             try:
                 torch._C._set_grad_enabled(True)
-                result, refused = self._run(size, dims, flat, spec, kwargs, verdict, grad_mode)
+                run_chunk = functools.partial(self._run_chunk, spec, kwargs, verdict, grad_mode)
+                result, refused = self._run(size, dims, flat, run_chunk)
                 _engine.count(self.name, refused)
                 if request is not None:
                     verdict.forget(request)
@@ -203,20 +204,13 @@ class BatchedTransform(Wrapped):
         return t.unsqueeze(self.out_dims)
 
     def _run(
-        self,
-        size: int,
-        dims: list[int | None],
-        flat: list[Any],
-        spec: Any,
-        kwargs: dict[str, Any],
-        verdict: Verdict,
-        grad_mode: bool,
+        self, size: int, dims: list[int | None], flat: list[Any], run_chunk: Callable[..., tuple[Any, str | None]]
     ) -> tuple[Any, str | None]:
         if self.chunk_size is None or self.chunk_size >= size:
-            return self._run_chunk(dims, flat, spec, kwargs, verdict, grad_mode)
+            return run_chunk(dims, flat)
         results, refused = zip(
             *(
-                self._run_chunk(dims, list(chunk), spec, kwargs, verdict, grad_mode)
+                run_chunk(dims, list(chunk))
                 for chunk in _get_chunked_inputs(flat, dims, size, self.chunk_size)
                 if all(x.shape[d] for x, d in zip(chunk, dims) if d is not None)
             )
@@ -227,12 +221,12 @@ class BatchedTransform(Wrapped):
 
     def _run_chunk(
         self,
-        dims: list[int | None],
-        flat: list[Any],
         spec: Any,
         kwargs: dict[str, Any],
         verdict: Verdict,
         grad_mode: bool,
+        dims: list[int | None],
+        flat: list[Any],
     ) -> tuple[Any, str | None]:
         front = [x.movedim(d, 0) if d else x for x, d in zip(flat, dims)]
         tied = [None if d is None else 0 for d in dims]
