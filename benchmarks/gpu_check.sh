@@ -73,7 +73,7 @@ stage_streams() { pytest -v tests/gpu/test_streams.py tests/gpu/test_each_kernel
 
 stage_sanitize() { PYTHON=$python SECONDS_EACH=52 benchmarks/sanitize.sh racecheck initcheck memcheck synccheck; }
 
-stage_gpu() { in_parallel gpu 12 tests/gpu/test_static.py tests/gpu/test_every_primitive.py; }
+stage_gpu() { in_parallel gpu 12 tests/gpu/test_static.py tests/gpu/test_every_primitive.py tests/gpu/test_libraries.py; }
 
 stage_suite() { WENGERT_TEST_DEVICE=cuda in_parallel suite 12 tests/property tests/end_to_end; }
 

@@ -40,9 +40,10 @@ def network(build: Build) -> Build:
     return build
 
 
-def make(name: str, batch: int) -> Network:
-    """Seeded, so that two builds of a name and batch are equal."""
-    with torch.random.fork_rng(devices=[]):
+def make(name: str, batch: int, device: torch.device | str = "cpu") -> Network:
+    """Seeded, so that two builds of a name, batch and device are equal."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=["cuda"] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return NETWORKS[name](batch)
 
@@ -308,7 +309,7 @@ def _graph_layer(batch):
 
     def call(p, x):
         messages = x[:, source] @ p["message"]
-        received = torch.zeros(x.shape[0], 12, 16, dtype=x.dtype).index_add(1, target, messages)
+        received = torch.zeros(x.shape[0], 12, 16, dtype=x.dtype, device=x.device).index_add(1, target, messages)
         return (received + x @ p["self"]).relu().sum(1) @ p["out"]
 
     return of_function(parameters, call, torch.randn(batch, 12, 8))
@@ -401,7 +402,7 @@ def _kinematic_chain(batch):
     """Tip positions of a chain of six joints: 4 x 4 transforms filled in place."""
 
     def call(p, angles):
-        pose = torch.eye(4, dtype=angles.dtype).expand(*angles.shape[:-1], 4, 4)
+        pose = torch.eye(4, dtype=angles.dtype, device=angles.device).expand(*angles.shape[:-1], 4, 4)
         for joint in range(6):
             s, c = angles[..., joint].sin(), angles[..., joint].cos()
             step = angles.new_zeros(*angles.shape[:-1], 4, 4)  # which vmap knows to be one for each sample

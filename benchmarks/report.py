@@ -59,12 +59,17 @@ class Run:
 
     def save(self, folder: pathlib.Path) -> list[pathlib.Path]:
         """Writes the record and the page under the device's name."""
-        stem = re.sub(r"[^a-z0-9]+", "-", self.stamp["device"].lower()).strip("-")
+        stem = stem_of(self.stamp["device"])
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
         self.write_json(paths[0])
         self.write_page(paths[1])
         return paths
+
+
+def stem_of(device: str) -> str:
+    """The name of a device as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _row_record(r: Result) -> dict[str, Any]:

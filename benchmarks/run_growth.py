@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     names = chosen(parser, "--only", arguments.only, list(networks.NETWORKS))
     forms = chosen(parser, "--forms", arguments.forms, list(BATCHES))
     torch.set_num_threads(arguments.threads)
-    device = open_device("cpu", seen_by_nsight=False)
+    device = open_device("cpu")
     run = lambda name, form: growth(name, form, device, arguments.seconds, arguments.tolerance)
     lines, broken = every_cell(names, forms, run, lambda line: "  ".join(line.cells()))
     print(text_table(HEADER, [g.cells() for g in lines]))

@@ -2,6 +2,7 @@
 
 python benchmarks/run_networks.py                         a table: networks down, forms across, ratios of time
 python benchmarks/run_networks.py --only cnn,gru --forms hvp,grad
+python benchmarks/run_networks.py --device cuda
 python benchmarks/run_networks.py --save                  writes benchmarks/results/networks-<device>.json and .md
 
     jacobian        of the output by one sample               wengert.jacobian
@@ -29,9 +30,9 @@ from typing import Any
 import networks
 import torch
 import wengert
-from device import Device, open_device
+from device import Device, DeviceError, open_device
 from networks import Network
-from report import human, markdown_table, text_table
+from report import human, markdown_table, stem_of, text_table
 from rows import Peer, Prepared, batched_peers
 from timer import Result, measure
 from torch.autograd import functional as torch_functional
@@ -139,7 +140,7 @@ def _penalty(n: Network) -> Prepared:
     def step(grad: Callable[..., Any]) -> Any:
         (slope,) = grad(n.forward(x).sum(), x, create_graph=True)
         # a last bias does not move the slope of anything
-        return [torch.zeros(()) if g is None else g for g in grad(slope.square().sum(), leaves, allow_unused=True)]
+        return [torch.zeros((), device=x.device) if g is None else g for g in grad(slope.square().sum(), leaves, allow_unused=True)]
 
     return Prepared(lambda: step(wengert.grad), [Peer("autograd.grad", lambda: step(torch.autograd.grad))])
 
@@ -157,8 +158,8 @@ FORMS: dict[str, Callable[[Network], Prepared]] = {
 }
 
 
-def prepare(name: str, form: str, batch: int = BATCH) -> Prepared:
-    return FORMS[form](networks.make(name, batch))
+def prepare(name: str, form: str, batch: int = BATCH, device: torch.device | str = "cpu") -> Prepared:
+    return FORMS[form](networks.make(name, batch, device))
 
 
 def runs(call: Callable[[], Any]) -> bool:
@@ -175,7 +176,7 @@ def run_cell(name: str, form: str, arguments: argparse.Namespace, device: Device
     A cell below `--least` is measured twice more, for longer, and the middle one stands: one slow moment decides nothing.
     """
     label = f"{name}/{form}"
-    prepared = prepare(name, form)
+    prepared = prepare(name, form, device=device.tensors)
     if not any(runs(peer.call) for peer in prepared.peers):
         return None
     found = [measure(label, None, prepared, device, arguments.seconds, arguments.tolerance)]
@@ -226,7 +227,7 @@ DETAILS = ["network / form", "wengert", "fastest PyTorch", "time", "ratio", "95 
 def save(folder: pathlib.Path, results: list[Result], broken: list[str], forms: list[str], device: Device, least: float) -> None:
     stamp = device.stamp()
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"networks-{device.name}"
+    stem = folder / f"networks-{stem_of(device.name)}"
     record = {
         "environment": stamp | {"batch": BATCH},
         "cells": [
@@ -238,7 +239,7 @@ def save(folder: pathlib.Path, results: list[Result], broken: list[str], forms: 
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     parts = [
-        f"# Ordinary networks on {stamp['cpu']}",
+        f"# Ordinary networks on {stamp['cpu'] if device.name == 'cpu' else device.name}",
         f"Times of PyTorch's fastest form over wengert's, batches of {BATCH} samples, float32; a dash where PyTorch has no "
         "such derivative.",
         markdown_table(["network", *forms], matrix(results, forms)),
@@ -266,7 +267,10 @@ def chosen(parser: argparse.ArgumentParser, option: str, text: str | None, names
 def every_cell(
     names: list[str], forms: list[str], run: Callable[[str, str], Any], text: Callable[[Any], str]
 ) -> tuple[list[Any], list[str]]:
-    """What `run` returns for each network and form, but None, and what went wrong; as `text` on the way."""
+    """What `run` returns for each network and form, but None, and what went wrong; as `text` on the way.
+
+    An interrupt ends it with the cells there are.
+    """
     results, broken = [], []
     for name in names:
         for form in forms:
@@ -274,6 +278,9 @@ def every_cell(
                 if (result := run(name, form)) is not None:
                     results.append(result)
                     print(text(result), file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                print("interrupted: the cells so far", file=sys.stderr)
+                return results, broken
             except Exception as error:
                 broken.append(f"{name}/{form}: {type(error).__name__}: {error}")
                 print(f"BROKEN {broken[-1]}", file=sys.stderr, flush=True)
@@ -284,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="run_networks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", help="networks whose name contains this; several parts by commas")
     parser.add_argument("--forms", help="forms whose name contains this; several parts by commas")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on the rounds of one cell")
@@ -295,7 +303,11 @@ def main(argv: list[str] | None = None) -> int:
     names = chosen(parser, "--only", arguments.only, list(networks.NETWORKS))
     forms = chosen(parser, "--forms", arguments.forms, list(FORMS))
     torch.set_num_threads(arguments.threads)
-    device = open_device("cpu", seen_by_nsight=False)
+    try:
+        device = open_device(arguments.device)
+    except DeviceError as error:
+        print(f"run_networks.py: {error}", file=sys.stderr)
+        return 2
     run = lambda name, form: run_cell(name, form, arguments, device)
     results, broken = every_cell(names, forms, run, lambda r: f"{r.row}: {r.ratio:.2f}")
     print(text_table(["network", *forms], matrix(results, forms)))
