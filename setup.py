@@ -70,6 +70,18 @@ def compiler() -> str:
     return cxx
 
 
+def runtime_library(cxx: str) -> list[str]:
+    """Link flags for the C++ library that PyTorch loads, where the compiler brings only a static one.
+
+    A second copy inside the extension shares some of the symbols of the first and not others: printing a number crashes.
+    """
+    if sys.platform == "darwin":
+        return []
+    command = [*shlex.split(cxx), "-print-file-name=libstdc++.so"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ["-l:libstdc++.so.6"] if found == "libstdc++.so" else []
+
+
 def sanitizer() -> str:
     wanted = os.environ.get("WENGERT_SANITIZE", "")
     if wanted not in ("", *SANITIZED):
@@ -227,6 +239,7 @@ def ninja_file(cxx: str, build: Path, library: str, gpu: Cuda | None) -> str:
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
     if sanitize:
         link.append(f"-fsanitize={sanitize}")
+    link += runtime_library(cxx)
     if gpu:
         link.append(gpu.runtime)
     launcher = "env CCACHE_SLOPPINESS=pch_defines,time_macros ccache " if ccache else ""
@@ -339,6 +352,7 @@ def cmake_facts() -> str:
         "TORCH_INCLUDES": include_paths(),
         "TORCH_LIBRARY_DIRS": library_paths(),
         "TORCH_LIBRARIES": torch_libraries(gpu),
+        "CXX_RUNTIME": runtime_library(compiler()),
         "CUDA_PYTHON": [str(gpu is not None)],
         "CUDA_NVCC": [gpu.nvcc] if gpu else [],
         "CUDA_INCLUDES": gpu.includes if gpu else [],

@@ -139,8 +139,8 @@ def _penalty(n: Network) -> Prepared:
 
     def step(grad: Callable[..., Any]) -> Any:
         (slope,) = grad(n.forward(x).sum(), x, create_graph=True)
-        # a last bias does not move the slope of anything
-        return [torch.zeros((), device=x.device) if g is None else g for g in grad(slope.square().sum(), leaves, allow_unused=True)]
+        found = grad(slope.square().sum(), leaves, allow_unused=True)
+        return [x.new_zeros(()) if g is None else g for g in found]  # a last bias does not move the slope of anything
 
     return Prepared(lambda: step(wengert.grad), [Peer("autograd.grad", lambda: step(torch.autograd.grad))])
 

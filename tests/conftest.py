@@ -30,7 +30,7 @@ if DEVICE.type != "cpu":
     # What tests make without naming a device lies there too. The tests of the host's part would be the same ones once more.
     if torch.cuda.is_available():
         torch.set_default_device(DEVICE)
-    collect_ignore = ["benchmarks", "cuda", "cuda_build", "cuda_static", "fused", "packaging", "ptx"]
+    collect_ignore = ["benchmarks", "cuda", "cuda_build", "cuda_static", "fused", "packaging", "ptx", "tape/test_gpu_nodes.py"]
 
 
 def pytest_report_header():

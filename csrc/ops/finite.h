@@ -4,7 +4,7 @@
 
 namespace wengert::ops {
 
-// Undefined tensors are.
+// Undefined tensors are.  On a device it waits for them; large numbers whose squares overflow count as infinite there.
 bool are_finite(at::TensorList tensors);
 
 }  // namespace wengert::ops

@@ -296,8 +296,10 @@ class _SecondProduct(tuple):
 
 
 def _is_at_hand(tensors: Sequence[Tensor]) -> bool:
-    """Whether values can be looked at: not those of tracers and fake tensors, and without waiting for a device."""
-    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+    """Whether values can be looked at: not those of tracers and fake tensors, nor what a CUDA graph is being made of."""
+    if not all(type(tensor) is Tensor and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _with_our_gradient(name: str, strict: bool) -> Callable[..., Any]:

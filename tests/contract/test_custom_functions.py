@@ -254,7 +254,7 @@ def test_while_what_ends_a_program_is_handled_all_is_as_ever(error):
     """Final results are computed after an interrupt."""
 
     def by_rows(ctx, g):
-        return torch.from_numpy(g.detach().numpy() * 2.0)
+        return torch.from_numpy(g.detach().cpu().numpy() * 2.0).to(g)
 
     x = torch.rand(4, 3, dtype=torch.float64)
     cases = [
@@ -307,7 +307,7 @@ def test_what_only_batching_breaks_is_done_by_rows():
         return g * 3 if g.sum() > 0 else g
 
     def through_numpy(ctx, g):
-        return torch.from_numpy(g.numpy() * 3)
+        return torch.from_numpy(g.cpu().numpy() * 3).to(g)
 
     def raises(ctx, g):
         if torch._C._functorch.is_batchedtensor(g):

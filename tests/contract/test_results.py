@@ -1,6 +1,7 @@
 """What a result is, beside its numbers: memory of its own, contiguous, resizable."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ import wengert
 from support.compare import assert_same, leaves
 from torch import Tensor
 from torch.autograd import functional as torch_functional
+from wengert import _C as C
 
 D = torch.float64
 BUFFER = torch.arange(1.0, 4.0, dtype=D)
@@ -37,7 +39,7 @@ GIVES = {
     "a buffer": lambda g, x, y: (BUFFER, BUFFER),
     "views of one tensor": lambda g, x, y: (lambda z: (z[:3], z[3:]))(torch.cat([g, 2 * g])),
     "an expanded number": lambda g, x, y: (g.sum().expand(3), g.sum().expand(3)),
-    "memory of numpy": lambda g, x, y: (torch.from_numpy(g.detach().numpy().copy()), g),
+    "memory of numpy": lambda g, x, y: (torch.from_numpy(g.detach().cpu().numpy().copy()).to(g), g),
 }
 
 
@@ -329,6 +331,18 @@ def test_products_with_a_second_derivative_that_is_lazily_zero():
     assert x.is_neg()
     f = lambda x: x.abs().sum()
     assert_same(wengert.hvp(f, x, v), torch_functional.hvp(f, x, v))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_whether_numbers_are_finite(bad):
+    """One by one where they lie in a row, together where not."""
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for kind in (lambda t: t, lambda t: t[::2], torch.Tensor._neg_view):
+            given = [torch.ones(40, dtype=dtype), None, torch.ones(0, dtype=dtype), kind(torch.ones(40, dtype=dtype))]
+            assert C.are_finite(given)
+            broken = torch.ones(40, dtype=dtype)
+            broken[38] = bad
+            assert not C.are_finite([*given, kind(broken)])
 
 
 @pytest.mark.parametrize("vectorize", [False, True])

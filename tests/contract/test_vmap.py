@@ -208,8 +208,8 @@ class Sorting(torch.autograd.Function):
 
     @staticmethod
     def forward(x, axis):
-        order = torch.from_numpy(np.argsort(x.detach().numpy(), axis=axis))
-        return torch.from_numpy(np.sort(x.detach().numpy(), axis=axis)), order
+        order = torch.from_numpy(np.argsort(x.detach().cpu().numpy(), axis=axis)).to(x.device)
+        return torch.from_numpy(np.sort(x.detach().cpu().numpy(), axis=axis)).to(x), order
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -46,10 +46,10 @@ def test_cells(r, gpu, cell):
 
 @pytest.mark.parametrize("net", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_nets(r, gpu, net):
-    """cuDNN's have a first derivative only."""
+    """cuDNN's have a first derivative only, and no batching rule."""
     net, x = net(2, 3, dtype=torch.float64, device=gpu), r(4, 2, 2)
     fn = lambda x: net(x)[0]
-    check_against_torch(fn, x, modes=["jacobian", "graph", "gradient"])
+    check_against_torch(fn, x, modes=["jacobian", "gradient"])
 
 
 @pytest.mark.parametrize("masked", ["", "causal", "boolean", "added", "hidden row"])

@@ -173,17 +173,20 @@ def test_capture(gpu, form, outside):
         torch.testing.assert_close(result, expected(weighted, x.detach().clone(), form))
 
 
-def test_capture_of_a_hessian_with_numbers(gpu):
+@pytest.mark.parametrize("form", ["hessian", "hvp"])
+def test_capture_of_second_derivatives_with_numbers(gpu, form):
     def energy(x):
         return ((x * 1.3 + 0.2).exp() * x.roll(1)).sum() / 3.7
 
     x = torch.rand(12, device=gpu, dtype=torch.float64)
-    wengert.hessian(energy, x)
+    more = (torch.rand_like(x),) if form == "hvp" else ()
+    derive = lambda m: getattr(m, form)(energy, x, *more)
+    derive(wengert)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        h = wengert.hessian(energy, x)
+        found = derive(wengert)
     x.copy_(torch.rand_like(x))
     graph.replay()
     torch.cuda.synchronize()
-    torch.testing.assert_close(h, torch.autograd.functional.hessian(energy, x))
+    torch.testing.assert_close(found, derive(torch.autograd.functional))

@@ -295,6 +295,19 @@ def test_a_missing_or_old_compiler_is_one_sentence(checkout, cxx, sentence):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="the C++ library is the system's")
+@pytest.mark.parametrize(("answer", "flags"), [("libstdc++.so", ["-l:libstdc++.so.6"]), ("/usr/lib/libstdc++.so", [])])
+def test_a_compiler_with_a_static_library_links_pytorchs(build, tmp_path, answer, flags):
+    """Two C++ libraries in one process crash in the first message that holds a number."""
+    compiler = tmp_path / "a compiler"
+    compiler.write_text(f"#!/bin/sh\necho {answer}\n")
+    compiler.chmod(0o755)
+    cxx = f"'{compiler}' -pipe"
+    assert build["runtime_library"](cxx) == flags
+    (link,) = re.findall(r"^link = (.*)", build["ninja_file"](cxx, tmp_path, "_C.so", None), re.MULTILINE)
+    assert [word for word in link.split() if "stdc++" in word] == flags
+
+
 def test_metadata_of_a_source_distribution_needs_no_torch(checkout, tmp_path):
     path = without_torch(tmp_path, "raise ImportError('no torch')")
     done = run(sys.executable, "setup.py", "--version", cwd=checkout, PYTHONPATH=path)
