@@ -424,9 +424,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "passes_hooks", [](const Tensors& outputs, const Tensors& inputs) { return wengert::tape::passes_hooks(outputs, inputs); },
       py::arg("outputs"), py::arg("inputs"));
-  m.def("is_older", [](const at::Tensor& tensor, std::uint64_t begun) {
-    const auto& fn = tensor.grad_fn();
-    return fn && (fn->sequence_nr() < begun || fn->thread_id() != at::RecordFunction::currentThreadId());
+  m.def("is_older", [](const at::Tensor& tensor, const Tensors& leaves, std::uint64_t begun) {
+    return tensor.grad_fn() && wengert::tape::is_older(*tensor.grad_fn(), leaves, begun);
   });
   m.def(
       "drop_hooks",

@@ -36,10 +36,15 @@ bool passes_hooks(at::TensorList outputs, at::TensorList inputs) {
   return !common::visit_behind(outputs, inputs, has_none);
 }
 
+bool is_older(const torch::autograd::Node& fn, at::TensorList leaves, std::uint64_t begun) {
+  if (fn.thread_id() == at::RecordFunction::currentThreadId()) return fn.sequence_nr() < begun;
+  return !common::leads_to(fn, leaves);
+}
+
 void drop_hooks(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun) {
-  common::visit_behind(outputs, inputs, [begun](torch::autograd::Node& fn) {
-    const bool older = fn.sequence_nr() < begun || fn.thread_id() != at::RecordFunction::currentThreadId();
-    if (older || typeid(fn) == typeid(torch::autograd::AccumulateGrad)) return true;
+  common::visit_behind(outputs, inputs, [inputs, begun](torch::autograd::Node& fn) {
+    if (typeid(fn) == typeid(torch::autograd::AccumulateGrad)) return true;
+    if ((!has_tensor_hooks(fn) && !has_node_hooks(fn)) || is_older(fn, inputs, begun)) return true;
     fn.tensor_pre_hooks().clear();
     fn.retains_grad_hooks().clear();
     fn.pre_hooks().clear();

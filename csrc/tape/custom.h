@@ -16,8 +16,11 @@ bool has_node_hooks(const torch::autograd::Node& fn);
 bool passes_custom(at::TensorList outputs, at::TensorList inputs);
 bool passes_hooks(at::TensorList outputs, at::TensorList inputs);  // of tensors or nodes, those of the inputs included
 
-// Removes the hooks that passes_hooks finds, but for those on what another thread made, or is older than the sequence number
-// `begun`, and on leaves.
+// Whether a node was made before `leaves`, whose sequence number in this thread would have been `begun`.  Threads number apart, and
+// PyTorch's backward pass on a GPU has one of its own: of what another thread made, that which does not lead to the leaves.
+bool is_older(const torch::autograd::Node& fn, at::TensorList leaves, std::uint64_t begun);
+
+// Removes the hooks that passes_hooks finds, but for those on what is older than the inputs, and on leaves.
 void drop_hooks(at::TensorList outputs, at::TensorList inputs, std::uint64_t begun);
 
 // What takes Python to know.  The Python module sets it; without one there are no such nodes and no such errors.

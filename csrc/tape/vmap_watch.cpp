@@ -23,7 +23,7 @@ constexpr std::string_view kSameDerivative =
     "_unsafe_masked_index _unsafe_masked_index_put_accumulate addbmm addmm addmv addr alias_copy as_strided "
     "as_strided_copy baddbmm bernoulli bernoulli.p block_diag bmm chunk diagonal_copy dist dot empty.memory_format "
     "grid_sampler_2d grid_sampler_3d index_copy index_fill.int_Scalar index_fill.int_Tensor index_select linalg_matrix_exp "
-    "matmul mean mm mv narrow native_batch_norm native_dropout_backward nll_loss2d_forward nll_loss_forward "
+    "matmul max_pool2d mean mm mv narrow native_batch_norm native_dropout_backward nll_loss2d_forward nll_loss_forward "
     "norm.Scalar normal.Tensor_Tensor normal.Tensor_float prod rand randn split.Tensor split_with_sizes split_with_sizes_copy "
     "squeeze squeeze.dim squeeze.dims squeeze_.dim stack sum t trace transpose.int unbind.int unfold_copy vdot ";
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: B023 - the closures run inside their loop
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -664,3 +665,36 @@ def test_auxiliary_output_made_by_a_thread_of_the_function():
 
     for name in ("grad", "jacrev"):
         assert not getattr(func, name)(f, has_aux=True)(vec(3))[1].requires_grad
+
+
+def in_a_thread(function):
+    """What `function` returns, run by another thread, as PyTorch's backward pass on a GPU is: its nodes are numbered apart."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the argument", "of the caller"])
+def test_auxiliary_results_that_another_thread_computed(own):
+    """Without grad mode only what was there before keeps its history."""
+    w = in_a_thread(lambda: X[0].clone().requires_grad_() * 2)
+    f = lambda x: ((x**2).sum(), w if own else in_a_thread(lambda: x.sin() * 2))
+    with torch.no_grad():
+        found, aux = func.grad(f, has_aux=True)(X[0])
+    assert_same(found, 2 * X[0])
+    assert aux.requires_grad == own
+
+
+def test_hooks_on_what_another_thread_computed():
+    """They run where the function is differentiated, and leave with it."""
+    calls = []
+
+    def f(x):
+        y = in_a_thread(lambda: x.exp())  # its derivative goes through itself
+        y.register_hook(lambda g: calls.append(len(g)))
+        return y.sum()
+
+    x = X[0].clone().requires_grad_()
+    g = func.grad(f)(x)
+    assert len(calls) == 1
+    assert_same(torch.autograd.grad(g.sum(), x)[0], x.detach().exp())
+    assert len(calls) == 1

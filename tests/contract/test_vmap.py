@@ -161,6 +161,7 @@ def test_what_does_not_run_under_vmap_alone(name, form):
     both(lambda m: m.vmap(getattr(m, form)(f))(TIES))
 
 
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this PyTorch has no chunked loss")
 def test_a_chunked_loss_keeps_its_history():
     """An operator in Python that asks its arguments whether they require grad; torch refuses it in this order."""
     w, t = torch.rand(3, 4, dtype=torch.float64), torch.tensor([0, 2])
@@ -271,6 +272,9 @@ KEPT = {
     "index_copy, copied": lambda x: torch.ones_like(x).index_copy(0, REPEATED, x[:3].sin()),
     "index_copy, kept": lambda x: x.sin().index_copy(0, REPEATED, torch.ones(3, dtype=x.dtype)),
     "index_copy, rows": lambda x: x.reshape(2, 2).index_copy(1, REPEATED[:2] // 2, x.reshape(2, 2) ** 2),
+    "max_pool2d": lambda x: F.max_pool2d(x.reshape(1, 1, 2, 2), 2, stride=1, padding=1),
+    "max_pool2d, of no batch": lambda x: F.max_pool2d(x.reshape(1, 4, 1).sin(), (3, 1), stride=1, ceil_mode=True),
+    "max_pool2d, dilated": lambda x: F.max_pool2d(x.tile(4).reshape(2, 1, 2, 4), 2, dilation=(1, 2)),
 }
 
 

@@ -173,7 +173,7 @@ class Leaves:
                 continue
             if id(t) in given and not forward:
                 flat[k] = given[id(t)]
-            elif id(t) in given or not (t.is_leaf or (not self.grad_mode and C.is_older(t, self.begun))):
+            elif id(t) in given or not (t.is_leaf or (not self.grad_mode and C.is_older(t, self.tensors, self.begun))):
                 asked.append(k)
         reached = self.reach_caller([flat[k] for k in asked]) if self.grad_mode and asked else [False] * len(asked)
         for k, reaches in zip(asked, reached):
