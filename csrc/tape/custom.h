@@ -16,8 +16,8 @@ bool has_node_hooks(const torch::autograd::Node& fn);
 bool passes_custom(at::TensorList outputs, at::TensorList inputs);
 bool passes_hooks(at::TensorList outputs, at::TensorList inputs);  // of tensors or nodes, those of the inputs included
 
-// Whether a node was made before `leaves`, whose sequence number in this thread would have been `begun`.  Threads number apart, and
-// PyTorch's backward pass on a GPU has one of its own: of what another thread made, that which does not lead to the leaves.
+// Whether a node was made before `leaves`, whose sequence number in this thread would have been `begun`.  Threads number apart,
+// and PyTorch's backward pass on a GPU has one of its own: of what another thread made, that which does not lead to the leaves.
 bool is_older(const torch::autograd::Node& fn, at::TensorList leaves, std::uint64_t begun);
 
 // Removes the hooks that passes_hooks finds, but for those on what is older than the inputs, and on leaves.
