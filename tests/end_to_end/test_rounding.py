@@ -97,3 +97,19 @@ def test_errors_of_float32_stay_near_those_of_pytorch(name):
             if not own <= 4 * max(bounds) + floor:
                 lines.append(f"{form}: {measure} error {own:.1e}, torch's {max(bounds):.1e}")
     assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["hvp", "vhp"])
+def test_second_derivatives_of_softmax_in_half_precision(form, dtype):
+    """PyTorch's own, also where the gradient is ours: terms that cancel would be ten times as wrong."""
+    f = lambda x: ((x @ x.T).softmax(-1) @ x).square().sum()
+    worst = {"mine": 0.0, "theirs": 0.0}
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x, v = (torch.randn(4, 6, generator=generator, device="cpu").to(DEVICE, dtype) for _ in range(2))
+        exact = torch.autograd.functional.hvp(f, x.double(), v.double())[1]
+        for name, module in (("mine", wengert), ("theirs", torch.autograd.functional)):
+            found = getattr(module, form)(f, x, v)[1].double()
+            worst[name] = max(worst[name], float((found - exact).abs().max() / exact.abs().max()))
+    assert worst["mine"] <= 1.5 * worst["theirs"], worst

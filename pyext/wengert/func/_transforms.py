@@ -29,7 +29,7 @@ from torch._functorch.eager_transforms import (
     error_if_complex,
 )
 from torch._functorch.vmap import _unwrap_batched, lazy_load_decompositions
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from .. import _engine
 from .._compile import traced_as
@@ -185,6 +185,7 @@ class Transform(Wrapped):
             options = {"kwargs": kwargs, "randomness": randomness, "verdict": verdict}
             inner = functools.partial(self.func.run_batch, spec=spec, dims=dims, **options)
             out, leaves.refused = self.run(leaves, inner, (leaves.flat,), {})
+            self.check(tree_map(_first_sample, out))
             result = self.derive_batch(out, leaves, inner_dims)
             leaves.drop_hooks()
             return result, leaves.refused
@@ -193,12 +194,14 @@ class Transform(Wrapped):
         seen = verdict.structures(shapes)
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
+        given = [*leaves.flat, *tree_leaves(kwargs)] if kwargs else leaves.flat
+        versions = [] if watched else _versions(given)
         try:
             while True:
                 verdict.refuse()
                 C.take_structures()
                 if watched:
-                    out = verdict.watch(functools.partial(self.run, leaves, self._map, arguments, {}), leaves.flat)
+                    out = verdict.watch(functools.partial(self.run, leaves, self._map, arguments, {}), given)
                 else:
                     out = self.run(leaves, self._map, arguments, {})
                 result = self.derive_batch(out, leaves, inner_dims)
@@ -208,6 +211,8 @@ class Transform(Wrapped):
                     verdict.remember(shapes, structure)
                 if watched or structure in seen:
                     return result, leaves.refused
+                if versions != _versions(given):
+                    return result, leaves.refused  # a run more would write to the arguments once more
                 watched, leaves.refused = True, None
                 if random is not None:
                     random.restore()
@@ -235,6 +240,16 @@ class Transform(Wrapped):
         finally:
             while get_dynamic_layer_stack_depth() > depth:  # not so where an interrupt comes first
                 _vmap_decrement_nesting()
+
+
+def _versions(tree: Sequence[Any]) -> list[int]:
+    """How often the tensors among these were written to."""
+    return [x._version for x in tree if isinstance(x, Tensor) and not x.is_inference()]
+
+
+def _first_sample(x: Any) -> Any:
+    """Of a tensor with a batch axis in front, for what has to be known of one sample."""
+    return x.detach()[0] if isinstance(x, Tensor) else x
 
 
 def _torch_func_alone(error: RuntimeError, grad_mode: bool) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.func as _torch
 from torch import Tensor
 from torch._functorch.vmap import _get_chunked_inputs
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .. import _engine
 from .._compile import traced_as
@@ -140,10 +140,11 @@ class BatchedTransform(Wrapped):
             except RuntimeError as error:
                 if not harmless or C.ends_a_program(error, handled):
                     raise
-                verdict.one_by_one = True
         run = functools.partial(self._run_one_by_one, size, dims, flat, spec, kwargs)
         try:
-            return ArgumentsWatch(flat).run(functools.partial(C.without_draws, run))
+            result = ArgumentsWatch([*flat, *tree_leaves(kwargs)]).run(functools.partial(C.without_draws, run))
+            verdict.one_by_one = True  # only now: the call may have been wrong for both
+            return result
         except RuntimeError as error:
             if not (isinstance(error, Refused) or _is_draw(error)) or C.ends_a_program(error, handled):
                 raise

@@ -91,19 +91,24 @@ class ArgumentsWatch(TorchFunctionMode):
             self.refuse("detach_() in the function")
         if kwargs and kwargs.get("generator") is not None:
             self.refuse("a random generator of the function's own")
-        name = getattr(func, "__name__", "").partition(".")[0]  # of torch.ops.aten.add_.Scalar, say
-        if name[-1:] == "_" and (name in _WRITES or (name[-2:-1] != "_" and name != "requires_grad_")):
-            written = args[:1]
-        elif kwargs and kwargs.get("out") is not None:
-            written = kwargs["out"]
-        elif kwargs and kwargs.get("inplace"):
-            written = args[:1]
-        else:
+        written = _written(func, args, kwargs or {})
+        if not written:
             return
         if self._storages is None:
             self._storages = {_storage(x) for x in self._arguments if isinstance(x, Tensor)}
         if any(_storage(x) in self._storages for x in tree_leaves(written) if isinstance(x, Tensor)):
             self.refuse("a function that writes to its arguments")
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a call writes to, by the name of what is called; an empty list where that is nothing."""
+    name = getattr(func, "__name__", "").partition(".")[0]  # of torch.ops.aten.add_.Scalar, say
+    in_place = name[-1:] == "_" and (name in _WRITES or (name[-2:-1] != "_" and name != "requires_grad_"))
+    if in_place or kwargs.get("inplace"):
+        return args[:1] or [kwargs.get(first) for first in ("input", "self", "tensor")]
+    if kwargs.get("out") is not None:
+        return [kwargs["out"]]
+    return _updated_statistics(func, name, args, kwargs) if "norm" in name else []
 
 
 def _storage(x: Tensor) -> int:
@@ -121,17 +126,33 @@ class ForwardWatch(ArgumentsWatch):
             self.refuse("forward mode through torch.no_grad or a hook")
         if getattr(func, "__self__", None) is _data:
             self.refuse("forward mode through x.data")
-        if (func is batch_norm or func is instance_norm) and _updates_statistics(func, args, kwargs or {}):
+        if _updated_statistics(func, getattr(func, "__name__", "").partition(".")[0], args, kwargs or {}):
             self.refuse("running statistics that are updated")
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _updates_statistics(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Of a call of batch_norm or instance_norm: whether it writes to the running statistics that it is given."""
-    given = signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    options = given.arguments
-    return bool(options.get("training", options.get("use_input_stats"))) and options["running_mean"] is not None
+# Operators that update running statistics, their fourth and fifth arguments: where the sixth says so, and always.
+_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training")
+_NORMS_IN_TRAINING = {
+    "batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_impl_index",
+    "_native_batch_norm_legit",
+}  # fmt: skip
+_NORMS_ALWAYS = {"_batch_norm_with_update", "batch_norm_gather_stats", "batch_norm_gather_stats_with_counts"}
+
+
+def _updated_statistics(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """The running statistics that a call of batch or instance norm updates, if it is one and does."""
+    if func is batch_norm or func is instance_norm:
+        bound = signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+    elif name in _NORMS_IN_TRAINING or name in _NORMS_ALWAYS:
+        given = {**dict(zip(_NORM, args)), **kwargs}
+    else:
+        return []
+    if not (given.get("training") or given.get("use_input_stats") or name in _NORMS_ALWAYS):
+        return []
+    return [x for x in (given.get("running_mean"), given.get("running_var")) if x is not None]
 
 
 class Watch(ArgumentsWatch):
