@@ -25,6 +25,7 @@
 #include "bind/plan_faults.h"
 #include "bind/random_state.h"
 #include "common/node_ptr.h"
+#include "ops/composed.h"
 #include "ops/finite.h"
 #include "tape/ambient.h"
 #include "tape/custom.h"
@@ -433,6 +434,13 @@ PYBIND11_MODULE(_C, m) {
         wengert::tape::drop_hooks(outputs, inputs, begun);
       },
       py::arg("outputs"), py::arg("inputs"), py::arg("begun"));
+  m.def(
+      "composed",
+      [](const py::object& function) {
+        const wengert::ops::Composing composing;
+        return py::object(function());
+      },
+      py::arg("function"), "What the function returns; what PyTorch's vmap has no rule for is made of what it has rules for.");
   m.def("without_draws", &wengert::bind::without_draws, py::arg("function"),
         "What the function returns; an operator that would draw random numbers raises an error instead.");
   m.def("ends_a_program", &ends_a_program, py::arg("error"), py::arg("handled"),

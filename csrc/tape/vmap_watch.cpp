@@ -19,12 +19,15 @@ using c10::DispatchKey;
 // Rewritten by vmap into operators of the same derivative: products of matrices and vectors as others, whole reductions as
 // reductions along an axis, copies at indices as scatters, views and copies as others, random numbers (which have none).
 constexpr std::string_view kSameDerivative =
-    " _batch_norm_with_update _fused_rms_norm _native_batch_norm_legit _unsafe_index.Tensor _unsafe_index_put "
+    " _batch_norm_with_update _fused_rms_norm _native_batch_norm_legit _scaled_dot_product_flash_attention_for_cpu "
+    "_unsafe_index.Tensor _unsafe_index_put "
     "_unsafe_masked_index _unsafe_masked_index_put_accumulate addbmm addmm addmv addr alias_copy as_strided "
     "as_strided_copy baddbmm bernoulli bernoulli.p block_diag bmm chunk diagonal_copy dist dot empty.memory_format "
     "grid_sampler_2d grid_sampler_3d index_copy index_fill.int_Scalar index_fill.int_Tensor index_select linalg_matrix_exp "
+    "linear "
     "matmul max_pool2d mean mm mv narrow native_batch_norm native_dropout_backward nll_loss2d_forward nll_loss_forward "
-    "norm.Scalar normal.Tensor_Tensor normal.Tensor_float prod rand randn split.Tensor split_with_sizes split_with_sizes_copy "
+    "norm.Scalar normal.Tensor_Tensor normal.Tensor_float prod rand randn split.Tensor "
+    "split_with_sizes split_with_sizes_copy "
     "squeeze squeeze.dim squeeze.dims squeeze_.dim stack sum t trace transpose.int unbind.int unfold_copy vdot ";
 
 // Where a call stands between the function and the tensors of the whole batch.

@@ -392,12 +392,10 @@ def test_writing_by_an_overload_is_seen():
 
 def test_functions_that_catch_the_errors_of_operators():
     """Which the operator raises under vmap alone."""
-    torch.manual_seed(0)
-    lstm = torch.nn.LSTM(3, 3).double()
 
     def f(x):
         try:
-            return lstm(x.view(1, 1, 3))[0].sum()
+            return torch.zeros(3, dtype=x.dtype).add_(x).sum()
         except RuntimeError:
             return (x**3).sum()
 

@@ -229,7 +229,7 @@ class Transform(Wrapped):
         try:
             level = _vmap_increment_nesting(size, randomness)
             args = [x if dim is None else _add_batch_dim(x, 0, level) for x, dim in zip(flat, dims)]
-            out = self.check(self.func(*unflatten(args, spec), **kwargs))
+            out = self.check(C.composed(functools.partial(self.func, *unflatten(args, spec), **kwargs)))
             if type(out) is Tensor:
                 return _remove_batch_dim(out, level, size, 0)
             return _unwrap_batched(out, 0, level, size, self.func)
