@@ -252,8 +252,13 @@ Answer run(tape::Tape& tape, const Request& request, at::TensorList inputs, at::
   }
 }
 
-// Saved tensors have to keep their history exactly when the results are to be differentiable.
+// Saved tensors have to keep their history exactly when the results are to be differentiable.  Where terms of second derivatives
+// cancel, half precision leaves what was rounded on the way: PyTorch's order of things loses less there.
 tape::Tape capture(at::TensorList outputs, at::TensorList inputs, bool create_graph, bool one_row) {
+  const auto is_half = [](const at::Tensor& tensor) { return at::isReducedFloatingType(tensor.scalar_type()); };
+  if (create_graph && (std::ranges::any_of(outputs, is_half) || std::ranges::any_of(inputs, is_half))) {
+    throw tape::Unsupported("second derivatives in half precision");
+  }
   torch::autograd::AutoGradMode mode(create_graph);
   tape::Tape tape = tape::capture(outputs, inputs, one_row);
   if (!ops::can_evaluate(tape.device.type())) throw tape::Unsupported("a device that this build has no kernels for");

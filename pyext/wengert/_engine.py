@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_function_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.functional import _as_tuple, _construct_standard_basis_for, _grad_preprocess
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
@@ -47,9 +48,19 @@ def refusal() -> str | None:
 
 
 def is_plain(t: object) -> bool:
-    """A real, dense tensor on a device the engine knows, of no subclass but Parameter."""
+    """A real, dense tensor on a device the engine knows, of no subclass but Parameter, of no transform, not of inference mode."""
     kind = type(t)
-    return (kind is Tensor or kind is Parameter) and (t.is_cpu or t.is_cuda) and t.layout is _strided  # type: ignore[attr-defined]
+    if not ((kind is Tensor or kind is Parameter) and (t.is_cpu or t.is_cuda) and t.layout is _strided):  # type: ignore[attr-defined]
+        return False
+    return not (is_functorch_wrapped_tensor(t) or t.is_inference())  # type: ignore[attr-defined]
+
+
+HALF = "second derivatives in half precision"
+
+
+def is_half(t: Any) -> bool:
+    """A tensor of numbers of 16 bits."""
+    return isinstance(t, Tensor) and t.dtype.itemsize < 4 and t.is_floating_point()
 
 
 def as_tuple(given: Any, what: str, caller: str) -> tuple[bool, tuple[Tensor, ...]]:

@@ -346,6 +346,8 @@ def _with_our_gradient(name: str, strict: bool) -> Callable[..., Any]:
         reason = _refusal() or (_strict_refusal(connected, inputs, create_graph) if strict else None)
         if reason is None and not all(x.requires_grad for x in inputs):
             reason = _engine.DETACHED
+        if reason is None and name != "vjp" and any(map(_engine.is_half, (*connected, *inputs))):
+            reason = _engine.HALF
         plain = transposes and grad_outputs is None and reason is None and _is_at_hand((*connected, *inputs))
         plain = plain and not C.passes_custom(connected, inputs)
         found = _engine.vjp(name, connected, inputs, explicit, retain, create_graph, is_grads_batched, reason=reason)

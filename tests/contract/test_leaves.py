@@ -696,3 +696,30 @@ def test_hooks_on_what_another_thread_computed():
     assert len(calls) == 1
     assert_same(torch.autograd.grad(g.sum(), x)[0], x.detach().exp())
     assert len(calls) == 1
+
+
+def test_tensors_of_a_transform_that_another_thread_is_in():
+    """There is no level there that they belong to: an error, as PyTorch's."""
+    found = []
+
+    def f(x):
+        def derive():
+            for m in (func, torch.func):
+                with pytest.raises(RuntimeError):
+                    m.grad(lambda z: (z**3).sum())(x)
+                found.append(m)
+
+        in_a_thread(derive)
+        return (x**2).sum()
+
+    assert_same(torch.func.grad(f)(X[0]), 2 * X[0])
+    assert found == [func, torch.func]
+
+
+@pytest.mark.parametrize("form", ["grad", "jacrev", "jacfwd", "hessian"])
+def test_tensors_of_inference_mode(form):
+    with torch.inference_mode():
+        x = torch.rand(1, 3, dtype=torch.float64)
+    f = lambda x: (x**3).sum()
+    for call in (lambda m: getattr(m, form)(f)(x), lambda m: m.vmap(getattr(m, form)(f))(x)):
+        assert_same(call(func), call(torch.func))

@@ -156,6 +156,8 @@ class Leaves:
 
     def decide(self, outputs: Sequence[Tensor]) -> None:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
+        if self.inner and any(map(_engine.is_half, (*outputs, *self.tensors))):
+            raise Refused(_engine.HALF)
         self.create_graph = self.grad_mode and (self.attached or any(self.reach_caller(outputs)))
 
     def release(self, tree: Any, forward: bool = False) -> Any:

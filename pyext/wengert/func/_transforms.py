@@ -110,6 +110,8 @@ class Transform(Wrapped):
         for x in flat:
             if isinstance(x, Tensor) and (not _is_plain(x) or x.is_complex()):
                 return "arguments that are not plain real tensors"
+        if isinstance(self.func, Transform) and any(map(_engine.is_half, flat)):
+            return _engine.HALF
         return None
 
     def run(self, leaves: Leaves, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
