@@ -5,8 +5,10 @@
 #include "ops/composed.h"
 
 #include <ATen/Functions.h>
+#include <ATen/functorch/DynamicLayer.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -167,15 +169,36 @@ std::tuple<Tensor, Tensor> net(c10::DispatchKeySet keys, const Tensor& input, co
 
 // ---- attention, bags of embeddings ----
 
+// Scores of all pairs of positions are in memory, which PyTorch's kernel spares.
+bool fits_in_memory(const Tensor& query, const Tensor& key) {
+  constexpr std::int64_t kMostScores = 1 << 25;
+  std::int64_t scores = key.dim() < 2 ? 0 : key.size(-2);
+  for (std::int64_t axis = 0; axis + 1 < query.dim(); ++axis) scores *= query.size(axis);
+  for (const at::functorch::DynamicLayer& layer : at::functorch::getDynamicLayerStack()) {
+    if (layer.key() == at::functorch::TransformType::Vmap) scores *= layer.batchSize().guard_int(__FILE__, __LINE__);
+  }
+  return scores <= kMostScores;
+}
+
 // The kernels of other devices have rules.  Nobody reads the second result, what the backward pass of the kernel itself needs.
 std::tuple<Tensor, Tensor> attention(c10::DispatchKeySet keys, const Tensor& query, const Tensor& key, const Tensor& value,
                                      double dropout, bool causal, const OptionalTensor& mask, std::optional<double> scale) {
-  if (!composing || dropout != 0) {
+  if (!composing || dropout != 0 || !fits_in_memory(query, key)) {
     return at::_ops::_scaled_dot_product_flash_attention_for_cpu::redispatch(below(keys), query, key, value, dropout, causal,
                                                                              mask, scale);
   }
   const bool grouped = query.dim() > 2 && query.size(-3) != key.size(-3);
   return {std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, 0, causal, {}, scale, grouped)), Tensor()};
+}
+
+// Whether bags begin where they may, and none ends before all places are in one; what else there is PyTorch knows an error for.
+bool are_sound(const Tensor& offsets, std::int64_t places, bool include_last) {
+  constexpr c10::DispatchKeySet kWrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                          c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
+  if (offsets.key_set().has_any(kWrapped) || !offsets.is_cpu() || offsets.numel() == 0) return false;
+  const Tensor values = offsets.to(at::kLong).contiguous();
+  const std::int64_t *begin = values.const_data_ptr<std::int64_t>(), *end = begin + values.numel();
+  return *begin == 0 && std::is_sorted(begin, end) && (include_last ? end[-1] == places : end[-1] <= places);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_bag(c10::DispatchKeySet keys, const Tensor& weight, const Tensor& indices,
@@ -185,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_bag(c10::DispatchKeySet key
   constexpr std::int64_t kSum = 0, kMean = 1;
   constexpr std::int64_t kMostPairs = 1 << 20;  // of a place and a bag, which are compared
   const bool composed = composing && (mode == kSum || mode == kMean) && !by_frequency && !sparse && weight.dim() == 2 &&
-                        indices.dim() == 1 && offsets.dim() == 1 && !(include_last && offsets.size(0) == 0) &&
-                        indices.size(0) * offsets.size(0) <= kMostPairs;
+                        indices.dim() == 1 && offsets.dim() == 1 && indices.size(0) * offsets.size(0) <= kMostPairs &&
+                        are_sound(offsets, indices.size(0), include_last);
   if (!composed) {
     return at::_ops::embedding_bag_padding_idx::redispatch(below(keys), weight, indices, offsets, by_frequency, mode, sparse,
                                                            weights, include_last, padding);
