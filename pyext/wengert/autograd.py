@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import _make_grads, _tensor_or_tensors_to_tuple
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from . import _engine
 from ._compile import eager
@@ -58,6 +58,8 @@ def grad(
     reason = _refusal()
     if reason is None and create_graph and not is_grads_batched:
         reason = C.refusal_of_history(outputs, inputs)  # first, as a refusal by the engine would be felt
+        if reason is not None and only_inputs and not materialize_grads:
+            return _torch_grad_of_tensors(outputs, inputs, grad_outputs, retain_graph, allow_unused, reason)
     if reason is None:
         if type(outputs) is Tensor:
             outs = (outputs,)
@@ -99,6 +101,21 @@ def grad(
     elif not allow_unused:
         _engine.check_used(result)
     return dict(zip(inputs, result)) if type(inputs) is dict else tuple(result)
+
+
+def _torch_grad_of_tensors(
+    outputs: Any, inputs: Any, grad_outputs: Any, retain_graph: bool | None, allow_unused: bool | None, reason: str
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad with create_graph, which does not have to ask again whether these are plain tensors."""
+    outs = (outputs,) if type(outputs) is Tensor else tuple(outputs)
+    ins = (inputs,) if type(inputs) is Tensor else tuple(inputs)
+    cotangents, unusual = _cotangents(outs, grad_outputs, False)
+    _engine.count_fallback("grad", reason)
+    if unusual is not None:
+        return _engine.torch_grad(outs, ins, grad_outputs, retain_graph, True, allow_unused=allow_unused)
+    given = cotangents or tuple([torch.ones_like(y, memory_format=torch.preserve_format) for y in outs])
+    retain = True if retain_graph is None else retain_graph
+    return _engine_run_backward(outs, given, retain, True, ins, bool(allow_unused), accumulate_grad=False)
 
 
 def _cotangents(

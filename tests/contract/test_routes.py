@@ -1,6 +1,7 @@
 """Which derivatives with a history are left to PyTorch, whose own way there is shorter; in a process that compares the ways."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,8 @@ pytestmark = [
 ]
 
 PREFACE = """
-import torch, wengert
+import pytest, torch, wengert
+from support.compare import assert_same_call
 from torch.nn import functional as F
 
 SHORTER = "PyTorch's way to a result with a history is shorter"
@@ -47,6 +49,41 @@ CASES = {
             assert counts() == (0, {SHORTER: 1})
             again = wengert.grad(sum(g.square().sum() for g in gradient), weights, allow_unused=True)
             assert counts() == (1, {})
+    """,
+    "every option where it is known": """
+        y = net(x)
+        number, unused = y.square().sum(), torch.ones(2, dtype=torch.float64, requires_grad=True)
+        wengert.grad(y, weights, y.detach(), create_graph=True), wengert.grad(number, weights, create_graph=True)
+        for outputs, inputs, options in [
+            (y, weights, {}),  # not a number
+            (number, weights, {}),
+            (number, tuple(weights), {"retain_graph": True}),
+            (number, weights[0], {}),
+            ([number, y], weights, {"grad_outputs": [None, y.detach()]}),
+            (y, weights, {"grad_outputs": y.detach()}),
+            (y, weights, {"grad_outputs": (y.detach().float(),)}),
+            (y, weights, {"grad_outputs": [y.detach()[:2]]}),
+            (number, weights, {"grad_outputs": torch.tensor(2.0, dtype=torch.float64, requires_grad=True)}),
+            (number, [*weights, unused], {}),
+            (number, [*weights, unused], {"allow_unused": True}),
+            (number, [*weights, unused], {"allow_unused": False}),
+            (number, [*weights, unused], {"materialize_grads": True}),
+            (number, {"a": weights[0]}, {}),
+            (number, [], {}),
+            (number, [weights[0].detach()], {}),
+            (number.detach(), weights, {}),
+        ]:
+            assert_same_call(
+                lambda: wengert.grad(outputs, inputs, create_graph=True, **options),
+                lambda: torch.autograd.grad(outputs, inputs, create_graph=True, **options),
+                str(options),
+            )
+        with pytest.warns(FutureWarning):
+            wengert.grad(number, weights, create_graph=True, only_inputs=False)
+        wengert.grad(number, weights, create_graph=True, retain_graph=False)
+        with pytest.raises(RuntimeError, match="second time"):
+            wengert.grad(number, weights, create_graph=True)
+        assert counts()[1][SHORTER] > 8
     """,
     "an energy's gradient is the engine's": """
         p = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
@@ -149,6 +186,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_shorter_way(name):
     script = PREFACE + textwrap.dedent(CASES[name])
-    environment = {**os.environ, "WENGERT_COMPARE_WAYS": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "WENGERT_COMPARE_WAYS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
