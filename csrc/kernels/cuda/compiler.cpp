@@ -5,6 +5,7 @@
 #include <string_view>
 #include <utility>
 
+#include "common/fork_safe_mutex.h"
 #include "common/lru.h"
 #include "common/sha256.h"
 #include "fused/cuda_source.h"
@@ -28,7 +29,7 @@ struct Outcome {
 struct State {
   static constexpr std::size_t kMostBytes = std::size_t{64} << 20;
 
-  std::mutex mutex;
+  common::ForkSafeMutex mutex;
   std::string path;
   std::shared_ptr<const Nvrtc> nvrtc;
   std::string missing;  // why there is none
@@ -46,6 +47,7 @@ State& state() {
   static State* instance = new State;  // never destroyed: threads may outlive static destructors
   return *instance;
 }
+[[maybe_unused]] const State& made_at_load = state();  // see common::ForkSafeMutex
 
 void check(const Nvrtc& nvrtc, int status, const char* what) {
   if (status != 0) throw CompileError(std::string("wengert: ") + what + ": " + nvrtc.error_string(status));

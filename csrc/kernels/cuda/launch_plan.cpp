@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/fork_safe_mutex.h"
 #include "common/lru.h"
 #include "fused/kernel_abi.h"
 #include "kernels/cuda/pass_geometry.h"
@@ -48,7 +49,7 @@ std::string key_of(const fused::Program& program, const KernelShape& shape) {
 struct Kernels {
   static constexpr std::size_t kMostBytes = std::size_t{64} << 20;
 
-  std::mutex mutex;
+  common::ForkSafeMutex mutex;
   std::uint64_t ids = 0;
   common::Lru<std::string, std::shared_ptr<const Kernel>> known{kMostBytes};
 };
@@ -57,6 +58,7 @@ Kernels& kernels() {
   static auto* instance = new Kernels;  // never destroyed: threads may outlive static destructors
   return *instance;
 }
+[[maybe_unused]] const Kernels& made_at_load = kernels();  // see common::ForkSafeMutex
 
 std::shared_ptr<const Kernel> kernel_for(const fused::Program& program, const KernelShape& shape) {
   Kernels& k = kernels();
