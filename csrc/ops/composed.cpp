@@ -34,6 +34,16 @@ struct Parameters {
   OptionalTensor input_bias, state_bias;
   Tensor projection;  // of an LSTM's output, if it has one
 
+  // What PyTorch has errors for would be broadcast here.
+  bool fit(const Tensor& x, const Tensor& h, const Tensor& cell, std::int64_t gates) const {
+    const std::int64_t rows = gates * cell.size(-1);
+    const auto is = [](const Tensor& matrix, std::int64_t rows, std::int64_t columns) {
+      return matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns;
+    };
+    const auto is_bias = [rows](const OptionalTensor& bias) { return !bias || (bias->dim() == 1 && bias->size(0) == rows); };
+    return is(of_input, rows, x.size(-1)) && is(of_state, rows, h.size(-1)) && is_bias(input_bias) && is_bias(state_bias);
+  }
+
   Tensor input(const Tensor& x) const { return at::linear(x, of_input, input_bias); }
   Tensor state(const Tensor& h) const { return at::linear(h, of_state, state_bias); }
 };
@@ -41,6 +51,7 @@ struct Parameters {
 // Each takes the gates that come of the input and gives the next state; the output is its first tensor.
 struct Lstm {
   static constexpr std::size_t kStates = 2;
+  static constexpr std::int64_t kGates = 4;
   static Tensors next(const Tensor& gates_of_input, const Tensors& state, const Parameters& p) {
     const Tensors gates = (p.state(state[0]) + gates_of_input).unsafe_chunk(4, -1);
     const Tensor cell = gates[1].sigmoid() * state[1] + gates[0].sigmoid() * gates[2].tanh();
@@ -51,6 +62,7 @@ struct Lstm {
 
 struct Gru {
   static constexpr std::size_t kStates = 1;
+  static constexpr std::int64_t kGates = 3;
   static Tensors next(const Tensor& gates_of_input, const Tensors& state, const Parameters& p) {
     const Tensors of_input = gates_of_input.unsafe_chunk(3, -1), of_state = p.state(state[0]).unsafe_chunk(3, -1);
     const Tensor reset = (of_state[0] + of_input[0]).sigmoid(), update = (of_state[1] + of_input[1]).sigmoid();
@@ -62,6 +74,7 @@ struct Gru {
 template <Tensor (*activation)(const Tensor&)>
 struct Simple {
   static constexpr std::size_t kStates = 1;
+  static constexpr std::int64_t kGates = 1;
   static Tensors next(const Tensor& gates_of_input, const Tensors& state, const Parameters& p) {
     return {activation(p.state(state[0]) + gates_of_input)};
   }
@@ -69,20 +82,27 @@ struct Simple {
 using Tanh = Simple<&at::tanh>;
 using Relu = Simple<&at::relu>;
 
+bool same_batch(const Tensor& input, const Tensor& state) {
+  return input.dim() == 2 && state.dim() == 2 && input.size(0) == state.size(0);
+}
+
 template <class Cell, class Op>
 Tensor cell(c10::DispatchKeySet keys, const Tensor& input, const Tensor& h, const Tensor& of_input, const Tensor& of_state,
             const OptionalTensor& input_bias, const OptionalTensor& state_bias) {
-  if (!composing) return Op::redispatch(below(keys), input, h, of_input, of_state, input_bias, state_bias);
   const Parameters p{of_input, of_state, input_bias, state_bias, {}};
+  if (!composing || !same_batch(input, h) || !p.fit(input, h, h, Cell::kGates)) {
+    return Op::redispatch(below(keys), input, h, of_input, of_state, input_bias, state_bias);
+  }
   return Cell::next(p.input(input), {h}, p)[0];
 }
 
 std::tuple<Tensor, Tensor> lstm_cell(c10::DispatchKeySet keys, const Tensor& input, at::TensorList state, const Tensor& of_input,
                                      const Tensor& of_state, const OptionalTensor& input_bias, const OptionalTensor& state_bias) {
-  if (!composing || state.size() != 2) {
+  const Parameters p{of_input, of_state, input_bias, state_bias, {}};
+  if (!composing || state.size() != 2 || !same_batch(input, state[0]) || !same_batch(input, state[1]) ||
+      !p.fit(input, state[0], state[1], Lstm::kGates)) {
     return at::_ops::lstm_cell::redispatch(below(keys), input, state, of_input, of_state, input_bias, state_bias);
   }
-  const Parameters p{of_input, of_state, input_bias, state_bias, {}};
   Tensors next = Lstm::next(p.input(input), state.vec(), p);
   return {std::move(next[0]), std::move(next[1])};
 }
@@ -98,11 +118,17 @@ struct Net {
 
   std::int64_t directions() const { return bidirectional ? 2 : 1; }
   std::size_t stride() const { return parameters.size() / static_cast<std::size_t>(layers * directions()); }
-  bool can_be_composed(at::TensorList state, std::size_t states) const {
+  template <class Cell>
+  bool can_be_composed(const Tensor& input, at::TensorList state) const {
     const std::size_t least = has_biases ? 4 : 2;
-    const bool fits = layers > 0 && parameters.size() == stride() * static_cast<std::size_t>(layers * directions()) &&
-                      (stride() == least || (states == 2 && stride() == least + 1));
-    return fits && state.size() == states && !(train && dropout != 0 && layers > 1);
+    const bool complete = layers > 0 && parameters.size() == stride() * static_cast<std::size_t>(layers * directions()) &&
+                          (stride() == least || (Cell::kStates == 2 && stride() == least + 1));
+    if (!complete || state.size() != Cell::kStates || (train && dropout != 0 && layers > 1) || input.dim() != 3) return false;
+    for (const Tensor& first : state) {
+      if (first.dim() != 3 || first.size(0) != layers * directions() || first.size(1) != input.size(batch_first ? 0 : 1))
+        return false;
+    }
+    return of(0).fit(input, state[0], state.back(), Cell::kGates);
   }
   Parameters of(std::size_t k) const {
     const at::TensorList own = parameters.slice(k * stride(), stride());
@@ -147,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(c10::DispatchKeySet keys, const Tensor& 
                                         at::TensorList parameters, bool has_biases, std::int64_t layers, double dropout,
                                         bool train, bool bidirectional, bool batch_first) {
   const Net net{parameters, has_biases, layers, dropout, train, bidirectional, batch_first};
-  if (!composing || !net.can_be_composed(state, 2)) {
+  if (!composing || !net.can_be_composed<Lstm>(input, state)) {
     return at::_ops::lstm_input::redispatch(below(keys), input, state, parameters, has_biases, layers, dropout, train,
                                             bidirectional, batch_first);
   }
@@ -160,7 +186,7 @@ std::tuple<Tensor, Tensor> net(c10::DispatchKeySet keys, const Tensor& input, co
                                bool has_biases, std::int64_t layers, double dropout, bool train, bool bidirectional,
                                bool batch_first) {
   const Net net{parameters, has_biases, layers, dropout, train, bidirectional, batch_first};
-  if (!composing || !net.can_be_composed(state, 1)) {
+  if (!composing || !net.template can_be_composed<Cell>(input, state)) {
     return Op::redispatch(below(keys), input, state, parameters, has_biases, layers, dropout, train, bidirectional, batch_first);
   }
   auto [out, states] = unrolled<Cell>(input, state, net);
@@ -196,6 +222,7 @@ bool are_sound(const Tensor& offsets, std::int64_t places, bool include_last) {
   constexpr c10::DispatchKeySet kWrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
                                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
   if (offsets.key_set().has_any(kWrapped) || !offsets.is_cpu() || offsets.numel() == 0) return false;
+  if (offsets.scalar_type() != at::kLong && offsets.scalar_type() != at::kInt) return false;
   const Tensor values = offsets.to(at::kLong).contiguous();
   const std::int64_t *begin = values.const_data_ptr<std::int64_t>(), *end = begin + values.numel();
   return *begin == 0 && std::is_sorted(begin, end) && (include_last ? end[-1] == places : end[-1] <= places);
@@ -207,9 +234,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_bag(c10::DispatchKeySet key
                                                          std::optional<std::int64_t> padding) {
   constexpr std::int64_t kSum = 0, kMean = 1;
   constexpr std::int64_t kMostPairs = 1 << 20;  // of a place and a bag, which are compared
-  const bool composed = composing && (mode == kSum || mode == kMean) && !by_frequency && !sparse && weight.dim() == 2 &&
-                        indices.dim() == 1 && offsets.dim() == 1 && indices.size(0) * offsets.size(0) <= kMostPairs &&
-                        are_sound(offsets, indices.size(0), include_last);
+  const bool fit = (!weights || (mode == kSum && weights->dim() == 1 && weights->size(0) == indices.size(0) &&
+                                 weights->scalar_type() == weight.scalar_type())) &&
+                   (!padding || (*padding < weight.size(0) && *padding >= -weight.size(0)));
+  // In half precision PyTorch adds in single precision.
+  const bool composed = composing && (mode == kSum || mode == kMean) && !by_frequency && !sparse && weight.dim() == 2 && fit &&
+                        !at::isReducedFloatingType(weight.scalar_type()) && indices.dim() == 1 && offsets.dim() == 1 &&
+                        indices.size(0) * offsets.size(0) <= kMostPairs && are_sound(offsets, indices.size(0), include_last);
   if (!composed) {
     return at::_ops::embedding_bag_padding_idx::redispatch(below(keys), weight, indices, offsets, by_frequency, mode, sparse,
                                                            weights, include_last, padding);

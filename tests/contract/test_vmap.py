@@ -855,6 +855,63 @@ def test_operators_that_are_composed_of_what_has_a_rule(name, form):
     assert_same(ours, expected, name)
 
 
+def r(*sizes):
+    return torch.linspace(-1, 2, math.prod(sizes), dtype=torch.float64).sin().reshape(sizes)
+
+
+UNFIT = {
+    "a state of another batch": (lambda x, h: torch.gru_cell(x, h, r(12, 3), r(12, 4)).sum(), r(3, 2, 3), r(3, 1, 4)),
+    "an input of another batch": (lambda x, h: torch.rnn_tanh_cell(x, h, r(4, 3), r(4, 4)).sum(), r(3, 1, 3), r(3, 2, 4)),
+    "rows of one gate": (lambda x, h: torch.lstm_cell(x, (h, h), r(4, 3), r(4, 4))[0].sum(), r(3, 2, 3), r(3, 2, 4)),
+    "states of a net of another batch": (
+        lambda x, h: torch.gru(x, h, [r(12, 3), r(12, 4)], False, 1, 0.0, False, False, False)[0].sum(),
+        r(3, 5, 2, 3),
+        r(3, 1, 1, 4),
+    ),
+    "padding that is no row": (
+        lambda x, w: (F.embedding_bag(torch.tensor([0, 1]), w, torch.tensor([0]), mode="sum", padding_idx=9) * x).sum(),
+        r(3, 3),
+        r(3, 7, 3),
+    ),
+    "offsets that are no integers": (
+        lambda x, w: (F.embedding_bag(torch.tensor([0, 1]), w, torch.tensor([0.0]), mode="sum") * x).sum(),
+        r(3, 3),
+        r(3, 7, 3),
+    ),
+    "bags that begin late": (
+        lambda x, w: (F.embedding_bag(torch.tensor([0, 1]), w, torch.tensor([1]), mode="sum") * x).sum(),
+        r(3, 3),
+        r(3, 7, 3),
+    ),
+    "too few weights": (
+        lambda x, w: F.embedding_bag(torch.tensor([0, 1]), w, torch.tensor([0]), mode="sum", per_sample_weights=x[:1]).sum(),
+        r(3, 3),
+        r(3, 7, 3),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_would_only_be_broadcast_is_an_error(name):
+    f, *arguments = UNFIT[name]
+    both(lambda m: m.vmap(m.grad(f))(*arguments))
+
+
+def test_long_bags_in_half_precision_are_added_in_single_precision():
+    index, w = torch.arange(600) % 7, r(2, 7, 3).bfloat16()
+    f = lambda w: F.embedding_bag(index, w, torch.tensor([0]), mode="mean").sum()
+    ours, theirs = (m.vmap(m.grad(f))(w) for m in (func, torch.func))
+    assert torch.equal(ours, theirs)
+
+
+def test_constants_of_inference_mode():
+    with torch.inference_mode():
+        a = r(3)
+    for form in ("grad", "jacrev"):
+        both(lambda m: getattr(m, form)(lambda x: (x * a).sum())(r(3) * 0 + 1))  # noqa: B023
+
+
 def test_pytorch_s_vmap_is_as_it_was():
     """Compositions are for this package's own runs of a function; importing it changes nothing and says nothing."""
     program = """

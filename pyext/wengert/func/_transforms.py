@@ -260,8 +260,10 @@ def _torch_func_alone(error: RuntimeError, grad_mode: bool) -> bool:
     It has derivatives by decomposing operators; under no_grad a function may write to arguments that require grad.
     """
     text = str(error)
-    return "is not differentiable with respect to argument" in text or (
-        not grad_mode and "a leaf Variable that requires grad" in text
+    return (
+        "is not differentiable with respect to argument" in text
+        or "Inference tensors cannot be saved for backward" in text
+        or (not grad_mode and "a leaf Variable that requires grad" in text)
     )
 
 
