@@ -48,11 +48,14 @@ def refusal() -> str | None:
 
 
 def is_plain(t: object) -> bool:
-    """A real, dense tensor on a device the engine knows, of no subclass but Parameter, of no transform, not of inference mode."""
+    """A real, dense tensor on a device the engine knows, of no subclass but Parameter."""
     kind = type(t)
-    if not ((kind is Tensor or kind is Parameter) and (t.is_cpu or t.is_cuda) and t.layout is _strided):  # type: ignore[attr-defined]
-        return False
-    return not (is_functorch_wrapped_tensor(t) or t.is_inference())  # type: ignore[attr-defined]
+    return (kind is Tensor or kind is Parameter) and (t.is_cpu or t.is_cuda) and t.layout is _strided  # type: ignore[attr-defined]
+
+
+def is_ordinary(t: object) -> bool:
+    """A plain tensor that a function can be differentiated by: of no transform of another thread, not of inference mode."""
+    return is_plain(t) and not (is_functorch_wrapped_tensor(t) or t.is_inference())  # type: ignore[attr-defined]
 
 
 HALF = "second derivatives in half precision"

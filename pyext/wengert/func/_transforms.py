@@ -44,7 +44,7 @@ _torch_jacrev, _torch_jacfwd, _torch_hessian, _torch_vmap = _torch.jacrev, _torc
 _is_grad_enabled = torch.is_grad_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
 _load_decompositions = functools.cache(lazy_load_decompositions)
-_is_plain = _engine.is_plain
+_is_ordinary = _engine.is_ordinary
 
 
 class Wrapped:
@@ -105,10 +105,10 @@ class Transform(Wrapped):
         if self.forward and self.options.get("randomness", "error") != "error":
             return "random numbers in forward mode"
         for k in differentiated(self.argnums, len(flat), args_spec)[0]:
-            if not _is_plain(flat[k]) or not flat[k].is_floating_point():
+            if not _is_ordinary(flat[k]) or not flat[k].is_floating_point():
                 return "differentiated arguments that are not plain real tensors"
         for x in flat:
-            if isinstance(x, Tensor) and (not _is_plain(x) or x.is_complex()):
+            if isinstance(x, Tensor) and (not _is_ordinary(x) or x.is_complex()):
                 return "arguments that are not plain real tensors"
         if isinstance(self.func, Transform) and any(map(_engine.is_half, flat)):
             return _engine.HALF
