@@ -37,19 +37,21 @@ std::atomic<std::int64_t> plan_hits{0}, plan_misses{0};
 std::atomic<std::int64_t> launches_before{0};  // kernel launches up to the last reset
 
 struct SignatureHash {
-  std::size_t operator()(const std::vector<std::int64_t>& key) const {
-    constexpr std::size_t kLanes = 4;  // a product has to wait for the one before
-    std::size_t lanes[kLanes] = {key.size(), 1, 2, 3};
-    std::size_t k = 0;
-    const auto mix = [&](std::size_t lane) {
-      lanes[lane] = (lanes[lane] ^ static_cast<std::size_t>(key[k + lane])) * 0x9E3779B97F4A7C15ull;
-    };
-    for (; k + kLanes <= key.size(); k += kLanes) {
-      for (std::size_t lane = 0; lane < kLanes; ++lane) mix(lane);
+  std::size_t operator()(const common::Key& key) const {
+    constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15ull;
+    const auto mix = [](std::uint64_t& lane, std::int64_t word) { lane = (lane ^ static_cast<std::uint64_t>(word)) * kOdd; };
+    std::uint64_t a = key.size(), b = 1, c = 2, d = 3;  // each in a register: a product has to wait for the one before
+    const std::int64_t* word = key.data();
+    const std::int64_t* const end = word + key.size();
+    for (; end - word >= 4; word += 4) {
+      mix(a, word[0]);
+      mix(b, word[1]);
+      mix(c, word[2]);
+      mix(d, word[3]);
     }
-    for (std::size_t lane = 0; k + lane < key.size(); ++lane) mix(lane);
-    std::size_t hash = 0;
-    for (const std::size_t lane : lanes) hash = (hash ^ lane ^ (lane >> 32)) * 0x9E3779B97F4A7C15ull;
+    for (; word != end; ++word) mix(a, *word);
+    std::uint64_t hash = 0;
+    for (const std::uint64_t lane : {a, b, c, d}) hash = (hash ^ lane ^ (lane >> 32)) * kOdd;
     return hash ^ (hash >> 32);
   }
 };
@@ -137,26 +139,22 @@ void compare(const Planned& found, const Planned& made) {
 std::shared_ptr<const Planned> plan_for(tape::Tape& tape, const Request& request, Mode mode, at::TensorList cotangents,
                                         const Edges& ends, Calls& calls) {
   common::Key& key = tape.signature;
-  common::KeyWriter writer(key);
-  if (mode != Mode::plain) sign_edges(tape, ends, writer);
-  writer.room(6);
-  writer.put(mode);
-  writer.put(request.seed);
-  writer.put(request.none_is_zero);
-  writer.put(request.by_sample);
-  writer.put(ops::can_launch(tape.device));
-  writer.put(request.cotangents.size());
+  if (mode != Mode::plain) sign_edges(tape, ends, key);
+  common::KeyPart asked(key, 6);
+  asked.put(mode);
+  asked.put(request.seed);
+  asked.put(request.none_is_zero);
+  asked.put(request.by_sample);
+  asked.put(ops::can_launch(tape.device));
+  asked.put(request.cotangents.size());
   for (const Cotangent& cotangent : request.cotangents) {
-    writer.room(cotangent.given ? 2 + writer.length(cotangent.shape) : 1);
-    writer.put(cotangent.given);
+    common::KeyPart part(key, cotangent.given ? 2 + common::length_in_key(cotangent.shape) : 1);
+    part.put(cotangent.given);
     if (!cotangent.given) continue;
-    writer.put(cotangent.dtype);
-    writer.put(cotangent.shape);
+    part.put(cotangent.dtype);
+    part.put(cotangent.shape);
   }
-  for (const at::Tensor& cotangent : cotangents) {
-    writer.room(1);
-    writer.put(cotangent.requires_grad());
-  }
+  for (const at::Tensor& cotangent : cotangents) common::KeyPart(key, 1).put(cotangent.requires_grad());
   std::shared_ptr<const Planned> planned = plan_cache().find(key);
   ++(planned ? plan_hits : plan_misses);
   if (planned) calls.begin_with(planned->lessons);

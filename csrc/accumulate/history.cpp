@@ -649,14 +649,13 @@ Edges ends(const tape::Tape& tape, at::TensorList inputs, at::TensorList cotange
   return out;
 }
 
-void sign_edges(const tape::Tape& tape, const Edges& ends, common::KeyWriter& key) {
+void sign_edges(const tape::Tape& tape, const Edges& ends, common::Key& key) {
   for (const tape::Node& node : tape.nodes) {
-    key.room(node.fn->num_outputs());
-    for (const Edge& edge : node.fn->next_edges()) key.put(edge.is_valid());
+    common::KeyPart edges(key, node.fn->num_outputs());
+    for (const Edge& edge : node.fn->next_edges()) edges.put(edge.is_valid());
   }
   const std::vector<std::int32_t> numbers = numbered(ends);
-  key.room(key.length(numbers));
-  key.put(numbers);
+  common::KeyPart(key, common::length_in_key(numbers)).put(numbers);
 }
 
 }  // namespace wengert::accumulate

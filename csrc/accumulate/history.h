@@ -77,6 +77,6 @@ Counterparts own_columns(const std::vector<at::Tensor>& results, std::size_t wid
 
 // Which edges lead to something that requires grad, which decides what formulas touch, and which ends are the same: continues a
 // signature.
-void sign_edges(const tape::Tape& tape, const Edges& ends, common::KeyWriter& key);
+void sign_edges(const tape::Tape& tape, const Edges& ends, common::Key& key);
 
 }  // namespace wengert::accumulate

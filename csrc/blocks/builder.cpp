@@ -61,19 +61,18 @@ Read direct_read(std::int32_t slot, std::size_t loops, const std::vector<std::si
 
 common::Key key_of(const Value& value, const Shape& extents) {
   common::Key key;
-  common::KeyWriter writer(key);
-  writer.room(2 + writer.length(extents));
-  writer.put(value.expr);
-  writer.put(extents);
-  writer.put(value.operands.size());
+  common::KeyPart whole(key, 2 + common::length_in_key(extents));
+  whole.put(value.expr);
+  whole.put(extents);
+  whole.put(value.operands.size());
   for (const Read& read : value.operands) {
-    writer.room(2);
-    writer.put(read.slot);
-    writer.put(read.axes.size());
-    for (const Affine& axis : read.axes) {
-      writer.room(1 + writer.length(axis.step));
-      writer.put(axis.start);
-      writer.put(axis.step);
+    common::KeyPart operand(key, 2);
+    operand.put(read.slot);
+    operand.put(read.axes.size());
+    for (const Affine& affine : read.axes) {
+      common::KeyPart axis(key, 1 + common::length_in_key(affine.step));
+      axis.put(affine.start);
+      axis.put(affine.step);
     }
   }
   return key;

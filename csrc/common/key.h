@@ -3,6 +3,7 @@
 #pragma once
 #include <bit>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -11,17 +12,17 @@ namespace wengert::common {
 
 using Key = std::vector<std::int64_t>;
 
-class KeyWriter {
- public:
-  explicit KeyWriter(Key& words) : words_(words) {}
+inline std::size_t length_in_key(const auto& list) { return 1 + list.size(); }
 
-  // Room for so many words, which the puts that follow fill without a check each; fewer may not follow before the next room().
-  void room(std::size_t count) {
-    const std::size_t size = words_.size();
-    words_.resize(size + count);
-    next_ = words_.data() + size;
+// Appends so many words to a key, which the puts fill without a check each: neither more nor fewer.  A local variable, so that
+// where it writes is kept in a register.
+class KeyPart {
+ public:
+  KeyPart(Key& key, std::size_t count) {
+    const std::size_t size = key.size();
+    key.resize(size + count);
+    next_ = key.data() + size;
   }
-  static std::size_t length(const auto& list) { return 1 + list.size(); }
 
   template <class T>
     requires(std::integral<T> || std::is_enum_v<T>)
@@ -38,8 +39,7 @@ class KeyWriter {
   }
 
  private:
-  Key& words_;
-  std::int64_t* next_ = nullptr;
+  std::int64_t* next_;
 };
 
 }  // namespace wengert::common

@@ -283,56 +283,52 @@ autograd::Edge input_edge(const at::Tensor& input) {
   return {autograd::impl::try_get_grad_accumulator(input), 0};
 }
 
-// Appends to a signature.
-class Sign {
- public:
-  explicit Sign(common::Key& words) : key_(words) {}
+// How many numbers follow, of what type they are, and one more fact, in a word.
+std::size_t typed(std::size_t count, at::ScalarType dtype, bool flag) {
+  return count << 9 | static_cast<std::size_t>(dtype) << 1 | static_cast<std::size_t>(flag);
+}
 
-  void count(std::size_t nodes, std::size_t slots) {
-    key_.room(2);
-    key_.put(nodes);
-    key_.put(slots);
-  }
-  void node(const Node& node) {
-    // Nodes without a row share one, so that their names tell them apart.
-    const std::string name = node.reader == &opaque_reader() ? node.fn->name() : std::string();
-    std::size_t shapes = 0;
-    for (const Meta& meta : node.outputs) shapes += 1 + key_.length(meta.shape);
-    key_.room(2 + key_.length(name) + key_.length(node.ints) + key_.length(node.reals) + key_.length(node.slots) +
-              key_.length(node.inputs) + shapes);
-    key_.put(node.reader);
-    key_.put(name);
-    key_.put(node.ints);
-    key_.put(node.reals);
-    key_.put(node.slots);
-    values_of(node.inputs);
-    key_.put(node.outputs.size());
-    for (const Meta& meta : node.outputs) {
-      key_.put(static_cast<int>(meta.dtype) << 1 | meta.complex);
-      key_.put(meta.shape);
-    }
-  }
-  void values(const std::vector<Value>& values) {
-    key_.room(key_.length(values));
-    values_of(values);
-  }
-  void slot(const at::Tensor& slot) {
-    key_.room(1 + key_.length(slot.sizes()) + key_.length(slot.strides()));
-    key_.put(static_cast<std::int64_t>(slot.scalar_type()) << 1 | slot.requires_grad());
-    key_.put(slot.sizes());
-    key_.put(slot.strides());
-  }
+void put_values(common::KeyPart& part, const auto& values) {
+  part.put(values.size());
+  for (const Value& value : values)
+    part.put(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
+}
 
- private:
-  template <class List>
-  void values_of(const List& values) {
-    key_.put(values.size());
-    for (const Value& value : values)
-      key_.put(static_cast<std::int64_t>(value.node) << 32 | static_cast<std::uint32_t>(value.output));
+// What a signature holds of a node.
+void sign(common::Key& key, const Node& node) {
+  using common::length_in_key;
+  std::size_t shapes = 0;
+  for (const Meta& meta : node.outputs) shapes += length_in_key(meta.shape);
+  common::KeyPart part(key, 2 + length_in_key(node.ints) + length_in_key(node.reals) + length_in_key(node.slots) +
+                                length_in_key(node.inputs) + shapes);
+  part.put(node.reader);
+  part.put(node.ints);
+  part.put(node.reals);
+  part.put(node.slots);
+  put_values(part, node.inputs);
+  part.put(node.outputs.size());
+  for (const Meta& meta : node.outputs) {
+    part.put(typed(meta.shape.size(), meta.dtype, meta.complex));
+    for (const std::int64_t extent : meta.shape) part.put(extent);
   }
+  if (node.reader == &opaque_reader()) {  // which nodes without a row of their own share, so that their names tell them apart
+    const std::string name = node.fn->name();
+    common::KeyPart(key, length_in_key(name)).put(name);
+  }
+}
 
-  common::KeyWriter key_;
-};
+void sign(common::Key& key, const std::vector<Value>& values) {
+  common::KeyPart part(key, common::length_in_key(values));
+  put_values(part, values);
+}
+
+void sign(common::Key& key, const at::Tensor& slot) {
+  const at::IntArrayRef sizes = slot.sizes(), strides = slot.strides();
+  common::KeyPart part(key, 1 + sizes.size() + strides.size());
+  part.put(typed(sizes.size(), slot.scalar_type(), slot.requires_grad()));
+  for (const std::int64_t extent : sizes) part.put(extent);
+  for (const std::int64_t stride : strides) part.put(stride);
+}
 
 }  // namespace
 
@@ -518,7 +514,6 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   Tape tape;
   for (const auto& [fn, graph] : composed) tape.rewritten.push_back(common::share(fn));
   tape.nodes.resize(walk.order().size());
-  Sign sign(tape.signature);
   SlotTable slots(tape.slots);
   OneDevice device;
   for (std::size_t k = 0; k < tape.nodes.size(); ++k) {
@@ -549,17 +544,19 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
       Take take(node, slots, one_row);
       node.reader->read(take, *visit.fn);
     }
-    sign.node(node);
+    sign(tape.signature, node);
   }
   tape.device = device(tape.slots);
-  sign.count(tape.nodes.size(), tape.slots.size());
+  common::KeyPart counts(tape.signature, 2);
+  counts.put(tape.nodes.size());
+  counts.put(tape.slots.size());
   for (const autograd::Edge& edge : from) tape.outputs.push_back(walk.value(edge));
   for (std::size_t i = 0; i < to.size(); ++i) {
     tape.inputs.push_back(walk.input_reached(i) ? walk.value(to[i]) : Value());
   }
-  sign.values(tape.outputs);
-  sign.values(tape.inputs);
-  for (const at::Tensor& slot : tape.slots) sign.slot(slot);
+  sign(tape.signature, tape.outputs);
+  sign(tape.signature, tape.inputs);
+  for (const at::Tensor& slot : tape.slots) sign(tape.signature, slot);
   return tape;
 }
 
