@@ -429,6 +429,18 @@ PYBIND11_MODULE(_C, m) {
     return tensor.grad_fn() && wengert::tape::is_older(*tensor.grad_fn(), leaves, begun);
   });
   m.def(
+      "versions",
+      [](const py::list& objects) {
+        py::list found;
+        for (const py::handle object : objects) {
+          if (!THPVariable_Check(object.ptr())) continue;
+          const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+          if (!tensor.is_inference()) found.append(tensor._version());
+        }
+        return found;
+      },
+      py::arg("objects"), "How often each of the tensors among the objects was written to.");
+  m.def(
       "drop_hooks",
       [](const Tensors& outputs, const Tensors& inputs, std::uint64_t begun) {
         wengert::tape::drop_hooks(outputs, inputs, begun);

@@ -11,6 +11,7 @@
 
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -250,7 +251,58 @@ py::object without_draws(const py::object& function) {
   return function();
 }
 
+// A number that is another one where the default generators of the CPU and of the device are in another state.
+std::uint64_t position_of(const at::Device& device) {
+  std::uint64_t hash = 0;
+  const auto mix = [&hash](std::uint64_t word) { hash = (hash ^ word) * 0x9E3779B97F4A7C15ull ^ hash >> 32; };
+  {
+    at::Generator generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
+    const at::mt19937 engine = cpu->engine();
+    const at::mt19937_data_pod& data = engine.data();
+    mix(data.seed_);
+    mix(static_cast<std::uint64_t>(data.left_) << 32 | data.next_);
+    mix(data.state_[0]);  // which every new block of numbers changes
+    mix(cpu->next_float_normal_sample() ? std::bit_cast<std::uint32_t>(*cpu->next_float_normal_sample()) : 1);
+    mix(cpu->next_double_normal_sample() ? std::bit_cast<std::uint64_t>(*cpu->next_double_normal_sample()) : 1);
+  }
+  if (device.type() != at::kCPU) {
+    at::Generator generator = at::globalContext().defaultGenerator(device);
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    mix(generator.current_seed());
+    mix(generator.get_offset());
+  }
+  return hash;
+}
+
+// The states at the position that was marked last.  Most functions draw nothing, so that it stays the same from call to call.
+struct Mark {
+  at::Device device;
+  std::uint64_t position;
+  States states;
+};
+thread_local std::optional<Mark> latest_mark;
+
+std::uint64_t mark_generators(const at::Device& device) {
+  const std::uint64_t position = position_of(device);
+  if (!latest_mark || latest_mark->position != position || latest_mark->device != device) {
+    latest_mark.emplace(Mark{device, position, States(device)});
+  }
+  return position;
+}
+
+// Whether they are where they were marked, or have been put back; the latter not where another position was marked since.
+bool return_generators(const at::Device& device, std::uint64_t position) {
+  if (position_of(device) == position) return true;
+  if (!latest_mark || latest_mark->position != position || latest_mark->device != device) return false;
+  latest_mark->states.restore(device);
+  return true;
+}
+
 void define_random_state(py::module_ m) {
+  m.def("mark_generators", &mark_generators, py::arg("device"), "Their position, to which `return_generators` goes back.");
+  m.def("return_generators", &return_generators, py::arg("device"), py::arg("position"));
   py::class_<RandomState>(m, "RandomState")
       .def(py::init<at::Device, bool>(), py::arg("device"), py::arg("others"))
       .def("end", &RandomState::end)

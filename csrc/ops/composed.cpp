@@ -5,6 +5,8 @@
 #include "ops/composed.h"
 
 #include <ATen/Functions.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <ATen/functorch/DynamicLayer.h>
 #include <torch/library.h>
 
@@ -23,6 +25,9 @@ using Tensors = std::vector<Tensor>;
 
 thread_local bool composing = false;
 
+// Autocast chooses precisions by operator, of which a composition has others.
+bool composes(const Tensor& tensor) { return composing && !at::autocast::is_autocast_enabled(tensor.device().type()); }
+
 c10::DispatchKeySet below(c10::DispatchKeySet keys) {
   return keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::FuncTorchVmapMode);
 }
@@ -34,14 +39,17 @@ struct Parameters {
   OptionalTensor input_bias, state_bias;
   Tensor projection;  // of an LSTM's output, if it has one
 
-  // What PyTorch has errors for would be broadcast here.
-  bool fit(const Tensor& x, const Tensor& h, const Tensor& cell, std::int64_t gates) const {
-    const std::int64_t rows = gates * cell.size(-1);
-    const auto is = [](const Tensor& matrix, std::int64_t rows, std::int64_t columns) {
-      return matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns;
+  // To inputs and states of these sizes.  What PyTorch has errors for would be broadcast or promoted here.
+  bool fit(std::int64_t input, std::int64_t h, std::int64_t cell, std::int64_t gates, at::ScalarType dtype) const {
+    const std::int64_t rows = gates * cell;
+    const auto is = [dtype](const Tensor& matrix, std::int64_t rows, std::int64_t columns) {
+      return matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns && matrix.scalar_type() == dtype;
     };
-    const auto is_bias = [rows](const OptionalTensor& bias) { return !bias || (bias->dim() == 1 && bias->size(0) == rows); };
-    return is(of_input, rows, x.size(-1)) && is(of_state, rows, h.size(-1)) && is_bias(input_bias) && is_bias(state_bias);
+    const auto is_bias = [rows, dtype](const OptionalTensor& bias) {
+      return !bias || (bias->dim() == 1 && bias->size(0) == rows && bias->scalar_type() == dtype);
+    };
+    return is(of_input, rows, input) && is(of_state, rows, h) && is_bias(input_bias) && is_bias(state_bias) &&
+           (projection.defined() ? is(projection, h, cell) : h == cell);
   }
 
   Tensor input(const Tensor& x) const { return at::linear(x, of_input, input_bias); }
@@ -82,15 +90,16 @@ struct Simple {
 using Tanh = Simple<&at::tanh>;
 using Relu = Simple<&at::relu>;
 
-bool same_batch(const Tensor& input, const Tensor& state) {
-  return input.dim() == 2 && state.dim() == 2 && input.size(0) == state.size(0);
+bool go_together(const Tensor& input, const Tensor& state) {
+  return input.dim() == 2 && state.dim() == 2 && input.size(0) == state.size(0) && input.scalar_type() == state.scalar_type();
 }
 
 template <class Cell, class Op>
 Tensor cell(c10::DispatchKeySet keys, const Tensor& input, const Tensor& h, const Tensor& of_input, const Tensor& of_state,
             const OptionalTensor& input_bias, const OptionalTensor& state_bias) {
   const Parameters p{of_input, of_state, input_bias, state_bias, {}};
-  if (!composing || !same_batch(input, h) || !p.fit(input, h, h, Cell::kGates)) {
+  if (!composes(input) || !go_together(input, h) ||
+      !p.fit(input.size(1), h.size(1), h.size(1), Cell::kGates, input.scalar_type())) {
     return Op::redispatch(below(keys), input, h, of_input, of_state, input_bias, state_bias);
   }
   return Cell::next(p.input(input), {h}, p)[0];
@@ -99,8 +108,8 @@ Tensor cell(c10::DispatchKeySet keys, const Tensor& input, const Tensor& h, cons
 std::tuple<Tensor, Tensor> lstm_cell(c10::DispatchKeySet keys, const Tensor& input, at::TensorList state, const Tensor& of_input,
                                      const Tensor& of_state, const OptionalTensor& input_bias, const OptionalTensor& state_bias) {
   const Parameters p{of_input, of_state, input_bias, state_bias, {}};
-  if (!composing || state.size() != 2 || !same_batch(input, state[0]) || !same_batch(input, state[1]) ||
-      !p.fit(input, state[0], state[1], Lstm::kGates)) {
+  if (!composes(input) || state.size() != 2 || !go_together(input, state[0]) || !go_together(input, state[1]) ||
+      !p.fit(input.size(1), state[0].size(1), state[1].size(1), Lstm::kGates, input.scalar_type())) {
     return at::_ops::lstm_cell::redispatch(below(keys), input, state, of_input, of_state, input_bias, state_bias);
   }
   Tensors next = Lstm::next(p.input(input), state.vec(), p);
@@ -125,10 +134,16 @@ struct Net {
                           (stride() == least || (Cell::kStates == 2 && stride() == least + 1));
     if (!complete || state.size() != Cell::kStates || (train && dropout != 0 && layers > 1) || input.dim() != 3) return false;
     for (const Tensor& first : state) {
-      if (first.dim() != 3 || first.size(0) != layers * directions() || first.size(1) != input.size(batch_first ? 0 : 1))
+      if (first.dim() != 3 || first.size(0) != layers * directions() || first.size(1) != input.size(batch_first ? 0 : 1) ||
+          first.scalar_type() != input.scalar_type())
         return false;
     }
-    return of(0).fit(input, state[0], state.back(), Cell::kGates);
+    const std::int64_t h = state[0].size(2), cell = state.back().size(2);
+    for (std::int64_t k = 0; k < layers * directions(); ++k) {
+      const std::int64_t width = k < directions() ? input.size(2) : directions() * h;
+      if (!of(static_cast<std::size_t>(k)).fit(width, h, cell, Cell::kGates, input.scalar_type())) return false;
+    }
+    return true;
   }
   Parameters of(std::size_t k) const {
     const at::TensorList own = parameters.slice(k * stride(), stride());
@@ -173,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(c10::DispatchKeySet keys, const Tensor& 
                                         at::TensorList parameters, bool has_biases, std::int64_t layers, double dropout,
                                         bool train, bool bidirectional, bool batch_first) {
   const Net net{parameters, has_biases, layers, dropout, train, bidirectional, batch_first};
-  if (!composing || !net.can_be_composed<Lstm>(input, state)) {
+  if (!composes(input) || !net.can_be_composed<Lstm>(input, state)) {
     return at::_ops::lstm_input::redispatch(below(keys), input, state, parameters, has_biases, layers, dropout, train,
                                             bidirectional, batch_first);
   }
@@ -186,7 +201,7 @@ std::tuple<Tensor, Tensor> net(c10::DispatchKeySet keys, const Tensor& input, co
                                bool has_biases, std::int64_t layers, double dropout, bool train, bool bidirectional,
                                bool batch_first) {
   const Net net{parameters, has_biases, layers, dropout, train, bidirectional, batch_first};
-  if (!composing || !net.template can_be_composed<Cell>(input, state)) {
+  if (!composes(input) || !net.template can_be_composed<Cell>(input, state)) {
     return Op::redispatch(below(keys), input, state, parameters, has_biases, layers, dropout, train, bidirectional, batch_first);
   }
   auto [out, states] = unrolled<Cell>(input, state, net);
@@ -209,7 +224,7 @@ bool fits_in_memory(const Tensor& query, const Tensor& key) {
 // The kernels of other devices have rules.  Nobody reads the second result, what the backward pass of the kernel itself needs.
 std::tuple<Tensor, Tensor> attention(c10::DispatchKeySet keys, const Tensor& query, const Tensor& key, const Tensor& value,
                                      double dropout, bool causal, const OptionalTensor& mask, std::optional<double> scale) {
-  if (!composing || dropout != 0 || !fits_in_memory(query, key)) {
+  if (!composes(query) || dropout != 0 || !fits_in_memory(query, key)) {
     return at::_ops::_scaled_dot_product_flash_attention_for_cpu::redispatch(below(keys), query, key, value, dropout, causal,
                                                                              mask, scale);
   }
@@ -228,6 +243,18 @@ bool are_sound(const Tensor& offsets, std::int64_t places, bool include_last) {
   return *begin == 0 && std::is_sorted(begin, end) && (include_last ? end[-1] == places : end[-1] <= places);
 }
 
+// Whether all are, of every sample: the rule for indices into a table of each sample would read another's.
+bool are_rows(const Tensor& indices, std::int64_t rows) {
+  Tensor values = indices;
+  while (const at::functorch::BatchedTensorImpl* batched = at::functorch::maybeGetBatchedImpl(values)) values = batched->value();
+  constexpr c10::DispatchKeySet kWrapped(
+      {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize});
+  if (values.key_set().has_any(kWrapped) || !values.is_cpu()) return false;
+  if (values.numel() == 0) return true;
+  const auto [least, most] = at::aminmax(values);
+  return least.item<std::int64_t>() >= 0 && most.item<std::int64_t>() < rows;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_bag(c10::DispatchKeySet keys, const Tensor& weight, const Tensor& indices,
                                                          const Tensor& offsets, bool by_frequency, std::int64_t mode, bool sparse,
                                                          const OptionalTensor& weights, bool include_last,
@@ -238,9 +265,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embedding_bag(c10::DispatchKeySet key
                                  weights->scalar_type() == weight.scalar_type())) &&
                    (!padding || (*padding < weight.size(0) && *padding >= -weight.size(0)));
   // In half precision PyTorch adds in single precision.
-  const bool composed = composing && (mode == kSum || mode == kMean) && !by_frequency && !sparse && weight.dim() == 2 && fit &&
-                        !at::isReducedFloatingType(weight.scalar_type()) && indices.dim() == 1 && offsets.dim() == 1 &&
-                        indices.size(0) * offsets.size(0) <= kMostPairs && are_sound(offsets, indices.size(0), include_last);
+  const bool composed = composes(weight) && (mode == kSum || mode == kMean) && !by_frequency && !sparse && weight.dim() == 2 &&
+                        fit && !at::isReducedFloatingType(weight.scalar_type()) && indices.dim() == 1 && offsets.dim() == 1 &&
+                        indices.size(0) * offsets.size(0) <= kMostPairs && are_sound(offsets, indices.size(0), include_last) &&
+                        are_rows(indices, weight.size(0));
   if (!composed) {
     return at::_ops::embedding_bag_padding_idx::redispatch(below(keys), weight, indices, offsets, by_frequency, mode, sparse,
                                                            weights, include_last, padding);

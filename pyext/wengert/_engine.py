@@ -31,6 +31,9 @@ _strided = torch.strided
 # Graphs of which something is computed again when it is needed (checkpointing): below vmap there is no telling with what.
 SAVED_THROUGH_HOOKS = "saved tensors with hooks"
 
+# What the engine says where it judges by time alone.
+SHORTER = "PyTorch's way to a result with a history is shorter"
+
 DETACHED = "an argument that is detached in place"
 NO_INPUTS = "no inputs"  # whatever PyTorch has to say to that
 

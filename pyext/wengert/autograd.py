@@ -55,7 +55,7 @@ def grad(
     (tensor([[2., 0.],
             [0., 4.]]),)
     """
-    reason = _refusal()
+    reason = _refusal() if create_graph is False or create_graph is True else "unusual options"
     if reason is None and create_graph and not is_grads_batched:
         reason = C.refusal_of_history(outputs, inputs)  # first, as a refusal by the engine would be felt
         if reason is not None and only_inputs and not materialize_grads:
@@ -107,9 +107,9 @@ def _torch_grad_of_tensors(
     outputs: Any, inputs: Any, grad_outputs: Any, retain_graph: bool | None, allow_unused: bool | None, reason: str
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad with create_graph, which does not have to ask again whether these are plain tensors."""
-    outs = (outputs,) if type(outputs) is Tensor else tuple(outputs)
-    ins = (inputs,) if type(inputs) is Tensor else tuple(inputs)
-    cotangents, unusual = _cotangents(outs, grad_outputs, False)
+    outs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    ins = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    cotangents, unusual = _cotangents(outs, grad_outputs, False) if outs and ins else ((), "no tensors")
     _engine.count_fallback("grad", reason)
     if unusual is not None:
         return _engine.torch_grad(outs, ins, grad_outputs, retain_graph, True, allow_unused=allow_unused)

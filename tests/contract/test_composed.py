@@ -166,3 +166,43 @@ assert any("performance drop" in str(w.message) for w in seen), seen
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "verrid" not in done.stderr  # of a kernel of PyTorch's
+
+
+def test_indices_beyond_a_table_of_each_sample_are_an_error():
+    tables, places = torch.arange(8.0).reshape(2, 2, 2), torch.tensor([[0, 2], [1, 0]])
+    bag_of = lambda w, i: F.embedding_bag(i, w, torch.tensor([0]), mode="sum").sin()
+    both(lambda m: m.vmap(m.jacrev(bag_of))(tables, places))
+    both(lambda m: m.vmap(m.jacrev(bag_of))(tables, places.clamp(max=1)))
+    both(lambda m: m.vmap(m.jacrev(bag_of))(tables, -places))
+
+
+WRONG_LAYERS = {
+    "a vector": lambda w: w[:6] + [w[6][0]] + w[7:],
+    "few rows": lambda w: w[:5] + [w[5][:1]] + w[6:],
+    "many columns": lambda w: w[:4] + [torch.cat([w[4], w[4]], 1)] + w[5:],
+    "a short bias": lambda w: w[:7] + [w[7][:1]],
+    "a bias of another dtype": lambda w: w[:7] + [w[7].float()],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LAYERS)
+def test_later_layers_have_to_fit_too(name):
+    weights = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 2), (3, 3), (3,), (3,), (3, 3), (3, 3), (3,), (3,))]
+    x, h = torch.randn(2, 4, 1, 2, dtype=torch.float64), torch.randn(2, 1, 3, dtype=torch.float64)
+
+    def f(x):
+        return torch._VF.rnn_tanh(x, h, WRONG_LAYERS[name](weights), True, 2, 0.0, False, False, False)[0].sum()
+
+    both(lambda m: m.vmap(m.grad(f))(x))
+
+
+def test_precisions_under_autocast_are_pytorchs():
+    net = torch.nn.LSTM(3, 4)
+
+    def f(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(x)[0]
+        return out.float().sum(), out.detach()
+
+    for x in (torch.randn(2, 5, 1, 3), torch.randn(1, 5, 1, 3)):
+        both(lambda m: m.vmap(m.grad(f, has_aux=True), randomness="same")(x))  # noqa: B023

@@ -42,6 +42,15 @@ def energy(positions):
 """
 
 CASES = {
+    "where PyTorch's way is shorter and it cannot, the samples go one by one": """
+        recurrent = torch.nn.LSTM(3, 3, 2, proj_size=1).double().requires_grad_(False)
+        f = lambda x, h, c: sum((out * (k + 1)).sin().sum() for k, out in enumerate(recurrent(x, (h, c))[1]))
+        for steps in (2, 3, 8):
+            x, h, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((steps, 1, 3), (2, 2, 1, 1), (2, 2, 1, 3)))
+            expected = torch.stack([torch.autograd.functional.hessian(lambda x: f(x, h[k], c[k]), x) for k in range(2)])
+            for _ in range(2):
+                torch.testing.assert_close(wengert.func.vmap(wengert.func.hessian(f), (None, 0, 0))(x, h, c), expected)
+    """,
     "a network's gradient is PyTorch's, what follows is the engine's": """
         for _ in range(2):
             gradient = wengert.grad(net(x).square().sum(), weights, create_graph=True)
@@ -70,13 +79,23 @@ CASES = {
             (number, [*weights, unused], {"materialize_grads": True}),
             (number, {"a": weights[0]}, {}),
             (number, [], {}),
+            ([], weights, {}),
+            (weights[0], weights[0], {"grad_outputs": weights[0].detach()}),
+            (weights[-1].sum(), weights[-1], {"allow_unused": True}),
             (number, [weights[0].detach()], {}),
             (number.detach(), weights, {}),
         ]:
+            for _ in range(3):  # as long as its structure is new, and then
+                assert_same_call(
+                    lambda: wengert.grad(outputs, inputs, create_graph=True, **options),
+                    lambda: torch.autograd.grad(outputs, inputs, create_graph=True, **options),
+                    str(options),
+                )
+        for odd in (None, "a", 2):
             assert_same_call(
-                lambda: wengert.grad(outputs, inputs, create_graph=True, **options),
-                lambda: torch.autograd.grad(outputs, inputs, create_graph=True, **options),
-                str(options),
+                lambda: wengert.grad(number, weights, retain_graph=True, create_graph=odd),
+                lambda: torch.autograd.grad(number, weights, retain_graph=True, create_graph=odd),
+                str(odd),
             )
         with pytest.warns(FutureWarning):
             wengert.grad(number, weights, create_graph=True, only_inputs=False)

@@ -719,7 +719,7 @@ def test_arguments_are_written_once(name, form):
 
 
 def test_arguments_that_a_later_call_writes_to_are_written_once():
-    """A graph that nobody watched counts where another run would write once more."""
+    """A graph that nobody watched is made again from copies."""
     for m in (func, torch.func):
         trains = False
 
@@ -773,3 +773,87 @@ def test_constants_of_inference_mode():
         a = torch.randn(3)
     for form in ("grad", "jacrev"):
         both(lambda m: getattr(m, form)(lambda x: (x * a).sum())(torch.ones(3)))  # noqa: B023
+
+
+class Doubled(torch.autograd.Function):
+    """Without a rule for vmap, so that a shared argument's derivative would be a pass for every sample."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return 2 * cotangent
+
+
+@pytest.mark.parametrize("change", ["max", "hook", "write"])
+def test_what_cannot_run_again_is_an_error_once(change):
+    """A function whose later calls write to an argument and are PyTorch's: one call says so, the next ones are PyTorch's."""
+    changed = False
+
+    def f(x, c):
+        if not changed:
+            return x.sin()
+        c.add_(1)
+        y = x * x * c.sum()
+        if change == "hook":
+            y.register_hook(lambda g: 2 * g)
+        return y * y.max() if change == "max" else y
+
+    derive, x, c = func.vmap(func.jacrev(f)), torch.ones(3, 3), torch.zeros(3, 3)
+    theirs, their_c = torch.func.vmap(torch.func.jacrev(f)), torch.zeros(3, 3)
+    assert_same(derive(x, c), theirs(x, their_c))
+    changed = True
+    expected = theirs(x, their_c)
+    if change == "write":
+        assert_same(derive(x, c), expected)
+    else:
+        with pytest.raises(RuntimeError):
+            derive(x, c)
+    assert_same(c, their_c)
+    for _ in range(2):
+        assert_same(derive(x, c), theirs(x, their_c))
+        assert_same(c, their_c)
+
+
+def test_an_error_that_both_have_writes_once():
+    for fails in (lambda x: x.reshape(7, 7), lambda x: x * torch.rand(3)):
+        states = []
+        for m in (func, torch.func):
+            changed = False
+
+            def f(x, c):
+                if changed:  # noqa: B023
+                    c.add_(1)
+                    return fails(x * c).sum()  # noqa: B023
+                return (x * c).sum()
+
+            derive, x, c = m.vmap(m.grad(f)), torch.ones(2, 3), torch.zeros(2, 3)
+            derive(x, c)
+            changed = True
+            for _ in range(2):
+                with pytest.raises(RuntimeError):
+                    derive(x, c)
+            states.append(c)
+        assert_same(*states)
+
+
+def test_lists_of_functions_tell_functions_of_the_same_code_apart():
+    """torch.func has no right answer for the second: it must not be asked since it was for the first."""
+    x = torch.randn(3, 6, dtype=torch.float64)
+    volume = lambda x: torch.linalg.slogdet(3 * torch.eye(3, dtype=x.dtype) + torch.outer(x[:3], x[3:]))[1] * x
+
+    def make(layers):
+        def f(x):
+            for layer in layers:
+                x = layer(x)
+            return x
+
+        return f
+
+    rows = torch.stack([torch.autograd.functional.jacobian(volume, sample) for sample in x])
+    for layers in ([lambda x: x.take(torch.tensor([0, 0, 1]))], {0: lambda x: x.median()}.values()):
+        for _ in range(2):
+            func.vmap(func.jacfwd(make(list(layers))))(x)
+        torch.testing.assert_close(func.vmap(func.jacfwd(make([volume])))(x), rows)

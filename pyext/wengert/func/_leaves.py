@@ -25,6 +25,7 @@ class Leaves:
     __slots__ = (
         "attached",
         "begun",
+        "by_pytorch",
         "create_graph",
         "flat",
         "given",
@@ -39,6 +40,7 @@ class Leaves:
         "refused",
         "spec",
         "tensors",
+        "written",
     )
 
     def __init__(
@@ -50,6 +52,8 @@ class Leaves:
         self.refused: str | None = None  # why PyTorch's engine had to go through the graph in the end
         self.grad_mode = grad_mode  # the caller's
         self.create_graph = False  # whether PyTorch's result could be differentiated again
+        self.by_pytorch: str | None = None  # why PyTorch's engine has to go through the graph
+        self.written = False  # the function wrote to its arguments, so that it must not run again
         self.hooked: Sequence[Tensor] = ()  # outputs with hooks behind them, which PyTorch's engine has run
         self.begun = C.sequence_number()  # what has a lower one is the caller's
         self.attached = False  # some leaf hangs on a graph of the caller
@@ -157,8 +161,13 @@ class Leaves:
     def decide(self, outputs: Sequence[Tensor]) -> None:
         """Whether PyTorch's result could be differentiated again: a caller's graph or a captured parameter is involved."""
         if self.inner and any(map(_engine.is_half, (*outputs, *self.tensors))):
-            raise Refused(_engine.HALF)
+            self.by_pytorch = _engine.HALF
         self.create_graph = self.grad_mode and (self.attached or any(self.reach_caller(outputs)))
+
+    def refuse(self) -> None:
+        """Raise where `decide` found that the engine must not go through the graph."""
+        if self.by_pytorch is not None:
+            raise Refused(self.by_pytorch)
 
     def release(self, tree: Any, forward: bool = False) -> Any:
         """What the caller may see of tensors that hang on our leaves: PyTorch's would not.

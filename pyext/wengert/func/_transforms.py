@@ -10,7 +10,8 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from threading import active_count
+from typing import Any, NoReturn
 
 import torch
 import torch.func as _torch
@@ -147,10 +148,13 @@ class Transform(Wrapped):
             reason = self.unusual(flat, spec)
         if reason is None:
             grad_mode = _is_grad_enabled()
-            leaves = None
+            leaves = position = versions = None
             try:
                 _set_grad_enabled(True)
                 leaves = Leaves(flat, spec, self.argnums, grad_mode, kwargs)
+                if not self.forward:  # which watches the function
+                    given = [*leaves.flat, *tree_leaves(kwargs)] if kwargs else leaves.flat
+                    versions, position = C.versions(given), C.mark_generators(leaves.tensors[0].device)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
                 result = self.derive(out, leaves)
                 _engine.count(name, leaves.refused)
@@ -159,6 +163,8 @@ class Transform(Wrapped):
                 known = self.forward or isinstance(error, Refused) or _torch_func_alone(error, grad_mode)
                 if not known or C.ends_a_program(error, handled):
                     raise
+                if position is not None and not (versions == C.versions(given) and _undrawn(leaves, position)):
+                    cannot_run_again(name, error)
                 reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
             finally:
                 _set_grad_enabled(grad_mode)
@@ -197,7 +203,8 @@ class Transform(Wrapped):
         watched = not seen
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
         given = [*leaves.flat, *tree_leaves(kwargs)] if kwargs else leaves.flat
-        versions = [] if watched else _versions(given)
+        versions = [] if watched else C.versions(given)
+        first = first_structure = position = None
         try:
             while True:
                 verdict.refuse()
@@ -206,15 +213,26 @@ class Transform(Wrapped):
                     out = verdict.watch(functools.partial(self.run, leaves, self._map, arguments, {}), given)
                 else:
                     out = self.run(leaves, self._map, arguments, {})
+                    leaves.written = versions != C.versions(given)
                 result = self.derive_batch(out, leaves, inner_dims)
                 leaves.drop_hooks()
                 structure = C.take_structures()
                 if watched:
                     verdict.remember(shapes, structure)
+                if first is not None:  # these were copies
+                    C.return_generators(leaves.tensors[0].device, position)
+                    if structure != first_structure:
+                        raise Refused("a function that writes to its arguments")
+                    return first
                 if watched or structure in seen:
                     return result, leaves.refused
-                if versions != _versions(given):
-                    return result, leaves.refused  # a run more would write to the arguments once more
+                if leaves.written:  # so that only copies can be given to it once more
+                    first, first_structure = (result, leaves.refused), structure
+                    position = C.mark_generators(leaves.tensors[0].device)
+                    copies, copied = tree_map(_copy, (flat, kwargs))
+                    leaves, given = Leaves(copies, spec, self.argnums, grad_mode=False), []
+                    arguments, watched = (leaves.flat, spec, dims, copied, randomness), True
+                    continue
                 watched, leaves.refused = True, None
                 if random is not None:
                     random.restore()
@@ -244,9 +262,26 @@ class Transform(Wrapped):
                 _vmap_decrement_nesting()
 
 
-def _versions(tree: Sequence[Any]) -> list[int]:
-    """How often the tensors among these were written to."""
-    return [x._version for x in tree if isinstance(x, Tensor) and not x.is_inference()]
+def _copy(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _undrawn(leaves: Leaves, position: int) -> bool:
+    """Whether the generators are where they were, or have gone back there; others may draw from them at the same time."""
+    device = leaves.tensors[0].device
+    return C.mark_generators(device) == position if active_count() > 1 else C.return_generators(device, position)
+
+
+def cannot_run_again(name: str, error: RuntimeError) -> NoReturn:
+    """Raise, as PyTorch would have to run a function again that has changed what it was given."""
+    if not isinstance(error, Refused):
+        raise error
+    if error.__cause__ is not None:
+        raise error.__cause__ from None
+    raise RuntimeError(
+        f"{name}: the function wrote to its arguments or drew random numbers, so that it cannot run again for PyTorch to answer, "
+        f"as it has to here ({error}); torch.{name} runs it once"
+    ) from None
 
 
 def _first_sample(x: Any) -> Any:
@@ -306,6 +341,7 @@ class Jacobian(Transform):
         must_be_finite = self.forward and _check_forward(flat, leaves.tensors)
         leaves.decide(flat)
         try:
+            leaves.refuse()
             blocks = _engine.native_jacobian(flat, leaves.tensors, leaves.create_graph)
         except Refused as error:
             if self.forward:  # which may be much cheaper than rows
@@ -387,12 +423,14 @@ class Gradient(Transform):
 
     def derive(self, out: Any, leaves: Leaves) -> Any:
         value, aux = out if self.has_aux else (out, None)
+        _check_real(value)
         leaves.decide((value,))
         found = self._vjp(value, leaves)
         return self._result(found, value, aux, leaves)
 
     def derive_batch(self, out: Any, leaves: Leaves, dims: Sequence[int | None]) -> Any:
         value, aux = out if self.has_aux else (out, None)
+        _check_real(value)
         leaves.decide((value,))
         if None in dims:
             found = [column[0] for column in _batch_columns([value], leaves, dims)]
@@ -407,6 +445,7 @@ class Gradient(Transform):
             retain_graph = leaves.create_graph or self.has_aux
             ones = torch.ones_like(value)
             try:
+                leaves.refuse()
                 found = _engine.native_vjp((value,), leaves.tensors, (ones,), retain_graph, leaves.create_graph)
             except Refused as error:
                 leaves.left_to_pytorch(error, (value,))
@@ -463,6 +502,7 @@ class _HessianAtPoint(Transform):
         xs = leaves.tensors
         must_be_finite = _check_forward([*flat, *xs], xs)
         leaves.decide(flat)
+        leaves.refuse()
         results = []
         for y in flat:
             shapes = [[y.shape + a.shape + b.shape for b in xs] for a in xs]
@@ -504,6 +544,12 @@ def _hessian_blocks(y: Tensor, xs: list[Tensor], create_graph: bool) -> _engine.
     return _engine.native_jacobian(rows, xs, create_graph)
 
 
+def _check_real(value: Tensor) -> None:
+    """Raise what PyTorch raises for the gradient of a complex number."""
+    if value.requires_grad and value.is_complex():
+        raise RuntimeError(f"grad can be implicitly created only for real scalar outputs but got {value.dtype}")
+
+
 def _filled(block: Tensor | None, wrt: Tensor, shape: torch.Size) -> Tensor:
     """A block of a result: zeros where nothing is connected."""
     if block is None:
@@ -517,11 +563,19 @@ def _batch_columns(outputs: list[Tensor], leaves: Leaves, dims: Sequence[int | N
     shared = [x for x, dim in zip(inputs, dims) if dim is None]
     tied = [x for x, dim in zip(inputs, dims) if dim is not None] if shared else inputs
     of_shared: _engine.Blocks = [[] for _ in outputs]
-    if shared:  # refused, they are torch.func's: row by row they would be a pass over the whole batch for every sample
-        of_shared = _engine.native_jacobian(outputs, shared, leaves.create_graph, by_sample=True)
+    if shared:
+        try:
+            leaves.refuse()
+            of_shared = _engine.native_jacobian(outputs, shared, leaves.create_graph, by_sample=True)
+        except Refused as error:
+            if not leaves.written:
+                raise  # they are torch.func's: row by row they are a pass over the whole batch for every sample
+            leaves.left_to_pytorch(error, outputs)
+            of_shared = _engine.torch_rows(outputs, shared, leaves.create_graph)
     of_tied: _engine.Blocks = [[] for _ in outputs]
     if tied:
         try:
+            leaves.refuse()
             of_tied = _engine.native_batch_jacobian(outputs, tied, leaves.create_graph, check=False)
         except Refused as error:
             leaves.left_to_pytorch(error, outputs)

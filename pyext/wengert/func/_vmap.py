@@ -17,7 +17,7 @@ from .. import _engine
 from .._compile import traced_as
 from .._engine import Refused
 from .._native import C
-from ._transforms import Transform, Wrapped
+from ._transforms import Transform, Wrapped, cannot_run_again
 from ._trees import batched, flatten, unflatten
 from ._watch import ArgumentsWatch, Rewritten, Verdict, verdict_of
 
@@ -109,6 +109,8 @@ class BatchedTransform(Wrapped):
         refused_as: type[Exception] = RuntimeError
         if reason is None:
             random = self._random_state(flat)
+            given = [*flat, *tree_leaves(kwargs)] if kwargs else flat
+            versions = C.versions(given)
             try:
                 torch._C._set_grad_enabled(True)
                 run_chunk = functools.partial(self._run_chunk, spec, kwargs, verdict, grad_mode)
@@ -120,6 +122,9 @@ class BatchedTransform(Wrapped):
             except RuntimeError as error:  # PyTorch's own way has its own errors, or none
                 if not _engine.may_run_again(error, handled):
                     raise
+                if versions != C.versions(given):
+                    verdict.reason = verdict.reason or "a function that writes to its arguments"  # PyTorch's, from now on
+                    cannot_run_again(self.name, error)
                 refused_as = type(error)
                 reason = str(error) if isinstance(error, Refused) else "an error in the derivative of the mapped function"
                 if random is not None:
@@ -130,7 +135,10 @@ class BatchedTransform(Wrapped):
                     random.end()
         _engine.count_fallback(self.name, reason)
         # One sample after the other, where PyTorch cannot do it either, and nothing that was done would be done twice.
-        harmless = refused_as is Rewritten and random is None and verdict.complete
+        # Where only time spoke for PyTorch, it may not be able to at all.
+        alone = refused_as is Rewritten or (issubclass(refused_as, Refused) and reason == _engine.SHORTER)
+        harmless = alone and random is None and verdict.complete
+        refused_too: RuntimeError | None = None
         if not (harmless and verdict.one_by_one):
             try:
                 result = self.peer(*args, **kwargs)
@@ -138,8 +146,9 @@ class BatchedTransform(Wrapped):
                     verdict.refused(self._request(verdict, args, kwargs, grad_mode), reason)
                 return result
             except RuntimeError as error:
-                if not harmless or C.ends_a_program(error, handled):
+                if not harmless or C.ends_a_program(error, handled) or versions != C.versions(given):
                     raise
+                refused_too = error.with_traceback(None)  # which holds this frame
         run = functools.partial(self._run_one_by_one, size, dims, flat, spec, kwargs)
         try:
             result = ArgumentsWatch([*flat, *tree_leaves(kwargs)]).run(functools.partial(C.without_draws, run))
@@ -148,6 +157,8 @@ class BatchedTransform(Wrapped):
         except RuntimeError as error:
             if not (isinstance(error, Refused) or _is_draw(error)) or C.ends_a_program(error, handled):
                 raise
+        if refused_too is not None:
+            raise refused_too
         return self.peer(*args, **kwargs)
 
     def _random_state(self, flat: list[Any]) -> Any:

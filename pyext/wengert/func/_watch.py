@@ -37,8 +37,8 @@ _MOST_STRUCTURES = 8  # for inputs of the same shapes; with more, every run is w
 _ENOUGH_REFUSALS = 2  # the first may be due to what the function was given
 _NOTHING: AbstractSet[int] = frozenset()
 _CONSTANTS = {int, bool, str, type(None)}
-_VARIABLES = {float, list, dict}  # which may well be others in the next call
-_MOST_ITEMS = 16  # of a tuple that is looked into
+_DATA = {int, float, bool, Tensor, Parameter}
+_MOST_ITEMS = 16  # of a tuple, a list or a dict that is looked into
 _ASKS_FOR_HISTORY = (Tensor.requires_grad, Tensor.grad_fn, Tensor.is_leaf)
 _WRITES = {"__setitem__", "__set__", *(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor".split())}
 _detach_, _register_hook, _data = Tensor.detach_, Tensor.register_hook, Tensor.data
@@ -296,13 +296,13 @@ def _refusals_of(code: CodeType) -> Refusals:
 def _likeness(value: Any, depth: int = 3) -> Any:
     """What functions of the same code have in common if they were refused for the same: kinds of what their closures hold.
 
-    Objects are told apart by their identity.  It may be that of one that is gone, a tensor of the same shape or a list may be
+    Objects are told apart by their identity.  It may be that of one that is gone, a tensor of the same shape or a number may be
     another: functions that are taken for alike need not be.
     """
     kind = type(value)
     if kind in _CONSTANTS:
         return kind, value
-    if kind in _VARIABLES:
+    if kind is float:  # which may well be another in the next call
         return kind
     if kind is Tensor or kind is Parameter:
         return value.shape, value.dtype
@@ -315,6 +315,10 @@ def _likeness(value: Any, depth: int = 3) -> Any:
             return id(value.__code__), *map(of, map(_content, value.__closure__ or ())), *map(of, defaults)
         if kind is tuple and len(value) <= _MOST_ITEMS:
             return kind, *map(of, value)
+        if kind is list or kind is dict:  # what is called, say; numbers may well be others in the next call
+            items = [x for x in (value if kind is list else value.values()) if type(x) not in _DATA]
+            if len(items) <= _MOST_ITEMS:
+                return kind, *map(of, items)
     return id(value)
 
 
