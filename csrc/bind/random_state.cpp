@@ -276,33 +276,30 @@ std::uint64_t position_of(const at::Device& device) {
   return hash;
 }
 
-// The states at the position that was marked last.  Most functions draw nothing, so that it stays the same from call to call.
-struct Mark {
+// States to go back to, without regard to other threads.  Most functions draw nothing: as long as the generators stay where they
+// are, the thread's calls share one.
+struct GeneratorMark {
   at::Device device;
   std::uint64_t position;
   States states;
-};
-thread_local std::optional<Mark> latest_mark;
 
-std::uint64_t mark_generators(const at::Device& device) {
-  const std::uint64_t position = position_of(device);
-  if (!latest_mark || latest_mark->position != position || latest_mark->device != device) {
-    latest_mark.emplace(Mark{device, position, States(device)});
+  void restore() const {
+    if (position_of(device) != position) states.restore(device);
   }
-  return position;
-}
+};
 
-// Whether they are where they were marked, or have been put back; the latter not where another position was marked since.
-bool return_generators(const at::Device& device, std::uint64_t position) {
-  if (position_of(device) == position) return true;
-  if (!latest_mark || latest_mark->position != position || latest_mark->device != device) return false;
-  latest_mark->states.restore(device);
-  return true;
+std::shared_ptr<GeneratorMark> mark_generators(const at::Device& device) {
+  thread_local std::shared_ptr<GeneratorMark> latest;
+  const std::uint64_t position = position_of(device);
+  if (!latest || latest->position != position || latest->device != device) {
+    latest = std::make_shared<GeneratorMark>(GeneratorMark{device, position, States(device)});
+  }
+  return latest;
 }
 
 void define_random_state(py::module_ m) {
-  m.def("mark_generators", &mark_generators, py::arg("device"), "Their position, to which `return_generators` goes back.");
-  m.def("return_generators", &return_generators, py::arg("device"), py::arg("position"));
+  py::class_<GeneratorMark, std::shared_ptr<GeneratorMark>>(m, "GeneratorMark").def("restore", &GeneratorMark::restore);
+  m.def("mark_generators", &mark_generators, py::arg("device"));
   py::class_<RandomState>(m, "RandomState")
       .def(py::init<at::Device, bool>(), py::arg("device"), py::arg("others"))
       .def("end", &RandomState::end)

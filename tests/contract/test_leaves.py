@@ -759,12 +759,16 @@ def test_what_torch_func_alone_can_do_is_drawn_once(form):
     """And not done twice where an argument was written to: that is an error."""
     with torch.inference_mode():
         a = torch.rand(3)
-    drawn = lambda x: (x * x * a * torch.rand(3)).sum()
-    found = []
-    for m in (func, torch.func):
-        torch.manual_seed(0)
-        found.append((getattr(m, form)(drawn)(torch.ones(3)), torch.rand(3)))
-    assert_same(*found)
+    drawn = lambda x: (torch.rand(3) * x * x * a).sum()
+    with_inner = lambda m: lambda x: (torch.rand(3) * m.grad(torch.sin)(torch.tensor(0.5)) * x * x * a).sum()
+    for f in (lambda m: drawn, with_inner):
+        found = []
+        for m in (func, torch.func):
+            torch.manual_seed(0)
+            found.append((getattr(m, form)(f(m))(torch.ones(3)), torch.rand(3)))
+        assert_same(*found)
+    # Beside another thread, which may draw at any time, it is an answer at least.
+    in_a_thread(lambda: getattr(func, form)(drawn)(torch.ones(3)))
 
     def written(x, c):
         c.add_(1)

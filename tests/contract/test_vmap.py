@@ -857,3 +857,40 @@ def test_lists_of_functions_tell_functions_of_the_same_code_apart():
         for _ in range(2):
             func.vmap(func.jacfwd(make(list(layers))))(x)
         torch.testing.assert_close(func.vmap(func.jacfwd(make([volume])))(x), rows)
+
+
+@pytest.mark.parametrize("form", ["grad", "jacrev", "jacfwd"])
+def test_what_pytorch_is_first_to_write_is_written_once(form):
+    """Where it is expected to answer, and has an error."""
+
+    def make(fails):
+        def f(x, b):
+            if not fails:
+                return (x * b).max()
+            b.mul_(2)
+            return (x @ torch.ones(7)).sum()
+
+        return f
+
+    x, written = torch.rand(4, 3), []
+    for m in (func, torch.func):
+        for _ in range(2):
+            m.vmap(getattr(m, form)(make([])))(x, torch.ones(4, 3))
+        written.append(torch.ones(4, 3))
+        with pytest.raises(RuntimeError):
+            m.vmap(getattr(m, form)(make([True])))(x, written[-1])
+    assert_same(*written)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_tables_that_are_renormed_are_written_once(bag):
+    places = torch.tensor([[0, 2], [3, 3], [1, 0]])
+    row_of = lambda i, w: F.embedding(i, w, max_norm=1.0)
+    if bag:
+        row_of = lambda i, w: F.embedding_bag(i, w, torch.tensor([0]), 1.0)
+    tables = []
+    for m in (func, torch.func):
+        table = torch.ones(3, 5, 3)
+        derive = m.vmap(m.grad(lambda w, i: row_of(i, w).sin().sum()))
+        tables.append((derive(table, places), derive(table, places), table))
+    assert_same(*tables)

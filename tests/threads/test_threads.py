@@ -275,3 +275,38 @@ def test_an_interrupt_while_patching(monkeypatch, interrupted):
     with wengert.patched():
         assert torch.func.jacrev is wengert.func.jacrev
     assert torch.func.jacrev is theirs
+
+
+def test_what_others_draw_while_a_function_runs_with_copies_stays_drawn():
+    """Its later calls write to an argument in a graph that nobody watched."""
+    drawn, stop = [], threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            drawn.append(float(torch.rand((), dtype=torch.float64)))
+
+    def derive_once():
+        step = 0
+
+        def f(x, c):
+            if not step:
+                return x.sin().sum()
+            c.add_(1)
+            y = x * x * c.sum()
+            for _ in range(3 * step):
+                y = y.sin()
+            return y.sum()
+
+        derive = wengert.func.vmap(wengert.func.grad(f))
+        for step in range(4):  # noqa: B007
+            derive(torch.ones(3, 3), torch.zeros(3, 3))
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        for _ in range(100):
+            derive_once()
+    finally:
+        stop.set()
+        other.join()
+    assert len(set(drawn)) == len(drawn)

@@ -148,13 +148,13 @@ class Transform(Wrapped):
             reason = self.unusual(flat, spec)
         if reason is None:
             grad_mode = _is_grad_enabled()
-            leaves = position = versions = None
+            leaves = drawn = versions = None
             try:
                 _set_grad_enabled(True)
                 leaves = Leaves(flat, spec, self.argnums, grad_mode, kwargs)
                 if not self.forward:  # which watches the function
                     given = [*leaves.flat, *tree_leaves(kwargs)] if kwargs else leaves.flat
-                    versions, position = C.versions(given), C.mark_generators(leaves.tensors[0].device)
+                    versions, drawn = C.versions(given), C.mark_generators(leaves.tensors[0].device)
                 out = self.check(self.run(leaves, self.func, unflatten(leaves.flat, spec), kwargs))
                 result = self.derive(out, leaves)
                 _engine.count(name, leaves.refused)
@@ -163,8 +163,11 @@ class Transform(Wrapped):
                 known = self.forward or isinstance(error, Refused) or _torch_func_alone(error, grad_mode)
                 if not known or C.ends_a_program(error, handled):
                     raise
-                if position is not None and not (versions == C.versions(given) and _undrawn(leaves, position)):
-                    cannot_run_again(name, error)
+                if drawn is not None:
+                    if versions != C.versions(given):
+                        cannot_run_again(name, error)
+                    if active_count() == 1:  # what other threads have drawn stays drawn
+                        drawn.restore()
                 reason = str(error) if isinstance(error, Refused) else "reverse mode raises an error"
             finally:
                 _set_grad_enabled(grad_mode)
@@ -204,7 +207,7 @@ class Transform(Wrapped):
         random = None if watched or randomness == "error" else _engine.random_state(leaves.tensors)
         given = [*leaves.flat, *tree_leaves(kwargs)] if kwargs else leaves.flat
         versions = [] if watched else C.versions(given)
-        first = first_structure = position = None
+        first = first_structure = None
         try:
             while True:
                 verdict.refuse()
@@ -220,7 +223,7 @@ class Transform(Wrapped):
                 if watched:
                     verdict.remember(shapes, structure)
                 if first is not None:  # these were copies
-                    C.return_generators(leaves.tensors[0].device, position)
+                    random.restore()
                     if structure != first_structure:
                         raise Refused("a function that writes to its arguments")
                     return first
@@ -228,7 +231,9 @@ class Transform(Wrapped):
                     return result, leaves.refused
                 if leaves.written:  # so that only copies can be given to it once more
                     first, first_structure = (result, leaves.refused), structure
-                    position = C.mark_generators(leaves.tensors[0].device)
+                    if random is not None:
+                        random.end()
+                    random = _engine.random_state(leaves.tensors)
                     copies, copied = tree_map(_copy, (flat, kwargs))
                     leaves, given = Leaves(copies, spec, self.argnums, grad_mode=False), []
                     arguments, watched = (leaves.flat, spec, dims, copied, randomness), True
@@ -266,12 +271,6 @@ def _copy(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
-def _undrawn(leaves: Leaves, position: int) -> bool:
-    """Whether the generators are where they were, or have gone back there; others may draw from them at the same time."""
-    device = leaves.tensors[0].device
-    return C.mark_generators(device) == position if active_count() > 1 else C.return_generators(device, position)
-
-
 def cannot_run_again(name: str, error: RuntimeError) -> NoReturn:
     """Raise, as PyTorch would have to run a function again that has changed what it was given."""
     if not isinstance(error, Refused):
@@ -279,8 +278,8 @@ def cannot_run_again(name: str, error: RuntimeError) -> NoReturn:
     if error.__cause__ is not None:
         raise error.__cause__ from None
     raise RuntimeError(
-        f"{name}: the function wrote to its arguments or drew random numbers, so that it cannot run again for PyTorch to answer, "
-        f"as it has to here ({error}); torch.{name} runs it once"
+        f"{name}: the function wrote to its arguments, so that it cannot run again for PyTorch to answer, as it has to here "
+        f"({error}); torch.{name} runs it once"
     ) from None
 
 

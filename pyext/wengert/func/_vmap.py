@@ -77,9 +77,12 @@ class BatchedTransform(Wrapped):
         grad_mode = torch.is_grad_enabled()
         verdict = verdict_of(self.innermost.func)
         request = random = None
+        given: list[Any] = []
         if reason is None:
             size, dims, flat, spec = batched(self.in_dims, args, self.func)
+            given = [*flat, *tree_leaves(kwargs)] if kwargs else flat
             reason = self._unusual(size, flat, spec)
+        versions = C.versions(given) if given else []
         known = verdict.reason is not None  # the engine refuses without running the function
         if reason is None and verdict.refusals and not known:
             request = self._request(verdict, args, kwargs, grad_mode)
@@ -91,7 +94,7 @@ class BatchedTransform(Wrapped):
                     _engine.count_fallback(self.name, expected)
                     return result
                 except RuntimeError as error:  # which the engine need not raise
-                    if C.ends_a_program(error, handled):
+                    if C.ends_a_program(error, handled) or versions != C.versions(given):
                         raise
                     verdict.forget(request)
                     if random is not None:
@@ -109,8 +112,6 @@ class BatchedTransform(Wrapped):
         refused_as: type[Exception] = RuntimeError
         if reason is None:
             random = self._random_state(flat)
-            given = [*flat, *tree_leaves(kwargs)] if kwargs else flat
-            versions = C.versions(given)
             try:
                 torch._C._set_grad_enabled(True)
                 run_chunk = functools.partial(self._run_chunk, spec, kwargs, verdict, grad_mode)

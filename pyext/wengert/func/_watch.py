@@ -24,7 +24,7 @@ from torch._C import _len_torch_function_stack, _pop_torch_function_stack
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.autograd_function import custom_function_call, has_overridden_vmap_rule
 from torch.nn import Parameter
-from torch.nn.functional import batch_norm, instance_norm
+from torch.nn.functional import batch_norm, embedding, embedding_bag, instance_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,6 +108,10 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return args[:1] or [kwargs.get(first) for first in ("input", "self", "tensor")]
     if kwargs.get("out") is not None:
         return [kwargs["out"]]
+    if (func is embedding or func is embedding_bag) and (len(args) > 3 or kwargs.get("max_norm") is not None):
+        bound = signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return [] if bound.arguments["max_norm"] is None else [bound.arguments["weight"]]
     return _updated_statistics(func, name, args, kwargs) if "norm" in name else []
 
 
