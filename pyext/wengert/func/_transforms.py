@@ -36,7 +36,7 @@ from .. import _engine
 from .._compile import traced_as
 from .._engine import Refused
 from .._native import C
-from ._leaves import Argnums, Leaves
+from ._leaves import Argnums, Leaves, differentiated_twice
 from ._trees import differentiated, flatten, unflatten
 from ._watch import ForwardWatch, Verdict
 
@@ -145,7 +145,7 @@ class Transform(Wrapped):
             reason = "unusual arguments"
         if reason is None:
             flat, spec = flatten(args)
-            reason = self.unusual(flat, spec)
+            reason = self.unusual(flat, spec) or differentiated_twice(flat)
         if reason is None:
             grad_mode = _is_grad_enabled()
             leaves = drawn = versions = None
