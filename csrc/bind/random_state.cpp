@@ -21,6 +21,9 @@
 #include <utility>
 #include <vector>
 
+#include "ops/backend.h"
+#include "ops/graph_stream.h"
+
 namespace py = pybind11;
 
 namespace wengert::bind {
@@ -288,8 +291,10 @@ struct GeneratorMark {
   }
 };
 
-std::shared_ptr<GeneratorMark> mark_generators(const at::Device& device) {
+std::shared_ptr<GeneratorMark> mark_generators(at::Device device) {
   thread_local std::shared_ptr<GeneratorMark> latest;
+  // Nobody may look at a generator that a CUDA graph captures.
+  if (!device.is_cpu() && ops::is_capturing(ops::current_stream(device))) device = at::kCPU;
   const std::uint64_t position = position_of(device);
   if (!latest || latest->position != position || latest->device != device) {
     latest = std::make_shared<GeneratorMark>(GeneratorMark{device, position, States(device)});
