@@ -560,8 +560,6 @@ Tape capture(at::TensorList outputs, at::TensorList inputs, bool one_row) {
   return tape;
 }
 
-constexpr std::size_t kUsualNodes = 64;
-
 std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList inputs, at::TensorList attached, std::uint64_t begun) {
   common::PointerIndex own, leading;
   for (const at::Tensor& input : inputs) own[input.unsafeGetTensorImpl()] = 0;
@@ -570,16 +568,16 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
   // A node, or what of a fused one is behind one of its outputs: another result of it may lead elsewhere.
   struct Place {
     autograd::Node* fn;
-    std::vector<bool> some;  // of the edges; empty: all
-    std::size_t edge = 0;
+    std::uint32_t edge = 0;
+    std::int32_t some = -1;    // which of `parts`: of the edges; else all
+    std::int32_t behind = -1;  // the place that the edge leads to, while it is looked at
     bool leads = false;
   };
-  std::vector<Place> places;
-  std::vector<std::int32_t> stack;
+  common::RecycledVector<Place> places;
+  common::RecycledVector<std::int32_t> stack;
+  std::vector<std::vector<bool>> parts;
   common::PointerIndex index;
   const std::uint64_t thread = at::RecordFunction::currentThreadId();
-  places.reserve(kUsualNodes);
-  stack.reserve(kUsualNodes);
   const auto enter = [&](autograd::Node* fn, std::uint32_t output) {
     constexpr int kAddressBits = 48;
     const auto* fused = typeid(*fn) == typeid(ops::FusedBackward) ? static_cast<const ops::FusedBackward*>(fn) : nullptr;
@@ -588,8 +586,12 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
     if (place >= 0) return place;
     place = static_cast<std::int32_t>(places.size());
     stack.push_back(place);
-    places.push_back({.fn = fn, .some = fused != nullptr ? fused->onwards(output) : std::vector<bool>()});
-    if (typeid(*fn) == typeid(autograd::AccumulateGrad)) {
+    places.push_back({.fn = fn});
+    if (fused != nullptr) {
+      places.back().some = static_cast<std::int32_t>(parts.size());
+      parts.push_back(fused->onwards(output));
+    }
+    if (fn->num_outputs() == 0 && typeid(*fn) == typeid(autograd::AccumulateGrad)) {
       places.back().leads = !is_own(static_cast<autograd::AccumulateGrad*>(fn)->variable);
     } else {
       const bool older = fn->sequence_nr() < begun && fn->thread_id() == thread;
@@ -603,19 +605,17 @@ std::vector<bool> have_other_leaves(at::TensorList outputs, at::TensorList input
     const std::int32_t root = enter(fn.get(), static_cast<std::uint32_t>(output.output_nr()));
     while (!stack.empty()) {
       const std::int32_t at = stack.back();
-      if (places[at].leads || places[at].edge == places[at].fn->num_outputs()) {
+      Place& place = places[at];
+      if (place.behind >= 0) place.leads = places[std::exchange(place.behind, -1)].leads;
+      if (place.leads || place.edge == place.fn->num_outputs()) {
         stack.pop_back();
         continue;
       }
-      const std::size_t k = places[at].edge;
-      const autograd::Edge& edge = places[at].fn->next_edge(k);
-      if (edge.function && (places[at].some.empty() || places[at].some[k])) {
-        const std::size_t before = stack.size();
-        const std::int32_t next = enter(edge.function.get(), edge.input_nr);  // which may move the places
-        if (stack.size() != before) continue;                                 // back to this edge afterwards
-        places[at].leads = places[next].leads;
-      }
-      ++places[at].edge;
+      const std::uint32_t k = place.edge++;
+      const autograd::Edge& edge = place.fn->next_edge(k);
+      if (!edge.function || (place.some >= 0 && !parts[place.some].empty() && !parts[place.some][k])) continue;
+      const std::int32_t behind = enter(edge.function.get(), edge.input_nr);  // which may move the places
+      places[at].behind = behind;
     }
     return places[root].leads;
   };
