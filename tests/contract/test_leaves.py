@@ -725,61 +725,6 @@ def test_tensors_of_inference_mode(form):
         assert_same(call(func), call(torch.func))
 
 
-HALF_INSIDE = {
-    "grad of grad": lambda m, n: m.grad(lambda x, c: (m.grad(lambda z: (z**3 * n(z)).sum())(x) ** 2 * counted(c, x)).sum()),
-    "jacrev of grad": lambda m, n: m.jacrev(lambda x, c: m.grad(lambda z: (z**3 * n(z)).sum())(x) * counted(c, x)),
-    "jacrev of jacrev": lambda m, n: m.jacrev(lambda x, c: m.jacrev(lambda z: z**3 * n(z))(x) * counted(c, x)),
-    "jacfwd of jacrev": lambda m, n: m.jacfwd(lambda x, c: m.jacrev(lambda z: z**3)(x) * counted(c, x)),
-    "two arguments": lambda m, n: m.grad(lambda x, c: (x * m.grad(lambda z: (x * z**2 * n(z)).sum())(x) * counted(c, x)).sum()),
-}
-
-
-def counted(c, x):
-    c.add_(1)
-    return c.to(x.dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", HALF_INSIDE)
-def test_transforms_inside_in_half_precision_run_once(name, dtype):
-    """What they write to is written once, and what they draw is drawn once."""
-    found = []
-    for m in (func, torch.func):
-        torch.manual_seed(0)
-        c = torch.zeros(3)
-        derived = HALF_INSIDE[name](m, torch.rand_like)(torch.ones(3, dtype=dtype), c)
-        found.append((derived.float(), c, torch.rand(2)))
-    (ours, c, drawn), (theirs, *rest) = found
-    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
-    assert_same([c, drawn], rest)
-
-
-@pytest.mark.parametrize("form", ["grad", "jacrev", "grad_and_value"])
-def test_what_torch_func_alone_can_do_is_drawn_once(form):
-    """And not done twice where an argument was written to: that is an error."""
-    with torch.inference_mode():
-        a = torch.rand(3)
-    drawn = lambda x: (torch.rand(3) * x * x * a).sum()
-    with_inner = lambda m: lambda x: (torch.rand(3) * m.grad(torch.sin)(torch.tensor(0.5)) * x * x * a).sum()
-    for f in (lambda m: drawn, with_inner):
-        found = []
-        for m in (func, torch.func):
-            torch.manual_seed(0)
-            found.append((getattr(m, form)(f(m))(torch.ones(3)), torch.rand(3)))
-        assert_same(*found)
-    # Beside another thread, which may draw at any time, it is an answer at least.
-    in_a_thread(lambda: getattr(func, form)(drawn)(torch.ones(3)))
-
-    def written(x, c):
-        c.add_(1)
-        return (x * x * a * c).sum()
-
-    c = torch.zeros(3)
-    with pytest.raises(RuntimeError, match="Inference tensors"):
-        getattr(func, form)(written)(torch.ones(3), c)
-    assert_same(c, torch.ones(3))
-
-
 @pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("form", ["grad", "grad_and_value"])
 def test_gradients_of_a_complex_number_are_an_error(form, aux):

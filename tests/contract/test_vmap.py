@@ -685,57 +685,6 @@ def test_an_error_of_the_functions_own_kind_is_not_tried_again():
         assert len(runs) == 1
 
 
-WRITES = {
-    "by keyword": lambda s: s.add_(1),
-    "an overload by keyword": lambda s: torch.ops.aten.mul_.Scalar(self=s, other=3.0),
-    "an argument by keyword": lambda s: torch.relu_(input=s),
-    "an initialisation": lambda s: torch.nn.init.constant_(s, 4.0),
-    "statistics": lambda s: torch.batch_norm(s[:1, None] + s, None, None, s[:1], s[1:], True, 0.1, 1e-5, False),
-    "an operator's statistics": lambda s: torch.ops.aten.native_batch_norm(
-        torch.arange(4.0).reshape(2, 2), None, None, s, torch.ones(2), True, 0.1, 1e-5
-    ),
-}
-
-
-@pytest.mark.parametrize("form", ["vmap(grad)", "vmap(grad), by name", "jacfwd"])
-@pytest.mark.parametrize("name", WRITES)
-def test_arguments_are_written_once(name, form):
-    """Where the function runs again (PyTorch splits ties of `max`; forward mode is its own) it has not written yet."""
-
-    def f(x, s):
-        y = (x * x.max() * s).sum()
-        WRITES[name](s)
-        return y
-
-    def call(m, s):
-        if form == "jacfwd":
-            return m.jacfwd(f)(torch.tensor([0.5, 2.0]), s)
-        x = torch.tensor([[0.5, 2.0]] * 2)
-        return m.vmap(m.grad(f), (0, None))(x, s) if form == "vmap(grad)" else m.vmap(m.grad(f))(x, s=s)
-
-    mine, theirs = torch.tensor([-1.0, 0.5]), torch.tensor([-1.0, 0.5])
-    assert_same_call(lambda: call(func, mine), lambda: call(torch.func, theirs), name)
-    assert_same(mine, theirs)
-
-
-def test_arguments_that_a_later_call_writes_to_are_written_once():
-    """A graph that nobody watched is made again from copies."""
-    for m in (func, torch.func):
-        trains = False
-
-        def f(x, s):
-            if trains:  # noqa: B023
-                s.add_(1)
-                return (x.sin() * s).sum()
-            return (x * s).sum()
-
-        derive, x, s = m.vmap(m.grad(f)), torch.ones(3, 2), torch.zeros(3, 2)
-        derive(x, s)
-        trains = True
-        assert_same(derive(x, s), x.cos())
-        assert_same(s, torch.ones(3, 2))
-
-
 def test_an_error_of_one_call_says_nothing_of_the_next():
     """PyTorch's vmap is tried again, although it raised an error where the samples one by one did too."""
     w = torch.rand(2, 3)
@@ -775,70 +724,6 @@ def test_constants_of_inference_mode():
         both(lambda m: getattr(m, form)(lambda x: (x * a).sum())(torch.ones(3)))  # noqa: B023
 
 
-class Doubled(torch.autograd.Function):
-    """Without a rule for vmap, so that a shared argument's derivative would be a pass for every sample."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        return 2 * cotangent
-
-
-@pytest.mark.parametrize("change", ["max", "hook", "write"])
-def test_what_cannot_run_again_is_an_error_once(change):
-    """A function whose later calls write to an argument and are PyTorch's: one call says so, the next ones are PyTorch's."""
-    changed = False
-
-    def f(x, c):
-        if not changed:
-            return x.sin()
-        c.add_(1)
-        y = x * x * c.sum()
-        if change == "hook":
-            y.register_hook(lambda g: 2 * g)
-        return y * y.max() if change == "max" else y
-
-    derive, x, c = func.vmap(func.jacrev(f)), torch.ones(3, 3), torch.zeros(3, 3)
-    theirs, their_c = torch.func.vmap(torch.func.jacrev(f)), torch.zeros(3, 3)
-    assert_same(derive(x, c), theirs(x, their_c))
-    changed = True
-    expected = theirs(x, their_c)
-    if change == "write":
-        assert_same(derive(x, c), expected)
-    else:
-        with pytest.raises(RuntimeError):
-            derive(x, c)
-    assert_same(c, their_c)
-    for _ in range(2):
-        assert_same(derive(x, c), theirs(x, their_c))
-        assert_same(c, their_c)
-
-
-def test_an_error_that_both_have_writes_once():
-    for fails in (lambda x: x.reshape(7, 7), lambda x: x * torch.rand(3)):
-        states = []
-        for m in (func, torch.func):
-            changed = False
-
-            def f(x, c):
-                if changed:  # noqa: B023
-                    c.add_(1)
-                    return fails(x * c).sum()  # noqa: B023
-                return (x * c).sum()
-
-            derive, x, c = m.vmap(m.grad(f)), torch.ones(2, 3), torch.zeros(2, 3)
-            derive(x, c)
-            changed = True
-            for _ in range(2):
-                with pytest.raises(RuntimeError):
-                    derive(x, c)
-            states.append(c)
-        assert_same(*states)
-
-
 def test_lists_of_functions_tell_functions_of_the_same_code_apart():
     """torch.func has no right answer for the second: it must not be asked since it was for the first."""
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -857,40 +742,3 @@ def test_lists_of_functions_tell_functions_of_the_same_code_apart():
         for _ in range(2):
             func.vmap(func.jacfwd(make(list(layers))))(x)
         torch.testing.assert_close(func.vmap(func.jacfwd(make([volume])))(x), rows)
-
-
-@pytest.mark.parametrize("form", ["grad", "jacrev", "jacfwd"])
-def test_what_pytorch_is_first_to_write_is_written_once(form):
-    """Where it is expected to answer, and has an error."""
-
-    def make(fails):
-        def f(x, b):
-            if not fails:
-                return (x * b).max()
-            b.mul_(2)
-            return (x @ torch.ones(7)).sum()
-
-        return f
-
-    x, written = torch.rand(4, 3), []
-    for m in (func, torch.func):
-        for _ in range(2):
-            m.vmap(getattr(m, form)(make([])))(x, torch.ones(4, 3))
-        written.append(torch.ones(4, 3))
-        with pytest.raises(RuntimeError):
-            m.vmap(getattr(m, form)(make([True])))(x, written[-1])
-    assert_same(*written)
-
-
-@pytest.mark.parametrize("bag", [False, True])
-def test_tables_that_are_renormed_are_written_once(bag):
-    places = torch.tensor([[0, 2], [3, 3], [1, 0]])
-    row_of = lambda i, w: F.embedding(i, w, max_norm=1.0)
-    if bag:
-        row_of = lambda i, w: F.embedding_bag(i, w, torch.tensor([0]), 1.0)
-    tables = []
-    for m in (func, torch.func):
-        table = torch.ones(3, 5, 3)
-        derive = m.vmap(m.grad(lambda w, i: row_of(i, w).sin().sum()))
-        tables.append((derive(table, places), derive(table, places), table))
-    assert_same(*tables)
